@@ -1,0 +1,24 @@
+"""Train, prune and ship PyTorch networks at exactly the sparsity asked for."""
+
+from spartan import methods
+from spartan.budget import Budget
+from spartan.errors import SpartanError
+from spartan.patterns import NM, Block, Channel, Unstructured
+from spartan.selection import hard_topk, soft_topk
+from spartan.sparsifier import Sparsifier, freeze
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "Block",
+    "Budget",
+    "Channel",
+    "Sparsifier",
+    "SpartanError",
+    "Unstructured",
+    "freeze",
+    "hard_topk",
+    "methods",
+    "soft_topk",
+]

@@ -1,0 +1,317 @@
+"""From "keep 5 %" to integers: how much every group of units may keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from spartan.errors import BudgetError, did_you_mean
+from spartan.flops import trace_flops
+from spartan.patterns import NM, Pattern
+from spartan.prunable import Prunable
+
+COSTS = ("parameters", "flops")
+ALLOCATIONS = ("global", "uniform", "erk")
+COUNTS = ("prunable", "all")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one group of weights may keep together.
+
+    Attributes:
+        members: Indices of the group's weights in the list of prunables.
+        costs: Cost of one unit of each member, in the currency of `total` and `kept`.
+        total: Cost of keeping everything.
+        kept: Cost that may be kept. An integer number of units when all units cost the same.
+        rows: Whether `total` and `kept` are units per row of an N:M pattern.
+    """
+
+    members: tuple[int, ...]
+    costs: tuple[float, ...]
+    total: float
+    kept: float
+    rows: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether all units cost the same, so that the budget is a number of units."""
+        return all(cost == 1.0 for cost in self.costs)
+
+    def at(self, progress: float) -> float:
+        """Return the budget `progress` of the way from everything (0) to `kept` (1)."""
+        if progress >= 1.0:
+            return self.kept
+        between = self.total + (self.kept - self.total) * progress
+        return round(between) if self.counted else between
+
+    def of(self, density: float) -> float:
+        """Return the budget at a density of this group."""
+        return round(density * self.total) if self.counted else density * self.total
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a model may stay.
+
+    Attributes:
+        density: Kept fraction, in (0, 1]. Give this or `sparsity`.
+        sparsity: Removed fraction, in [0, 1); density = 1 - sparsity.
+        cost: What a weight takes from the budget: `"parameters"`, `"flops"` (traced with
+            `sample_input`), or a mapping from parameter name to cost per weight.
+        allocation: How the budget spreads over layers: `"global"` (units compete across layers),
+            `"uniform"` (the same density in each), `"erk"` (Erdős-Rényi-kernel: density of a layer
+            proportional to sum(shape) / prod(shape); Evci et al. 2020, section 3), or a mapping
+            from parameter or module name to density; layers it does not name get `density`.
+        count: Which parameters the density refers to: the `"prunable"` ones, or `"all"` of the
+            model (the prunable ones then carry the difference).
+        sample_input: One batch for `cost="flops"`.
+
+    The number of kept units is exactly round(density x units), halves to even, where all units cost
+    the same, per layer for per-layer allocations (`"erk"` hits the total). Otherwise the kept
+    cost is the largest greedy prefix that does not exceed density x total cost. Decimal densities
+    are taken at their written value: 0.1 is one tenth, not the float nearest to it.
+
+    Raises:
+        BudgetError: A field is out of range or unknown.
+    """
+
+    density: float | None = None
+    sparsity: float | None = None
+    cost: str | Mapping[str, float] = "parameters"
+    allocation: str | Mapping[str, float] = "global"
+    count: str = "prunable"
+    sample_input: Any = None
+
+    def __post_init__(self) -> None:
+        if self.density is not None and self.sparsity is not None:
+            raise BudgetError("Give density or sparsity, not both.")
+        per_layer = not isinstance(self.allocation, str)
+        if self.density is None and self.sparsity is None and not per_layer:
+            raise BudgetError("Give a density in (0, 1] or a sparsity in [0, 1).")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise BudgetError(f"density={self.density} must lie in (0, 1].")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise BudgetError(f"sparsity={self.sparsity} must lie in [0, 1).")
+        _check_name("cost", self.cost, COSTS)
+        _check_name("allocation", self.allocation, ALLOCATIONS)
+        _check_name("count", self.count, COUNTS)
+        if self.cost == "flops" and self.sample_input is None:
+            raise BudgetError("cost='flops' needs sample_input=, one batch to trace the model on.")
+        if self.count == "all" and (self.cost != "parameters" or per_layer):
+            raise BudgetError(
+                "count='all' speaks of the model's parameters: it goes with cost='parameters' and "
+                "a named allocation."
+            )
+
+    @property
+    def fraction(self) -> Fraction | None:
+        """The density as the exact value of the decimal that was written."""
+        if self.density is not None:
+            return Fraction(str(self.density))
+        return None if self.sparsity is None else 1 - Fraction(str(self.sparsity))
+
+    def plan(self, model: nn.Module, weights: Sequence[Prunable], pattern: Pattern) -> list[Share]:
+        """Divide the budget over groups of weights.
+
+        Raises:
+            BudgetError: The budget cannot be reached; the message says what can.
+            PatternError: The pattern does not fit a weight.
+        """
+        units = [math.prod(pattern.unit_shape(w)) for w in weights]
+        costs = [
+            pattern.unit_numel(w) * cost
+            for w, cost in zip(weights, self.costs_per_weight(model, weights), strict=True)
+        ]
+        if isinstance(pattern, NM):
+            return self._plan_rows(weights, pattern)
+        if self.allocation == "global":
+            density = self._density_of_prunable(model, weights)
+            share = _share(range(len(weights)), units, costs, density)
+            if share.kept == 0:
+                raise BudgetError(
+                    f"A density of {float(density):g} keeps none of {sum(units):,} units; the "
+                    f"smallest reachable density is {1 / sum(units):.3g}."
+                )
+            return [share]
+        if self.allocation == "erk":
+            return self._plan_erk(model, weights, units, costs)
+        densities = self._densities(model, weights)
+        shares = [_share([i], units, costs, d) for i, d in enumerate(densities)]
+        if isinstance(self.allocation, str):
+            _refuse_dead_layers(shares, weights, units)
+        return shares
+
+    def costs_per_weight(self, model: nn.Module, weights: Sequence[Prunable]) -> list[float]:
+        """Return the cost of one entry of each weight."""
+        if self.cost == "parameters":
+            return [1.0] * len(weights)
+        if self.cost == "flops":
+            return trace_flops(model, weights, self.sample_input)
+        assert not isinstance(self.cost, str)
+        named = _resolve(self.cost, weights, "cost")
+        missing = [w.name for w, cost in zip(weights, named, strict=True) if cost is None]
+        if missing:
+            raise BudgetError(f"cost= gives no cost for {', '.join(map(repr, missing))}.")
+        costs = [float(cost) for cost in named if cost is not None]
+        for weight, cost in zip(weights, costs, strict=True):
+            if not (math.isfinite(cost) and cost > 0):
+                raise BudgetError(f"The cost of {weight.name!r} is {cost}; it must be positive.")
+        return costs
+
+    def _density_of_prunable(self, model: nn.Module, weights: Sequence[Prunable]) -> Fraction:
+        density = self.fraction
+        assert density is not None
+        if self.count == "prunable":
+            return density
+        everything = sum(p.numel() for p in model.parameters())
+        prunable = sum(w.parameter.numel() for w in weights)
+        left = density * everything - (everything - prunable)
+        if left <= 0:
+            smallest = Fraction(everything - prunable + 1, everything)
+            raise BudgetError(
+                f"A density of {float(density):g} of all {everything:,} parameters cannot be "
+                f"reached: {everything - prunable:,} of them are not prunable. The smallest "
+                f"reachable density is {math.ceil(smallest * 10**6) / 10**6:g}."
+            )
+        return left / prunable
+
+    def _densities(self, model: nn.Module, weights: Sequence[Prunable]) -> list[Fraction]:
+        """Return one density per weight for uniform and given allocations."""
+        if isinstance(self.allocation, str):
+            return [self._density_of_prunable(model, weights)] * len(weights)
+        densities = []
+        for weight, given in zip(
+            weights, _resolve(self.allocation, weights, "allocation"), strict=True
+        ):
+            density = self.fraction if given is None else Fraction(str(given))
+            if density is None:
+                raise BudgetError(
+                    f"allocation= gives no density for {weight.name!r}; add it, or give density= "
+                    "for the layers it does not name."
+                )
+            if not 0 <= density <= 1:
+                raise BudgetError(f"The density of {weight.name!r} is {given}, outside [0, 1].")
+            densities.append(density)
+        return densities
+
+    def _plan_erk(
+        self, model: nn.Module, weights: Sequence[Prunable], units: list[int], costs: list[float]
+    ) -> list[Share]:
+        density = float(self._density_of_prunable(model, weights))
+        totals = [n * cost for n, cost in zip(units, costs, strict=True)]
+        densities = erk_densities([tuple(w.shape) for w in weights], density, totals)
+        shares = [_share([i], units, costs, Fraction(d)) for i, d in enumerate(densities)]
+        if len(set(costs)) == 1:
+            wanted = round(self._density_of_prunable(model, weights) * sum(units))
+            counts = _round_to_sum([d * n for d, n in zip(densities, units, strict=True)], wanted)
+            shares = [
+                Share(s.members, s.costs, s.total, k) for s, k in zip(shares, counts, strict=True)
+            ]
+        _refuse_dead_layers(shares, weights, units)
+        return shares
+
+    def _plan_rows(self, weights: Sequence[Prunable], pattern: NM) -> list[Share]:
+        wanted = Fraction(pattern.n, pattern.m)
+        if isinstance(self.allocation, str):
+            densities = [self.fraction]
+        else:
+            densities = [self.fraction, *(Fraction(str(d)) for d in self.allocation.values())]
+        agree = all(d is None or d == wanted for d in densities)
+        if not agree or self.allocation == "erk" or self.count == "all":
+            raise BudgetError(
+                f"The pattern {pattern} keeps exactly {pattern.n} of every {pattern.m} weights in "
+                f"every layer: ask for density={float(wanted):g} of the prunable weights, "
+                "allocated 'global' or 'uniform', or choose another pattern."
+            )
+        return [
+            Share((i,), (1.0,), float(pattern.m), pattern.n, rows=True) for i in range(len(weights))
+        ]
+
+
+def erk_densities(
+    shapes: Sequence[tuple[int, ...]], density: float, totals: Sequence[float] | None = None
+) -> list[float]:
+    """Return Erdős-Rényi-kernel densities: min(1, a * sum(shape) / prod(shape)) for each layer.
+
+    The factor a is set such that the layers together keep `density` of their total cost; layers
+    that reach 1 hand their excess to the others.
+
+    Args:
+        shapes: Weight shapes.
+        density: Density of all layers together, in (0, 1].
+        totals: Cost of each whole layer; by default its number of weights.
+    """
+    coefficients = [sum(shape) / math.prod(shape) for shape in shapes]
+    sizes = [float(math.prod(shape)) for shape in shapes] if totals is None else list(totals)
+    full: set[int] = set()
+    while True:
+        free = [i for i in range(len(shapes)) if i not in full]
+        left = density * sum(sizes) - sum(sizes[i] for i in full)
+        raw = sum(coefficients[i] * sizes[i] for i in free)
+        factor = left / raw if raw else 0.0
+        overfull = {i for i in free if factor * coefficients[i] > 1.0}
+        if not overfull:
+            return [1.0 if i in full else factor * coefficients[i] for i in range(len(shapes))]
+        full |= overfull
+
+
+def _share(
+    members: Sequence[int], units: list[int], costs: list[float], density: Fraction
+) -> Share:
+    members = tuple(members)
+    count = sum(units[i] for i in members)
+    if len({costs[i] for i in members}) == 1:
+        return Share(members, (1.0,) * len(members), float(count), round(density * count))
+    # Costs are relative: scaled to a mean of 1 a unit, so that scores stay in units of |weight|.
+    total = sum(costs[i] * units[i] for i in members)
+    scale = count / total
+    scaled = tuple(costs[i] * scale for i in members)
+    if float(density) * count < min(scaled):
+        raise BudgetError(
+            f"A density of {float(density):g} is less than the cheapest unit costs; the smallest "
+            f"reachable density is {min(scaled) / count:.3g}."
+        )
+    return Share(members, scaled, float(count), float(density) * count)
+
+
+def _refuse_dead_layers(
+    shares: Sequence[Share], weights: Sequence[Prunable], units: Sequence[int]
+) -> None:
+    dead = [weights[s.members[0]].name for s in shares if s.kept == 0]
+    if dead:
+        smallest = 1 / min(units[s.members[0]] for s in shares if s.kept == 0)
+        raise BudgetError(
+            f"This budget keeps nothing of {', '.join(map(repr, dead))}. Raise the density (one "
+            f"unit there is {smallest:.3g}), exclude these layers, or allocate globally."
+        )
+
+
+def _round_to_sum(values: Sequence[float], total: int) -> list[int]:
+    """Round to integers that sum to `total`, the largest fractional parts up first."""
+    floors = [math.floor(v) for v in values]
+    order = sorted(range(len(values)), key=lambda i: floors[i] - values[i])
+    for i in order[: total - sum(floors)]:
+        floors[i] += 1
+    return floors
+
+
+def _check_name(field: str, value: object, known: Sequence[str]) -> None:
+    if isinstance(value, str) and value not in known:
+        raise BudgetError(f"Unknown {field} {value!r}; {did_you_mean(value, known)}")
+
+
+def _resolve(
+    values: Mapping[str, float], weights: Sequence[Prunable], field: str
+) -> list[float | None]:
+    """Look up each weight by its own name, then by its module's."""
+    known = {w.name for w in weights} | {w.name.rpartition(".")[0] for w in weights}
+    for name in values:
+        if name not in known:
+            raise BudgetError(f"{field}= names {name!r}; {did_you_mean(name, known - {''})}")
+    return [values.get(w.name, values.get(w.name.rpartition(".")[0])) for w in weights]

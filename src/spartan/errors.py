@@ -1,0 +1,68 @@
+"""What can go wrong, by name.
+
+Every message says what was given, what is possible and what to do about it. All errors derive
+from `SpartanError`; the command line prints their message and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpartanError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class BudgetError(SpartanError, ValueError):
+    """The budget is not a valid request, or cannot be reached on this model."""
+
+
+class PatternError(SpartanError, ValueError):
+    """The pattern does not fit a parameter's shape."""
+
+
+class PrunableError(SpartanError, ValueError):
+    """The choice of prunable parameters is empty or names something unknown."""
+
+
+class MethodError(SpartanError, ValueError):
+    """A method's setting is out of range, or the method does not exist."""
+
+
+class ScheduleError(SpartanError, ValueError):
+    """The number of steps does not fit the schedule."""
+
+
+class StateError(SpartanError, RuntimeError):
+    """A saved state does not fit, or the sparsifier is in the wrong phase for the call."""
+
+
+class NonFiniteError(SpartanError, ArithmeticError):
+    """A weight or gradient is NaN or infinite."""
+
+
+class ConfigError(SpartanError, ValueError):
+    """An option of the command line or of a configuration file is wrong."""
+
+
+class DataError(SpartanError, ValueError):
+    """Training data is missing, unreadable or of an unexpected form."""
+
+
+class FileError(SpartanError, OSError):
+    """A file cannot be read or written, or its content is damaged."""
+
+
+class MissingExtraError(SpartanError, ImportError):
+    """An optional dependency is needed and not installed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence that offers `known` names for an unknown `name`."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
+    return f"known: {shown}"

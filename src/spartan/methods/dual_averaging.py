@@ -1,0 +1,83 @@
+r"""Dual averaging, or Top-KAST (Jayakumar et al., NeurIPS 2020).
+
+The forward pass uses the top |θ| only; a larger set receives gradients:
+
+    A = top k of |θ|,  B = top k_B of |θ|,  A ⊆ B
+    w = θ · 1_A                      forward
+    dL/dθ = G · 1_B                  straight-through; 1 everywhere for a dense backward pass
+
+so pruned weights keep accumulating gradients and enter A when they have grown. The penalty that
+Top-KAST puts on θ is the weight decay of the user's optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from spartan.errors import MethodError
+from spartan.methods.base import Group, Method, Site, mask_gradients
+from spartan.schedules import check_fraction, check_shape, progress
+
+
+@dataclass(frozen=True)
+class DualAveraging(Method):
+    """Hard top-k forward, straight-through gradients to a larger set.
+
+    Attributes:
+        backward_density: Fraction of the units that receive gradients; 1.0 is dense.
+        warmup: Fraction of the run over which the density falls from 1 to the target.
+        finetune: Last fraction of the run: the masks are fixed, and only kept weights train.
+        annealing: Shape of the density schedule.
+
+    Raises:
+        MethodError: A setting is out of range.
+
+    Source: Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020; with
+    `backward_density=1` the dual averaging baseline of Tai et al., NeurIPS 2022.
+    """
+
+    backward_density: float = 1.0
+    warmup: float = 0.2
+    finetune: float = 0.2
+    annealing: Literal["linear", "cosine"] = "linear"
+
+    name: ClassVar[str] = "dual-averaging"
+    summary: ClassVar[str] = "hard top-k forward, straight-through gradients (Top-KAST)"
+    paper: ClassVar[str] = "Jayakumar et al., NeurIPS 2020"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.backward_density <= 1:
+            raise MethodError(f"backward_density={self.backward_density} must lie in (0, 1].")
+        check_fraction("warmup", self.warmup)
+        check_fraction("finetune", self.finetune)
+        check_shape("annealing", self.annealing)
+
+    def moves_masks(self, step: int, total_steps: int) -> bool:
+        return step <= self._last_update(total_steps)
+
+    def select(self, group: Group, step: int, total_steps: int) -> None:
+        fraction = progress(step, int(self.warmup * total_steps), self.annealing)
+        if step >= total_steps:
+            fraction = 1.0
+        sites, budget = group.contenders(fraction)
+        if not sites:
+            return
+        scores = [site.scores() for site in sites]
+        for site, mask in zip(sites, group.select(sites, scores, budget).masks, strict=True):
+            site.mask = mask
+        if self.backward_density < 1.0:
+            wider = max(budget, group.share.of(self.backward_density))
+            backward = group.select(sites, scores, wider)
+            for site, mask in zip(sites, backward.masks, strict=True):
+                site.tensors["backward"] = mask
+
+    def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
+        if step >= self._last_update(total_steps):
+            mask_gradients(sites, [site.mask for site in sites])
+        elif self.backward_density < 1.0:
+            mask_gradients(sites, [site.tensors["backward"] for site in sites])
+
+    def _last_update(self, total_steps: int) -> int:
+        return total_steps - int(self.finetune * total_steps)

@@ -1,0 +1,33 @@
+"""Fixed masks: the zeros that are there stay, and the rest trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spartan.methods.base import Group, Method, Site, mask_gradients
+
+
+@dataclass(frozen=True)
+class Fixed(Method):
+    """Hold the zeros that the weights have when the sparsifier is made; `spartan.freeze` uses it.
+
+    A unit is kept if any of its weights is not zero. The budget must be the one that is there, or
+    larger.
+    """
+
+    name: ClassVar[str] = "fixed"
+    summary: ClassVar[str] = "fine-tune an already sparse model without losing its zeros"
+    paper: ClassVar[str] = ""
+
+    def moves_masks(self, step: int, total_steps: int) -> bool:
+        return step == 0
+
+    def select(self, group: Group, step: int, total_steps: int) -> None:
+        if step == 0:
+            for site in group.sites:
+                site.mask = site.scores() > 0
+
+    def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
+        mask_gradients(sites, [site.mask for site in sites])

@@ -1,0 +1,183 @@
+"""How a weight divides into units that live or die together.
+
+A pattern pools a weight-shaped tensor into one number per unit and spreads unit values back over
+the weight. Everything that selects or counts works on units and never looks at the pattern.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spartan.errors import PatternError
+from spartan.prunable import Prunable
+
+
+class Pattern(ABC):
+    """A division of weights into units."""
+
+    @abstractmethod
+    def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        """Return the shape of a tensor with one entry per unit.
+
+        Raises:
+            PatternError: The pattern does not fit the weight; the message names it.
+        """
+
+    @abstractmethod
+    def unit_numel(self, weight: Prunable) -> int:
+        """Return the number of weights in each unit."""
+
+    @abstractmethod
+    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
+        """Sum `x` (shape of the weight) over each unit; returns `unit_shape`."""
+
+    @abstractmethod
+    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
+        """Repeat each unit's value over its weights; returns the weight's shape."""
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Every weight is a unit."""
+
+    def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        return tuple(weight.shape)
+
+    def unit_numel(self, weight: Prunable) -> int:
+        return 1
+
+    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
+        return x
+
+    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
+        return units
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Blocks of `rows` outputs × `cols` inputs; for convolutions, at one kernel position.
+
+    Attributes:
+        rows: Block size along the output dimension.
+        cols: Block size along the input dimension (per group, for grouped convolutions).
+    """
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise PatternError(f"Block({self.rows}, {self.cols}): both sizes must be at least 1.")
+
+    def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        out, inputs, *kernel = weight.oriented_shape
+        if out % self.rows or inputs % self.cols:
+            raise PatternError(
+                f"Blocks of {self.rows}x{self.cols} do not divide {weight.name!r} with {out} "
+                f"outputs and {inputs} inputs; choose sizes that divide it, or exclude it."
+            )
+        return (out // self.rows, inputs // self.cols, *kernel)
+
+    def unit_numel(self, weight: Prunable) -> int:
+        return self.rows * self.cols
+
+    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
+        out, inputs, *kernel = self.unit_shape(weight)
+        blocks = weight.oriented(x).reshape(out, self.rows, inputs, self.cols, *kernel)
+        return blocks.sum(dim=(1, 3))
+
+    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
+        out, inputs, *kernel = units.shape
+        blocks = units[:, None, :, None].expand(out, self.rows, inputs, self.cols, *kernel)
+        return weight.oriented(blocks.reshape(weight.oriented_shape))
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """Exactly `n` of every `m` consecutive weights along the input dimension stay.
+
+    Units are single weights, held as rows of `m`; each row has its own small budget.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise PatternError(f"NM({self.n}, {self.m}): 1 <= n <= m must hold.")
+
+    def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        inputs = weight.oriented_shape[1]
+        if inputs % self.m:
+            raise PatternError(
+                f"{self.n}:{self.m} needs inputs in groups of {self.m}, but {weight.name!r} has "
+                f"{inputs} inputs; choose another pattern, or exclude it."
+            )
+        return (weight.parameter.numel() // self.m, self.m)
+
+    def unit_numel(self, weight: Prunable) -> int:
+        return 1
+
+    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
+        return weight.oriented(x).movedim(1, -1).reshape(-1, self.m)
+
+    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
+        out, inputs, *kernel = weight.oriented_shape
+        return weight.oriented(units.reshape(out, *kernel, inputs).movedim(-1, 1))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Channel(Pattern):
+    """A unit is everything that computes one output: a row of a Linear, a filter of a conv."""
+
+    def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        return (weight.oriented_shape[0],)
+
+    def unit_numel(self, weight: Prunable) -> int:
+        return weight.parameter.numel() // weight.oriented_shape[0]
+
+    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
+        return weight.oriented(x).flatten(1).sum(dim=1)
+
+    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
+        shape = weight.oriented_shape
+        return weight.oriented(units.reshape(-1, *[1] * (len(shape) - 1)).expand(shape))
+
+    def __str__(self) -> str:
+        return "channel"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern from its short name.
+
+    Args:
+        text: `unstructured`, `channel`, `block:ROWSxCOLS` or `N:M`, as `str(pattern)` writes it.
+
+    Raises:
+        PatternError: The text is none of these.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    if text == "channel":
+        return Channel()
+    if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
+        return Block(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    raise PatternError(
+        f"Unknown pattern {text!r}; write unstructured, channel, block:ROWSxCOLS (block:16x16) "
+        "or N:M (2:4)."
+    )

@@ -1,0 +1,505 @@
+"""The seam: everything a method does happens around `optimizer.step()`.
+
+                     model sees            optimizer sees
+ forward, backward   w = materialize(θ)
+ before the step     grad_θ = pull_back(grad_w),  parameter ← θ
+ optimizer.step                             θ ← θ - lr · …(grad_θ)
+ after the step      masks ← select(θ);     parameter ← materialize(θ)
+
+The parameter objects keep their identity; values are copied in place. No module is touched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from spartan.budget import Budget, Share
+from spartan.errors import NonFiniteError, ScheduleError, SpartanError, StateError
+from spartan.methods.base import Group, Method, Site
+from spartan.patterns import Pattern, Unstructured
+from spartan.prunable import NameFilter, Prunable, find_prunable
+from spartan.summary import LayerSummary, summarize_masks
+
+_STATE_VERSION = 1
+
+
+class Sparsifier:
+    """Keeps a model at an exact budget while its optimizer trains it.
+
+    Args:
+        model: Any module; it is not modified, except for the values of its prunable weights.
+        optimizer: The optimizer, or several. A step is complete, and masks move, when the last
+            of them has stepped. The price that couples Spartan's gradients spans the weights of
+            one optimizer. None hooks every optimizer that steps a prunable weight.
+        method: How masks are found; see `spartan.methods`.
+        budget: How much may stay.
+        total_steps: Optimizer steps of the whole run; None only for methods without a schedule.
+        pattern: What a unit is.
+        include: Which parameters are prunable, see `find_prunable`.
+        exclude: Which are not.
+
+    Between steps every prunable parameter holds w, exactly sparse; inside `optimizer.step()` it
+    holds the latent θ. Parameters in which something else writes between steps (loading weights,
+    averaging) are noticed at the next step: the written values become the new θ, with a warning.
+    A step whose gradients or weights are not finite raises before it does harm, and names itself.
+
+    Raises:
+        SpartanError: One of its children, for any argument that does not fit, before anything is
+            changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        method: Method,
+        budget: Budget,
+        total_steps: int | None,
+        pattern: Pattern | None = None,
+        include: NameFilter | None = None,
+        exclude: NameFilter | None = None,
+    ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise ScheduleError(f"total_steps={total_steps} must be at least 1.")
+        self.model = model
+        self.method = method
+        self.budget = budget
+        self.pattern = pattern or Unstructured()
+        self.total_steps = total_steps
+        self.step = 0
+
+        weights = find_prunable(model, include, exclude)
+        shares = budget.plan(model, weights, self.pattern)
+        self._optimizers = _as_list(optimizer)
+        self._owned = {opt: _indices_in(opt, weights) for opt in self._optimizers}
+        self._check_optimizers(weights)
+        for weight in weights:
+            if not bool(torch.isfinite(weight.parameter).all()):
+                raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")
+
+        self.groups = [_make_group(share, weights, self.pattern) for share in shares]
+        by_name = {site.name: site for group in self.groups for site in group.sites}
+        self.sites = [by_name[weight.name] for weight in weights]
+        self._versions = [0] * len(self.sites)
+        self._inside: list[Site] = []  # sites whose parameter holds θ: a step is under way
+        self._warned_write = False
+        if self.method.moves_masks(0, self._horizon):
+            self._move_masks()
+        self._write(self.sites)
+        self._handles = self._register_hooks()
+
+    # What the user asks -------------------------------------------------------------------------
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the prunable weights, counted in the masks."""
+        kept = sum(s.kept * self.pattern.unit_numel(s.weight) for s in self.sites)
+        return kept / sum(s.latent.numel() for s in self.sites)
+
+    @property
+    def finalized(self) -> bool:
+        """Whether `finalize` was called."""
+        return not self._handles
+
+    def layers(self) -> list[LayerSummary]:
+        """Return what each prunable weight keeps, in the order of the model."""
+        return summarize_masks(self.groups, self.pattern)
+
+    def monitor(self) -> dict[str, float]:
+        """Return density and the method's numbers, averaged over groups."""
+        rows = [self.method.monitor(group) for group in self.groups]
+        keys = {key for row in rows for key in row}
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in sorted(keys)}
+        return {"density": self.density, **means}
+
+    def finalize(self) -> None:
+        """Leave plain, exactly sparse weights and no hook; the sparsifier is done.
+
+        Called before the schedule has reached the budget, it selects once more, at the budget.
+        """
+        self._require_attached()
+        self._leave_step()
+        for site in self.sites:
+            site.active = True
+        if self.step < self._horizon and not self._at_budget():
+            warnings.warn(
+                f"finalize() at step {self.step} of {self.total_steps}, before the schedule "
+                "reached the budget: the rest is pruned at once.",
+                stacklevel=2,
+            )
+            for group in self.groups:
+                self.method.select(group, self._horizon, self._horizon)
+        self._write(self.sites)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for site in self.sites:
+            site.latent = torch.empty(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a bit-for-bit resume needs, as plain values and tensors.
+
+        The model's and the optimizer's own state dicts are saved beside it.
+        """
+        self._require_attached()
+        self._leave_step()
+        return {
+            "version": _STATE_VERSION,
+            "settings": self._settings(),
+            "step": self.step,
+            "sites": {
+                site.name: {
+                    "latent": site.latent.clone(),
+                    "mask": site.mask.clone(),
+                    **{key: value.clone() for key, value in site.tensors.items()},
+                }
+                for site in self.sites
+            },
+            "groups": [dict(group.numbers) for group in self.groups],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; also writes the sparse weights into the model.
+
+        Raises:
+            StateError: The state is of another model, method, budget or schedule. Nothing is
+                changed then.
+        """
+        self._require_attached()
+        self._check_state(state)
+        self._inside = []
+        self.step = int(state["step"])
+        for site in self.sites:
+            saved = dict(state["sites"][site.name])
+            site.latent.copy_(saved.pop("latent"))
+            site.mask = saved.pop("mask").to(site.mask.device, copy=True)
+            site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
+            site.active = True
+        for group, numbers in zip(self.groups, state["groups"], strict=True):
+            group.numbers = dict(numbers)
+        self._write(self.sites)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sparsifier({self.method}, pattern={self.pattern}, weights={len(self.sites)}, "
+            f"step={self.step}/{self.total_steps})"
+        )
+
+    # Around a step ------------------------------------------------------------------------------
+
+    def _register_hooks(self) -> list[Any]:
+        if not self._optimizers:
+            return [
+                register_optimizer_step_pre_hook(self._before_step),
+                register_optimizer_step_post_hook(self._after_step),
+            ]
+        return [
+            handle
+            for optimizer in self._optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+        ]
+
+    @torch.no_grad()
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        sites = self._sites_of(optimizer)
+        if not sites:
+            return None
+        self._leave_step()
+        if self.total_steps is not None and self.step >= self.total_steps:
+            raise ScheduleError(
+                f"This is step {self.step + 1}, but total_steps={self.total_steps}: call "
+                "finalize() after the last step, or make the sparsifier with more steps."
+            )
+        self._adopt_foreign_writes(sites)
+        args, kwargs, wrapped = _wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
+        if not wrapped:
+            self._pull_back(sites, skipped=_skips(optimizer))
+        self._inside = sites
+        for site in sites:
+            site.weight.parameter.copy_(site.latent)
+        return (args, kwargs) if wrapped else None
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        sites = self._inside
+        if not sites or self._sites_of(optimizer) != sites:
+            return
+        if _skips(optimizer):
+            self._leave_step()
+            return
+        for site, finite in zip(sites, _finite([s.weight.parameter for s in sites]), strict=True):
+            if not finite:
+                self._leave_step()
+                raise NonFiniteError(
+                    f"Step {self.step + 1} made the weight {site.name!r} NaN or infinite; the "
+                    "model keeps the weights from before it. Lower the learning rate or clip."
+                )
+        self._inside = []
+        for site in sites:
+            site.latent.copy_(site.weight.parameter)
+        if self._optimizers and optimizer is not self._optimizers[-1]:
+            self._write(sites)
+            return
+        self.step += 1
+        if self.method.moves_masks(self.step, self._horizon):
+            self._move_masks()
+            self._write(self.sites)
+        else:
+            self._write(sites)
+
+    def _closure(self, closure: Callable[[], Any], sites: list[Site]) -> Callable[[], Any]:
+        """Wrap a closure so that it sees w, and the optimizer the gradient of θ."""
+
+        def evaluate() -> Any:
+            with torch.no_grad():
+                for site in sites:
+                    site.latent.copy_(site.weight.parameter)
+                self._write(sites)
+            self._inside = []  # if the closure raises, the model holds w already
+            loss = closure()
+            with torch.no_grad():
+                self._pull_back(sites)
+                for site in sites:
+                    site.weight.parameter.copy_(site.latent)
+            self._inside = sites
+            return loss
+
+        return evaluate
+
+    def _pull_back(self, sites: list[Site], skipped: bool = False) -> None:
+        for site in sites:
+            site.active = site.grad is not None
+        active = [site for site in sites if site.active]
+        grads = [site.grad for site in active if site.grad is not None]
+        if not skipped:
+            for site, finite in zip(active, _finite(grads), strict=True):
+                if not finite:
+                    raise NonFiniteError(
+                        f"The gradient of {site.name!r} is NaN or infinite at step "
+                        f"{self.step + 1}; weights and masks are unchanged. Lower the learning "
+                        "rate, clip gradients, or use a GradScaler with float16."
+                    )
+        chosen = set(map(id, active))
+        for group in self.groups:
+            members = [site for site in group.sites if id(site) in chosen]
+            if members:
+                self.method.pull_back(group, members, self.step, self._horizon)
+
+    @torch.no_grad()
+    def _move_masks(self) -> None:
+        for group in self.groups:
+            self.method.select(group, self.step, self._horizon)
+
+    @torch.no_grad()
+    def _write(self, sites: Iterable[Site]) -> None:
+        """Parameter ← w."""
+        chosen = set(map(id, sites))
+        for i, site in enumerate(self.sites):
+            if id(site) in chosen:
+                site.weight.parameter.copy_(self.method.materialize(site))
+                self._versions[i] = site.weight.parameter._version
+
+    def _leave_step(self) -> None:
+        """Restore w where a step was begun and did not end, by an exception or a skip."""
+        if self._inside:
+            sites, self._inside = self._inside, []
+            self._write(sites)
+
+    def _adopt_foreign_writes(self, sites: list[Site]) -> None:
+        chosen = set(map(id, sites))
+        for i, site in enumerate(self.sites):
+            parameter = site.weight.parameter
+            if parameter.device != site.latent.device or parameter.dtype != site.latent.dtype:
+                raise StateError(
+                    f"{site.name!r} moved from {site.latent.device}, {site.latent.dtype} to "
+                    f"{parameter.device}, {parameter.dtype}: move the model before making the "
+                    "sparsifier."
+                )
+            if id(site) not in chosen or parameter._version == self._versions[i]:
+                continue
+            written = parameter != self.method.materialize(site)
+            if bool(written.any()):
+                site.latent.copy_(torch.where(written, parameter, site.latent))
+                if not self._warned_write:
+                    warnings.warn(
+                        f"{site.name!r} was written outside the optimizer since step {self.step}; "
+                        "the written values are taken as the new weights. To resume a run, load "
+                        "the sparsifier's state after the model's.",
+                        stacklevel=2,
+                    )
+                    self._warned_write = True
+
+    # Small parts --------------------------------------------------------------------------------
+
+    @property
+    def _horizon(self) -> int:
+        return self.total_steps if self.total_steps is not None else 2**62
+
+    def _sites_of(self, optimizer: Optimizer) -> list[Site]:
+        if optimizer not in self._owned:
+            if self._optimizers:
+                return []
+            # A new optimizer, seen through the global hooks.
+            self._owned[optimizer] = _indices_in(optimizer, [s.weight for s in self.sites])
+        return [self.sites[i] for i in self._owned[optimizer]]
+
+    def _check_optimizers(self, weights: list[Prunable]) -> None:
+        if not self._optimizers:
+            return
+        if not self._owned[self._optimizers[-1]]:
+            raise StateError(
+                "The last optimizer steps no prunable weight, so masks would never move; give the "
+                "optimizers that train the model, made from its present parameters."
+            )
+        stepped = {i for indices in self._owned.values() for i in indices}
+        missing = [w.name for i, w in enumerate(weights) if i not in stepped]
+        if missing:
+            warnings.warn(
+                f"No optimizer steps {', '.join(map(repr, missing))}: masked, but not trained. "
+                "Exclude them to keep them dense.",
+                stacklevel=3,
+            )
+
+    def _at_budget(self) -> bool:
+        return all(group.kept <= group.share.kept for group in self.groups)
+
+    def _require_attached(self) -> None:
+        if self.finalized:
+            raise StateError("This sparsifier was finalized; make a new one.")
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "method": self.method.settings(),
+            "pattern": str(self.pattern),
+            "total_steps": self.total_steps,
+            "budgets": [[group.share.kept, group.share.total] for group in self.groups],
+        }
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _STATE_VERSION:
+            raise StateError(
+                f"The state has version {state.get('version')!r}, this is {_STATE_VERSION}."
+            )
+        mine = self._settings()
+        for key, value in state["settings"].items():
+            if mine.get(key) != value:
+                raise StateError(
+                    f"The state was saved with {key}={value}, this sparsifier has "
+                    f"{key}={mine.get(key)}: resume with the settings the run was begun with."
+                )
+        saved = state["sites"]
+        if set(saved) != {site.name for site in self.sites}:
+            other = sorted(set(saved) ^ {site.name for site in self.sites})
+            raise StateError(f"The state is of another model; it differs in {', '.join(other)}.")
+        for site in self.sites:
+            latent, mask = saved[site.name]["latent"], saved[site.name]["mask"]
+            if latent.shape != site.latent.shape or mask.shape != site.mask.shape:
+                raise StateError(
+                    f"The state holds {site.name!r} with shape {tuple(latent.shape)}, the model "
+                    f"has {tuple(site.latent.shape)}."
+                )
+
+
+def freeze(
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+) -> Sparsifier:
+    """Hold the zeros of an already sparse model while it is fine-tuned.
+
+    Args:
+        model: A model with exact zeros in some weights.
+        optimizer: The optimizer that fine-tunes it; None watches every optimizer of the process
+            that steps one of its weights, made before or after.
+        include: Which parameters to hold, see `find_prunable`.
+        exclude: Which not.
+
+    Returns:
+        The sparsifier that holds them. `finalize()` takes its hooks away.
+
+    Raises:
+        SpartanError: The model has no zeros to hold.
+    """
+    from spartan.methods.fixed import Fixed
+
+    weights = find_prunable(model, include, exclude)
+    kept = {w.name: int(torch.count_nonzero(w.parameter)) for w in weights}
+    sparse = {w.name: kept[w.name] / w.parameter.numel() for w in weights}
+    if all(density == 1.0 for density in sparse.values()):
+        raise SpartanError("None of the model's prunable weights has a zero to hold.")
+    budget = Budget(allocation=sparse)
+    return Sparsifier(model, optimizer, Fixed(), budget, None, include=include, exclude=exclude)
+
+
+def _make_group(share: Share, weights: list[Prunable], pattern: Pattern) -> Group:
+    members = [weights[i] for i in share.members]
+    shapes = [pattern.unit_shape(w) for w in members]
+    units = sum(torch.Size(shape).numel() for shape in shapes)
+    mean_numel = sum(w.parameter.numel() for w in members) / units
+    sites = [
+        Site(
+            weight=weight,
+            pattern=pattern,
+            cost=cost,
+            divisor=cost * mean_numel,
+            latent=weight.parameter.detach().clone(),
+            mask=torch.ones(shape, dtype=torch.bool, device=weight.parameter.device),
+        )
+        for weight, cost, shape in zip(members, share.costs, shapes, strict=True)
+    ]
+    return Group(sites, share)
+
+
+def _as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def _indices_in(optimizer: Optimizer, weights: list[Prunable]) -> list[int]:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [i for i, weight in enumerate(weights) if id(weight.parameter) in stepped]
+
+
+def _wrap_closure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wrap: Callable[[Callable[[], Any]], Callable[[], Any]],
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """Replace the closure among the arguments of `optimizer.step(optimizer, closure)`."""
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}, True
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], wrap(args[1]), *args[2:]), kwargs, True
+    return args, kwargs, False
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer under a GradScaler skips this step inside its kernel."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def _finite(tensors: list[Tensor]) -> list[bool]:
+    """Say of each tensor whether all entries are finite, with one read-back."""
+    if not tensors:
+        return []
+    largest = torch._foreach_norm(tensors, torch.inf)
+    finite: list[bool] = torch.isfinite(torch.stack([x.float() for x in largest])).tolist()
+    return finite

@@ -1,0 +1,1 @@
+"""The trainer behind the command line: data, models, loop, checkpoints."""
