@@ -104,7 +104,7 @@ class Sparsifier:
     def density(self) -> float:
         """Kept fraction of the prunable weights, counted in the masks."""
         kept = sum(s.kept * self.pattern.unit_numel(s.weight) for s in self.sites)
-        return kept / sum(s.latent.numel() for s in self.sites)
+        return kept / sum(s.weight.parameter.numel() for s in self.sites)
 
     @property
     def finalized(self) -> bool:

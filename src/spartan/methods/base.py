@@ -28,6 +28,7 @@ from spartan.patterns import Pattern
 from spartan.prunable import Prunable
 from spartan.selection import hard
 from spartan.selection.hard import Selection
+from spartan.selection.packing import Packing
 
 
 @dataclass(eq=False)
@@ -119,7 +120,9 @@ class Group:
     def select(self, sites: Sequence[Site], scores: Sequence[Tensor], budget: float) -> Selection:
         """Select the units with the highest scores that fit the budget."""
         if not self.share.rows:
-            return hard.select(scores, [site.cost for site in sites], budget)
+            packing = Packing(scores, [site.cost for site in sites])
+            joined = hard.select(packing.join(scores), packing.costs, budget)
+            return Selection(packing.split(joined.masks), joined.threshold)
         return Selection([hard.select_rows(s, round(budget)) for s in scores], math.nan)
 
     @property

@@ -31,7 +31,9 @@ from torch import Tensor
 from spartan.errors import MethodError
 from spartan.methods.base import Group, Method, Site
 from spartan.schedules import check_fraction, check_shape, interpolate, progress
-from spartan.selection import hard, soft
+from spartan.selection import soft
+from spartan.selection.hard import Selection
+from spartan.selection.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class Spartan(Method):
             return
         scores = [site.scores() for site in sites]
         selection = group.select(sites, scores, budget)
-        target = budget if fraction == 1.0 else group.share.kept
-        beta = self._beta(group, sites, scores, target, step, total_steps)
+        if self.beta_scale == "relative":
+            at_target = selection
+            if fraction < 1.0:
+                at_target = group.select(sites, scores, group.share.kept)
+            group.numbers["scale"] = _scale(scores, at_target)
+        beta = self._beta(group, sites, step, total_steps)
         if group.share.rows:
             masks = [
                 _soft_rows(s, h, budget, beta) for s, h in zip(scores, selection.masks, strict=True)
@@ -139,8 +145,6 @@ class Spartan(Method):
         self,
         group: Group,
         sites: Sequence[Site],
-        scores: Sequence[Tensor],
-        target: float,
         step: int,
         total_steps: int,
     ) -> float:
@@ -148,9 +152,7 @@ class Spartan(Method):
         fraction = progress(step, self._last_update(total_steps), self.annealing)
         if self.beta_scale == "absolute":
             return interpolate(start, end * math.sqrt(_mean_unit_numel(sites)), fraction)
-        scale = _scale(group, sites, scores, target)
-        group.numbers["scale"] = scale
-        return interpolate(start, end, fraction) / scale
+        return interpolate(start, end, fraction) / group.numbers["scale"]
 
 
 def _soft_masks(
@@ -165,10 +167,12 @@ def _soft_masks(
     start = 0.0
     if "threshold" in group.numbers and math.isfinite(threshold):
         start = beta * (threshold - group.numbers["threshold"])
-    dual = soft.solve(scores, [site.cost for site in sites], budget, beta, threshold, start)
+    packing = Packing(scores, [site.cost for site in sites])
+    joined = packing.join(scores)
+    dual = soft.solve(joined, packing.costs, budget, beta, threshold, start)
     if math.isfinite(dual.mu):
         group.numbers["threshold"] = dual.threshold
-    return [dual.mask(s) for s in scores]
+    return packing.split([dual.mask(s) for s in joined])
 
 
 def _soft_rows(scores: Tensor, mask: Tensor, kept: float, beta: float) -> Tensor:
@@ -179,14 +183,15 @@ def _soft_rows(scores: Tensor, mask: Tensor, kept: float, beta: float) -> Tensor
     return soft.soft_rows(scores, kept, beta, threshold)
 
 
-def _scale(group: Group, sites: Sequence[Site], scores: Sequence[Tensor], target: float) -> float:
-    """Return the hard threshold at the target budget, or the mean score where that is zero."""
-    if group.share.rows:
-        kept = [hard.select_rows(s, round(target)) for s in scores]
-        tops = [torch.where(h, s, math.inf).amin(1) for s, h in zip(scores, kept, strict=True)]
+def _scale(scores: Sequence[Tensor], selection: Selection) -> float:
+    """Return the hard threshold, averaged over rows, or the mean score where that is zero."""
+    threshold = selection.threshold
+    if math.isnan(threshold):
+        tops = [
+            torch.where(mask, s, math.inf).amin(1)
+            for s, mask in zip(scores, selection.masks, strict=True)
+        ]
         threshold = float(torch.cat(tops).double().mean())
-    else:
-        threshold = hard.threshold_of(scores, [site.cost for site in sites], target)
     if math.isfinite(threshold) and threshold > 0:
         return threshold
     mean = sum(float(s.sum(dtype=torch.float64)) for s in scores) / sum(s.numel() for s in scores)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from spartan.errors import BudgetError
 
-_DIGIT_BITS = 16
-_BINS = 1 << _DIGIT_BITS
+# Bits of each radix digit, from the top, by bytes per key. Few bins keep small tensors cheap; one
+# digit leaves only the entries near the boundary for the next.
+_DIGITS = {4: (12, 10, 10), 8: (12, 13, 13, 13, 13)}
 # Kept costs are compared with this relative slack, so that a sum such as 3 x 0.1 still fits 0.3.
 _SLACK = 1e-12
 
@@ -134,27 +135,27 @@ def _boundary(
 ) -> tuple[int, float]:
     """Return the key of the boundary entry and the budget left for the entries that tie with it.
 
-    Digit by digit from the top: a histogram of the next 16 bits over the entries that share the
+    Digit by digit from the top: a histogram of the next bits over the entries that share the
     boundary's leading bits says which digit the boundary has.
     """
     keys = [_to_key(s.flatten()) for s in scores]
     flat_costs = [c.flatten() if isinstance(c, Tensor) else c for c in costs]
-    bits = 8 * keys[0].element_size()
+    shift = 8 * keys[0].element_size()
     boundary = 0
-    for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        histogram = torch.zeros(_BINS, dtype=torch.float64, device=keys[0].device)
-        top = shift == bits - _DIGIT_BITS
+    for level, bits in enumerate(_DIGITS[keys[0].element_size()]):
+        shift -= bits
+        bins = 1 << bits
+        histogram = torch.zeros(bins, dtype=torch.float64, device=keys[0].device)
         for key, cost in zip(keys, flat_costs, strict=True):
-            digit = key >> shift
-            digit = digit + _BINS // 2 if top else digit & (_BINS - 1)
-            histogram += _histogram(digit, cost)
+            # The top digit carries the sign: shift it up to count from zero.
+            digit = (key >> shift) + bins // 2 if level == 0 else (key >> shift) & (bins - 1)
+            histogram += _histogram(digit, cost, bins)
         from_top = histogram.flip(0).cumsum(0)
         # The first digit, from the top, at which the budget is reached.
-        place = int(torch.searchsorted(from_top, budget * (1 - _SLACK)).clamp_(max=_BINS - 1))
-        digit_value = _BINS - 1 - place
+        place = int(torch.searchsorted(from_top, budget * (1 - _SLACK)).clamp_(max=bins - 1))
         budget -= float(from_top[place - 1]) if place > 0 else 0.0
-        signed = digit_value - _BINS // 2 if top else digit_value
-        boundary = (boundary << _DIGIT_BITS) + signed
+        digit_value = bins - 1 - place
+        boundary = (boundary << bits) + digit_value - (bins // 2 if level == 0 else 0)
         if shift:
             same = [(key >> shift) == boundary for key in keys]
             keys = [key[pick] for key, pick in zip(keys, same, strict=True)]
@@ -165,10 +166,10 @@ def _boundary(
     return boundary, budget
 
 
-def _histogram(digit: Tensor, cost: float | Tensor) -> Tensor:
+def _histogram(digit: Tensor, cost: float | Tensor, bins: int) -> Tensor:
     if isinstance(cost, Tensor):
-        return torch.bincount(digit, weights=cost.double(), minlength=_BINS)
-    return torch.bincount(digit, minlength=_BINS) * float(cost)
+        return torch.bincount(digit, weights=cost.double(), minlength=bins)
+    return torch.bincount(digit, minlength=bins) * float(cost)
 
 
 def _take_ties(mask: Tensor, ties: Tensor, cost: float | Tensor, left: float) -> float:

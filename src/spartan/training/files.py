@@ -1,0 +1,125 @@
+"""Files that are either whole or not there, and states as safetensors + JSON, without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spartan.errors import FileError
+
+_KEY = "spartan"  # metadata entry that holds the JSON part
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` produce a temporary file beside `path`, then move it there.
+
+    Raises:
+        FileError: Writing failed (disk full, no permission); what was at `path` before is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise FileError(
+            f"Cannot write {str(path)!r}: {error}. Nothing that was written before is lost; free "
+            "space or choose another folder."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda temporary: _write_and_close(temporary, text))
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a nested state of dicts, lists, tensors and plain values into one safetensors file.
+
+    The tensors are stored under their path in the nesting; the rest is JSON in the file's
+    metadata, with a reference where a tensor was.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _detach(state, "", tensors)
+    save_tensors(path, tensors, skeleton)
+
+
+def load_state(path: Path) -> Any:
+    """Read what `save_state` wrote.
+
+    Raises:
+        FileError: The file is missing, truncated or of another kind.
+    """
+    tensors, skeleton = load_tensors(path)
+    if skeleton is None:
+        raise FileError(f"{str(path)!r} is not a checkpoint of this program.")
+    return _attach(skeleton, tensors)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> None:
+    """Write named tensors and a JSON value into a safetensors file, atomically."""
+    own = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    header = {_KEY: json.dumps(metadata), "format": "pt"}
+    write_atomically(path, lambda temporary: save_file(own, temporary, header))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Read named tensors, and the JSON value written with them (None in files of others).
+
+    Raises:
+        FileError: The file is missing, unreadable or damaged.
+    """
+    if not path.is_file():
+        raise FileError(f"There is no file {str(path)!r}.")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            text = (file.metadata() or {}).get(_KEY)
+        return tensors, None if text is None else json.loads(text)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FileError(f"{str(path)!r} is damaged or not a safetensors file: {error}.") from error
+
+
+def _detach(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace tensors by references, and dicts by lists of pairs (their keys may be integers)."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"dict": [[k, _detach(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_detach(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"{path} holds a {type(value).__name__}, which a state cannot hold.")
+
+
+def _attach(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = skeleton.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _attach(value, tensors) for key, value in content}
+    if kind == "list":
+        return [_attach(value, tensors) for value in content]
+    if kind == "tuple":
+        return tuple(_attach(value, tensors) for value in content)
+    return content
+
+
+def _write_and_close(path: Path, text: str) -> None:
+    path.write_text(text)

@@ -1,0 +1,51 @@
+"""Metrics rows: JSON lines always, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from spartan.errors import FileError
+from spartan.training.files import write_text
+from spartan.training.run import Run
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` and TensorBoard.
+
+    Args:
+        run: The run folder.
+        step: Step the run continues from; rows after it, from before an interruption, are dropped.
+    """
+
+    def __init__(self, run: Run, step: int) -> None:
+        rows = [row for row in run.metrics() if row["step"] <= step]
+        write_text(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._path = run.metrics_path
+        self._file = run.metrics_path.open("a")
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(
+            str(run.tensorboard_path), purge_step=step + 1 if step else None
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; `step` and `split` say where it belongs, numbers are plotted."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise FileError(f"Cannot write {str(self._path)!r}: {error.strerror}.") from error
+        if self._board is not None:
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{row['split']}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

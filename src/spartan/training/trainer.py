@@ -1,0 +1,346 @@
+"""The training loop: an ordinary one, with a sparsifier on its optimizer.
+
+All randomness of a step is a function of the seed and the step, and of an epoch's order a function
+of the seed and the epoch. A checkpoint therefore needs no generator state to resume exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from spartan.errors import ConfigError, StateError
+from spartan.sparsifier import Sparsifier
+from spartan.training.config import TrainConfig
+from spartan.training.data import ImageData, Images, augment, batches, normalize
+from spartan.training.files import load_state, save_state, save_tensors
+from spartan.training.interrupt import InterruptedRunError, SignalGuard
+from spartan.training.metrics import MetricsLog
+from spartan.training.models import build_model, example_input
+from spartan.training.run import Run
+
+Row = dict[str, Any]
+_LOG_ROWS = 200  # training rows written over a whole run, at most one a step
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: All options.
+        data: The images.
+
+    Raises:
+        SpartanError: An option does not fit; nothing is written then.
+    """
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        self.config = config
+        self.data = data
+        self.device = pick_device(config.device)
+        self.steps_per_epoch = math.ceil(len(data.train.labels) / config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.step = 0
+
+        torch.manual_seed(_seed(config.seed, "init", 0))
+        self.model = build_model(config.model, data.channels, data.size, len(data.classes))
+        self.model.to(self.device)
+        self.optimizer, self.peak_lr = make_optimizer(config, self.model)
+        self.sparsifier = Sparsifier(
+            self.model,
+            self.optimizer,
+            config.make_method(),
+            config.make_budget(example_input(data.channels, data.size, device=self.device)),
+            self.total_steps,
+            pattern=config.make_pattern(),
+            include=config.include or None,
+            exclude=config.exclude or None,
+        )
+        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        self._autocast = torch.autocast(self.device.type, half, enabled=config.amp)
+        self._scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.amp and self.device.type == "cuda"
+        )
+        self._forward: Callable[[Tensor], Tensor] = (
+            torch.compile(self.model) if config.compile else self.model
+        )
+        self._tally = torch.zeros(3, dtype=torch.float64)  # loss sum, correct, images
+        self._masks_before = self._masks()
+
+    def fit(self, run: Run, show: Callable[[Row], None], tick: Callable[[int, Row], None]) -> Row:
+        """Train to the end and write the final model.
+
+        Args:
+            run: Folder to write to.
+            show: Called with each row of the test split.
+            tick: Called after each step with the step and the latest training row.
+
+        Returns:
+            The last row of the test split.
+
+        Raises:
+            InterruptedRunError: A signal came; a checkpoint is written.
+        """
+        log = MetricsLog(run, self.step)
+        try:
+            with SignalGuard() as guard:
+                while self.step < self.total_steps:
+                    self._train_epoch(run, log, tick, guard)
+                    epoch = self.step // self.steps_per_epoch
+                    last = self.step == self.total_steps
+                    if not last:
+                        show(self._log_test(log))
+                    if last or guard.received or epoch % self.config.checkpoint_every == 0:
+                        self.save(run)
+                    if guard.received is not None and not last:
+                        self._stop(run, guard.received)
+            self.sparsifier.finalize()
+            row = self._log_test(log)
+            save_tensors(run.model_path, self.model.state_dict(), self.facts())
+            return row
+        finally:
+            log.close()
+
+    def evaluate(self) -> tuple[float, float]:
+        """Return mean loss and accuracy on the held-out images."""
+        return evaluate(self.model, self.data.test, self.data, self.device, self.config)
+
+    def facts(self) -> Row:
+        """Return what a reader of the saved model needs to know."""
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "images": {
+                "channels": self.data.channels,
+                "size": self.data.size,
+                "classes": self.data.classes,
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+            },
+            "method": self.sparsifier.method.settings(),
+            "pattern": str(self.sparsifier.pattern),
+            "layers": [
+                {"name": r.name, "units": r.units, "kept_units": r.kept_units, "cost": r.cost}
+                for r in self.sparsifier.layers()
+            ],
+            "budgets": [[g.share.kept, g.share.total] for g in self.sparsifier.groups],
+        }
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint."""
+        save_state(
+            run.checkpoint_path,
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self._scaler.state_dict(),
+                "sparsifier": self.sparsifier.state_dict(),
+                "tally": self._tally,
+                "masks_before": self._masks_before,
+                "facts": self.facts(),
+            },
+        )
+
+    def load(self, run: Run) -> None:
+        """Continue from the run's checkpoint.
+
+        Raises:
+            StateError: The checkpoint is of other settings; nothing is changed.
+            FileError: It is damaged.
+        """
+        state = load_state(run.checkpoint_path)
+        try:
+            if state["facts"]["total_steps"] != self.total_steps:
+                raise StateError(
+                    f"The checkpoint is of a run of {state['facts']['total_steps']} steps, this "
+                    f"one has {self.total_steps}: has the data changed?"
+                )
+            self.model.load_state_dict(state["model"])
+            self.sparsifier.load_state_dict(state["sparsifier"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._scaler.load_state_dict(state["scaler"])
+            self.step = state["step"]
+            self._tally = state["tally"]
+            self._masks_before = state["masks_before"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            if isinstance(error, StateError):
+                raise
+            raise StateError(f"{str(run.checkpoint_path)!r} does not fit: {error}") from error
+
+    # One epoch ----------------------------------------------------------------------------------
+
+    def _train_epoch(
+        self, run: Run, log: MetricsLog, tick: Callable[[int, Row], None], guard: SignalGuard
+    ) -> None:
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.data.train.labels), generator=generator).tolist()
+        every = max(1, self.total_steps // _LOG_ROWS)
+        self.model.train()
+        latest: Row = {}
+        clock = time.perf_counter()
+        stream = batches(self.data.train, self.config.batch_size, order, first, self.config.workers)
+        for images, labels in stream:
+            self._train_step(images, labels)
+            if self.step % every == 0 or self.step % self.steps_per_epoch == 0:
+                latest = self._train_row(time.perf_counter() - clock)
+                clock = time.perf_counter()
+                log.write(latest)
+            tick(self.step, latest)
+            if guard.received is not None and self.step % self.steps_per_epoch:
+                self.save(run)
+                self._stop(run, guard.received)
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        config = self.config
+        torch.manual_seed(_seed(config.seed, "step", self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_lr * lr_factor(config, self.step, self.total_steps)
+        images, labels = images.to(self.device), labels.to(self.device)
+        inputs = normalize(images, self.data)
+        if config.augment:
+            shifts = torch.Generator().manual_seed(_seed(config.seed, "augment", self.step))
+            inputs = augment(inputs, self.data.flip, shifts)
+        with self._autocast:
+            logits = self._forward(inputs)
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        self.optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        if config.clip is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.step += 1
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+            counts = torch.stack((loss * len(labels), correct)).double()
+            self._tally = self._tally.to(self.device)
+            self._tally[:2] += counts
+            self._tally[2] += len(labels)
+
+    def _stop(self, run: Run, signum: int) -> None:
+        raise InterruptedRunError(
+            f"Stopped after step {self.step} of {self.total_steps}. To continue: "
+            f"spartan train --resume {run.folder}",
+            signum,
+        )
+
+    # Rows ---------------------------------------------------------------------------------------
+
+    def _train_row(self, seconds: float) -> Row:
+        loss, correct, images = self._tally.tolist()
+        self._tally = torch.zeros(3, dtype=torch.float64)
+        masks = self._masks()
+        changed = sum(int((masks[k] != self._masks_before[k]).sum()) for k in masks)
+        self._masks_before = masks
+        return {
+            "split": "train",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "loss": loss / images,
+            "accuracy": correct / images,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "churn": changed / sum(mask.numel() for mask in masks.values()),
+            "images_per_second": images / seconds,
+            **self.sparsifier.monitor(),
+        }
+
+    def _log_test(self, log: MetricsLog) -> Row:
+        loss, accuracy = self.evaluate()
+        row = {
+            "split": "test",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "loss": loss,
+            "accuracy": accuracy,
+            "density": self.sparsifier.density,
+        }
+        log.write(row)
+        return row
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {site.name: site.mask for site in self.sparsifier.sites}
+
+
+def evaluate(
+    model: nn.Module, images: Images, data: ImageData, device: torch.device, config: TrainConfig
+) -> tuple[float, float]:
+    """Return mean loss and accuracy of a model on a set of images."""
+    model.eval()
+    loss, correct = 0.0, 0
+    order = range(len(images.labels))
+    with torch.inference_mode():
+        for batch, labels in batches(images, 500, order, workers=config.workers):
+            batch, labels = batch.to(device), labels.to(device)
+            logits = model(normalize(batch, data))
+            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            correct += int((logits.argmax(1) == labels).sum())
+    return loss / len(images.labels), correct / len(images.labels)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> tuple[Optimizer, float]:
+    """Return the optimizer and its peak learning rate."""
+    name = config.optimizer
+    if name == "auto":
+        attention = any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+        name = "adamw" if attention or config.model.startswith("timm:vit") else "sgd"
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    decay = config.weight_decay
+    if name == "sgd":
+        lr = config.lr if config.lr is not None else 0.1
+        groups = _groups(decayed, plain, 5e-4 if decay is None else decay)
+        return SGD(groups, lr=lr, momentum=0.9, nesterov=True), lr
+    lr = config.lr if config.lr is not None else 1e-3
+    return AdamW(_groups(decayed, plain, 0.05 if decay is None else decay), lr=lr), lr
+
+
+def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step as a fraction of the peak."""
+    warmup = int(config.lr_warmup * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.lr_schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the named device, or the best there is for `auto`.
+
+    Raises:
+        ConfigError: The device does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"The device {name!r} is not available: {reason}") from error
+    return device
+
+
+def _groups(decayed: list[Any], plain: list[Any], decay: float) -> list[dict[str, Any]]:
+    groups = [
+        {"params": decayed, "weight_decay": decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    """Derive an independent 63-bit seed."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
