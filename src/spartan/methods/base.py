@@ -2,7 +2,8 @@
 
 The sparsifier owns the parameters, the optimizer hooks and the step counter. A method says
 
-* when masks move, and how far the density has come (`moves_masks`, `select`),
+* when masks move, and how far the density has come (`moves_masks`, `progress`),
+* which units the masks keep (`select`),
 * how the latent weight θ becomes the weight w the model computes with (`materialize`),
 * how the gradient of w becomes the gradient of θ (`pull_back`).
 
@@ -143,6 +144,10 @@ class Method(ABC):
     @abstractmethod
     def moves_masks(self, step: int, total_steps: int) -> bool:
         """Say whether the masks are selected anew after `step` (0: when attached)."""
+
+    @abstractmethod
+    def progress(self, step: int, total_steps: int) -> float:
+        """Say how far the density has come after `step`: from everything, 0, to the budget, 1."""
 
     @abstractmethod
     def select(self, group: Group, step: int, total_steps: int) -> None:

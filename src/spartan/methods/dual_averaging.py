@@ -57,11 +57,13 @@ class DualAveraging(Method):
     def moves_masks(self, step: int, total_steps: int) -> bool:
         return step <= self._last_update(total_steps)
 
-    def select(self, group: Group, step: int, total_steps: int) -> None:
-        fraction = progress(step, int(self.warmup * total_steps), self.annealing)
+    def progress(self, step: int, total_steps: int) -> float:
         if step >= total_steps:
-            fraction = 1.0
-        sites, budget = group.contenders(fraction)
+            return 1.0
+        return progress(step, int(self.warmup * total_steps), self.annealing)
+
+    def select(self, group: Group, step: int, total_steps: int) -> None:
+        sites, budget = group.contenders(self.progress(step, total_steps))
         if not sites:
             return
         scores = [site.scores() for site in sites]

@@ -24,6 +24,9 @@ class Fixed(Method):
     def moves_masks(self, step: int, total_steps: int) -> bool:
         return step == 0
 
+    def progress(self, step: int, total_steps: int) -> float:
+        return 1.0
+
     def select(self, group: Group, step: int, total_steps: int) -> None:
         if step == 0:
             for site in group.sites:

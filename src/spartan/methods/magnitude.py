@@ -62,12 +62,16 @@ class Magnitude(Method):
             return step == begin
         return begin <= step <= total_steps - int(self.finetune * total_steps)
 
-    def select(self, group: Group, step: int, total_steps: int) -> None:
+    def progress(self, step: int, total_steps: int) -> float:
         begin, end = int(self.begin * total_steps), int(self.end * total_steps)
-        fraction = 1.0
-        if self.schedule == "gradual" and step < total_steps:
-            fraction = progress(step, end, "cubic", begin)
-        sites, budget = group.contenders(fraction)
+        if step >= total_steps:
+            return 1.0
+        if self.schedule == "one-shot":
+            return float(step >= begin)
+        return progress(step, end, "cubic", begin)
+
+    def select(self, group: Group, step: int, total_steps: int) -> None:
+        sites, budget = group.contenders(self.progress(step, total_steps))
         if not sites:
             return
         selection = group.select(sites, [site.scores() for site in sites], budget)

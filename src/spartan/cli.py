@@ -1,0 +1,190 @@
+"""The commands of `spartan`: parsing and printing; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from spartan.errors import ConfigError, StateError
+from spartan.report.facts import read_facts
+from spartan.report.inspection import inspect_file
+from spartan.report.page import write_page
+from spartan.report.table import print_inspection, print_layers, print_plan
+from spartan.training.config import TrainConfig, read_config
+from spartan.training.data import load_data
+from spartan.training.display import Display
+from spartan.training.models import build_model
+from spartan.training.run import Run
+from spartan.training.trainer import Trainer, evaluate, pick_device
+
+# Options that may change when a run is resumed: where and how it is computed, not what.
+_MAY_CHANGE = {"device", "workers", "out"}
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Parse a command line, run its command and return the exit code."""
+    start, resumed = _defaults(words)
+
+    def train(
+        options: Annotated[TrainConfig, tyro.conf.arg(name="")] = start,
+        config: str | None = None,
+        resume: str | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Train a network to an exact budget.
+
+        Args:
+            options: Every option of the run.
+            config: File with options (JSON, as in a run folder); options given here win.
+            resume: Run folder to continue.
+            dry_run: Print layers, costs, budget and schedule, and stop.
+        """
+        if resume is not None:
+            _refuse_changes(resumed, options)
+            return _train(dataclasses.replace(options, out=resume), resume=True)
+        return _dry_run(options) if dry_run else _train(options, resume=False)
+
+    def evaluate_run(run: tyro.conf.Positional[Path], device: str = "auto") -> int:
+        """Measure a run's model on its held-out images.
+
+        Args:
+            run: Run folder.
+            device: auto, cpu, cuda, …
+        """
+        return _evaluate(run, device)
+
+    def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
+        """Print what runs reached, layer by layer, and write an HTML page.
+
+        Args:
+            runs: One or more run folders; several are shown side by side.
+            out: Page to write; by default report.html in the run folder, or here for several.
+        """
+        return _report(runs, out)
+
+    def inspect(file: tyro.conf.Positional[Path]) -> int:
+        """Print density and size of every tensor of a safetensors file or torch checkpoint.
+
+        Args:
+            file: The file.
+        """
+        return _inspect(file)
+
+    commands: dict[str, Callable[..., int]] = {
+        "train": train,
+        "evaluate": evaluate_run,
+        "report": report,
+        "inspect": inspect,
+    }
+    code: int = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="spartan", description="Train networks to an exact sparsity.", args=words
+    )
+    return code
+
+
+def _defaults(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
+    """Return what options default to: a config file, the resumed run, or the built-in values."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", type=Path)
+    try:
+        known, _ = first.parse_known_args(words if words[:1] == ["train"] else [])
+    except argparse.ArgumentError:
+        return TrainConfig(), TrainConfig()  # the real parser explains it
+    if known.config is not None and known.resume is not None:
+        raise ConfigError("Give --config or --resume, not both: a run is resumed with its own.")
+    if known.resume is not None:
+        saved = Run.open(known.resume).config()
+        return saved, saved
+    start = read_config(known.config) if known.config is not None else TrainConfig()
+    return start, start
+
+
+def _refuse_changes(saved: TrainConfig, given: TrainConfig) -> None:
+    for field in dataclasses.fields(saved):
+        before, now = getattr(saved, field.name), getattr(given, field.name)
+        if before != now and field.name not in _MAY_CHANGE:
+            raise ConfigError(
+                f"--{field.name.replace('_', '-')} was {before!r} when the run was begun and "
+                f"cannot become {now!r} on resuming; start a new run with --out."
+            )
+
+
+def _train(config: TrainConfig, resume: bool) -> int:
+
+    console = Console()
+    if not resume and Run(Path(config.out)).config_path.exists():
+        Run.create(config)  # refuses, before data are loaded
+    trainer = Trainer(config, load_data(config.data, config.image_size))
+    if resume:
+        run = Run.open(Path(config.out))
+        if run.checkpoint_path.exists():
+            trainer.load(run)
+        console.print(f"resuming {config.out} at step {trainer.step} of {trainer.total_steps}")
+    else:
+        run = Run.create(config)
+    with Display(console, trainer.total_steps, trainer.step) as display:
+        row = trainer.fit(run, display.show, display.tick)
+    write_page([run], run.report_path)
+    print_layers(console, run)
+    console.print(
+        f"test accuracy {row['accuracy']:.2%}, loss {row['loss']:.4f}\n"
+        f"model  {run.model_path}\nreport {run.report_path}",
+        highlight=False,
+    )
+    return 0
+
+
+def _dry_run(config: TrainConfig) -> int:
+
+    print_plan(Console(), Trainer(config, load_data(config.data, config.image_size)))
+    return 0
+
+
+def _evaluate(folder: Path, device_name: str) -> int:
+
+    run = Run.open(folder)
+    config = run.config()
+    facts = read_facts(run)
+    device = pick_device(device_name)
+    data = load_data(config.data, config.image_size)
+    model = build_model(config.model, data.channels, data.size, len(data.classes)).to(device)
+    try:
+        model.load_state_dict(facts.tensors)
+    except RuntimeError as error:
+        raise StateError(f"The saved weights do not fit the model: {error}") from error
+    loss, accuracy = evaluate(model, data.test, facts.normalize_like(data), device, config)
+    Console().print(
+        f"{folder}: step {facts.step} of {facts.total_steps}, accuracy {accuracy:.2%}, "
+        f"loss {loss:.4f}, density {facts.density:.4%} ({facts.kept:,} of {facts.numel:,} "
+        "prunable weights)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _report(folders: tuple[Path, ...], out: Path | None) -> int:
+
+    if not folders:
+        raise ConfigError("Give at least one run folder.")
+    runs = [Run.open(folder) for folder in folders]
+    console = Console()
+    for run in runs:
+        print_layers(console, run)
+    path = out or (runs[0].report_path if len(runs) == 1 else Path("report.html"))
+    write_page(runs, path)
+    console.print(f"report {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _inspect(file: Path) -> int:
+
+    print_inspection(Console(), inspect_file(file))
+    return 0

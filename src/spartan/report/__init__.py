@@ -1,0 +1,1 @@
+"""What a run did: terminal tables and one self-contained HTML page, counted in saved tensors."""

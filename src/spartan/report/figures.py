@@ -1,0 +1,174 @@
+"""The pictures of a report, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spartan.report.facts import RunFacts
+
+_COLORS = ["#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#4d4d4d"]
+_FIGURE_NUMBERS = count()
+
+
+def accuracy(runs: Sequence[RunFacts]) -> str:
+    """Draw held-out (solid) and training (faint) accuracy over epochs."""
+
+    def draw(axes: Axes) -> None:
+        _curves(axes, runs, "test", "accuracy", scale=100)
+        _curves(axes, runs, "train", "accuracy", scale=100, faint=True)
+
+    return _figure(draw, "epoch", "accuracy, %", legend=len(runs) > 1)
+
+
+def loss(runs: Sequence[RunFacts]) -> str:
+    """Draw held-out (solid) and training (faint) loss over epochs."""
+
+    def draw(axes: Axes) -> None:
+        _curves(axes, runs, "test", "loss")
+        _curves(axes, runs, "train", "loss", faint=True)
+
+    return _figure(draw, "epoch", "loss", legend=len(runs) > 1)
+
+
+def schedule(runs: Sequence[RunFacts]) -> str:
+    """Draw density (solid, left) and β (dashed, right) over epochs."""
+
+    def draw(axes: Axes) -> None:
+        _curves(axes, runs, "train", "density", scale=100)
+        if any(run.series("train", "beta")[0] for run in runs):
+            right = axes.twinx()
+            for run, color in zip(runs, _colors(runs), strict=True):
+                right.plot(*run.series("train", "beta"), "--", color=color, linewidth=1.2)
+            right.set_ylabel("β, per unit of score (dashed)")
+            right.set_ylim(bottom=0)
+            right.spines["top"].set_visible(False)
+
+    return _figure(draw, "epoch", "density, %", legend=len(runs) > 1, log=True)
+
+
+def churn(runs: Sequence[RunFacts]) -> str:
+    """Draw the share of units whose mask changed since the row before."""
+
+    def draw(axes: Axes) -> None:
+        _curves(axes, runs, "train", "churn", scale=100)
+        axes.set_ylim(bottom=0)
+
+    return _figure(draw, "epoch", "units that changed, %", legend=len(runs) > 1)
+
+
+def layers(runs: Sequence[RunFacts]) -> str:
+    """Draw the density of each layer, bars side by side for several runs."""
+    names = list(dict.fromkeys(layer.name for run in runs for layer in run.layers))
+    height = 0.8 / len(runs)
+
+    def draw(axes: Axes) -> None:
+        for i, (run, color) in enumerate(zip(runs, _colors(runs), strict=True)):
+            density = {layer.name: 100 * layer.density for layer in run.layers}
+            offset = (i - (len(runs) - 1) / 2) * height
+            places = [k + offset for k, name in enumerate(names) if name in density]
+            values = [density[name] for name in names if name in density]
+            axes.barh(places, values, height, color=color, label=run.name)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+
+    size = (7.6, max(2.0, 0.24 * len(names) * max(1.0, 0.7 * len(runs)) + 0.8))
+    return _figure(draw, "density, %", "", legend=len(runs) > 1, size=size)
+
+
+def histograms(run: RunFacts) -> str:
+    """Draw the distribution of the nonzero weights of each layer, one row each."""
+    shown = [layer for layer in run.layers if layer.nonzero > 0]
+    peak = max(float(run.tensors[layer.name].abs().max()) for layer in shown) if shown else 1.0
+
+    def draw(axes: Axes) -> None:
+        edges = torch.linspace(-peak, peak, 81)
+        for i, layer in enumerate(shown):
+            values = run.tensors[layer.name].float()
+            counts = torch.histogram(values[values != 0], edges).hist
+            heights = (0.9 * counts / counts.max().clamp(min=1)).tolist()
+            base = len(shown) - 1 - i
+            tops = [base + h for h in heights]
+            axes.fill_between(edges[:-1].tolist(), base, tops, step="post", color=_COLORS[0],
+                              alpha=0.75, linewidth=0)  # fmt: skip
+        axes.set_yticks(
+            [len(shown) - 1 - i for i in range(len(shown))],
+            [layer.name for layer in shown],
+            fontsize=8,
+        )
+        axes.set_ylim(-0.15, len(shown) + 0.05)
+
+    size = (7.6, max(2.0, 0.27 * len(shown) + 0.8))
+    return _figure(draw, "weight (nonzero ones)", "", size=size)
+
+
+def _curves(
+    axes: Axes,
+    runs: Sequence[RunFacts],
+    split: str,
+    key: str,
+    scale: float = 1.0,
+    faint: bool = False,
+) -> None:
+    for run, color in zip(runs, _colors(runs), strict=True):
+        epochs, values = run.series(split, key)
+        marker = "o" if split == "test" and len(epochs) < 30 else None
+        axes.plot(
+            epochs,
+            [scale * value for value in values],
+            color=color,
+            alpha=0.3 if faint else 1.0,
+            linewidth=1.0 if faint else 1.8,
+            marker=marker,
+            markersize=3,
+            label=None if faint else run.name,
+        )
+
+
+def _colors(runs: Sequence[RunFacts]) -> list[str]:
+    return [_COLORS[i % len(_COLORS)] for i in range(len(runs))]
+
+
+def _figure(
+    draw: Callable[[Axes], None],
+    x_label: str,
+    y_label: str,
+    legend: bool = False,
+    log: bool = False,
+    size: tuple[float, float] = (7.6, 3.0),
+) -> str:
+    settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        axes.set_axisbelow(True)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        if legend:
+            axes.legend(frameon=False, fontsize=8)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return _inline(text.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """Cut the XML prologue and make ids unique among the figures of one page."""
+    svg = svg[svg.index("<svg") :]
+    prefix = f"f{next(_FIGURE_NUMBERS)}-"
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    return re.sub(r"url\(#", f"url(#{prefix}", svg)

@@ -1,0 +1,93 @@
+"""Density and size of the tensors in any safetensors file or torch checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spartan.errors import FileError
+from spartan.training.files import load_tensors
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of a file.
+
+    Attributes:
+        name: Its path in the file.
+        shape: Its shape.
+        dtype: Its dtype, without `torch.`.
+        numel: Number of entries.
+        nonzero: Entries that are not zero.
+        bytes: Size of its data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    nonzero: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file and its tensors."""
+
+    path: Path
+    bytes: int
+    tensors: list[TensorFacts]
+
+
+def inspect_file(path: Path) -> FileFacts:
+    """Read the tensors of a file.
+
+    Args:
+        path: A `.safetensors` file, or anything `torch.load` reads without running code.
+
+    Raises:
+        FileError: The file is missing, damaged, or holds objects that only pickle can make.
+    """
+    if not path.is_file():
+        raise FileError(f"There is no file {str(path)!r}.")
+    if path.suffix == ".safetensors":
+        named: Any = load_tensors(path)[0]
+    else:
+        try:
+            named = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileError(
+                f"{str(path)!r} is neither a safetensors file nor a torch checkpoint of plain "
+                f"tensors: {reason}"
+            ) from error
+    tensors = [
+        TensorFacts(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            numel=tensor.numel(),
+            nonzero=int(torch.count_nonzero(tensor)),
+            bytes=tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in _walk(named, "")
+    ]
+    if not tensors:
+        raise FileError(f"{str(path)!r} holds no tensors.")
+    return FileFacts(path, path.stat().st_size, tensors)
+
+
+def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _walk(item, f"{name}.{i}" if name else str(i))

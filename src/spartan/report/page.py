@@ -1,0 +1,73 @@
+"""One self-contained HTML page about one run or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from spartan.report import figures
+from spartan.report.facts import RunFacts, read_facts
+from spartan.training.files import write_text
+from spartan.training.run import Run
+
+
+def write_page(runs: Sequence[Run], path: Path) -> None:
+    """Write the report of one or several runs.
+
+    Raises:
+        FileError: A run has nothing saved yet, or the page cannot be written.
+    """
+    facts = [read_facts(run) for run in runs]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spartan.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    template = environment.get_template("page.html.j2")
+    write_text(path, template.render(runs=facts, charts=_charts(facts), options=_options(facts)))
+
+
+def _charts(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
+    """Return (title, explanation, SVG) of each picture."""
+    one = len(runs) == 1
+    charts = [
+        ("Accuracy", "Held-out images; training batches faint.", figures.accuracy(runs)),
+        ("Loss", "Held-out images; training batches faint.", figures.loss(runs)),
+        (
+            "Density and sharpness",
+            "Fraction of the prunable weights kept, and β of the soft mask where there is one.",
+            figures.schedule(runs),
+        ),
+        (
+            "Mask churn",
+            "Units that entered or left the mask between two points.",
+            figures.churn(runs),
+        ),
+        ("Density of each layer", "Counted in the saved tensors.", figures.layers(runs)),
+    ]
+    for run in runs:
+        title = "Weights" if one else f"Weights of {run.name}"
+        note = "Distribution of the nonzero weights, each layer scaled to its own peak."
+        charts.append((title, note, figures.histograms(run)))
+    return charts
+
+
+def _options(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """Return each option with its value in every run; for several runs those that differ first."""
+    rows = [(key, [_plain(run.config[key]) for run in runs]) for key in runs[0].config]
+    return sorted(rows, key=lambda row: len(set(row[1])) == 1)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return " ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}%}"

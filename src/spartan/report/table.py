@@ -1,0 +1,104 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from spartan.report.facts import read_facts
+from spartan.report.inspection import FileFacts
+from spartan.training.run import Run
+from spartan.training.trainer import Trainer
+
+
+def print_layers(console: Console, run: Run) -> None:
+    """Print what each layer of a run keeps, counted in the saved tensors."""
+    facts = read_facts(run)
+    table = _table(f"{facts.name}: what is not zero", "weight", "shape", "kept", "of", "density")
+    for layer in facts.layers:
+        table.add_row(
+            layer.name,
+            _shape(layer.shape),
+            f"{layer.nonzero:,}",
+            f"{layer.numel:,}",
+            f"{layer.density:.2%}",
+        )
+    kept, everything = facts.parameters
+    table.add_section()
+    table.add_row("prunable", "", f"{facts.kept:,}", f"{facts.numel:,}", f"{facts.density:.4%}")
+    table.add_row("whole file", "", f"{kept:,}", f"{everything:,}", f"{kept / everything:.4%}")
+    console.print(table)
+    units, kept_units = (sum(getattr(x, k) for x in facts.layers) for k in ("units", "kept_units"))
+    console.print(
+        f"asked: density {facts.asked:g} ({facts.config['cost']}, {facts.config['allocation']}, "
+        f"{facts.config['pattern']}); reached: {kept_units:,} of {units:,} units",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_plan(console: Console, trainer: Trainer) -> None:
+    """Print layers, costs, budget and schedule of a run that has not begun."""
+    sparsifier = trainer.sparsifier
+    table = _table("prunable weights", "weight", "shape", "weights", "units", "cost of a unit")
+    for row in sparsifier.layers():
+        table.add_row(
+            row.name, _shape(row.shape), f"{row.numel:,}", f"{row.units:,}", f"{row.cost:.4g}"
+        )
+    console.print(table)
+    for group in sparsifier.groups:
+        share = group.share
+        names = group.sites[0].name if len(group.sites) == 1 else f"{len(group.sites)} weights"
+        unit = "units" if share.counted else "of cost"
+        where = " in each row" if share.rows else ""
+        console.print(
+            f"budget  {names}: {share.kept:,.10g} of {share.total:,.10g} {unit}{where}",
+            highlight=False,
+        )
+    total = trainer.total_steps
+    method = sparsifier.method
+    fixed = next((s for s in range(total) if not method.moves_masks(s + 1, total)), total)
+    settings = ", ".join(f"{k}={v}" for k, v in method.settings().items() if k != "name")
+    console.print(
+        f"method  {method.name}: {settings}\n"
+        f"steps   {total:,} ({trainer.config.epochs} epochs of {trainer.steps_per_epoch:,}); masks "
+        f"fixed from step {fixed:,} on",
+        highlight=False,
+    )
+    end = next(s for s in range(total + 1) if method.progress(s, total) == 1.0)
+    share = sparsifier.groups[0].share
+    marks = sorted({round(end * quarter / 4) for quarter in range(5)})
+    densities = [share.at(method.progress(step, total)) / share.total for step in marks]
+    shown = ", ".join(f"step {s:,}: {d:.2%}" for s, d in zip(marks, densities, strict=True))
+    console.print(f"density {shown}", highlight=False)
+
+
+def print_inspection(console: Console, facts: FileFacts) -> None:
+    """Print density and size of every tensor of a file."""
+    table = _table(str(facts.path), "tensor", "shape", "dtype", "nonzero", "of", "density", "bytes")
+    for t in facts.tensors:
+        density = f"{t.nonzero / t.numel:.2%}" if t.numel else "-"
+        table.add_row(
+            t.name, _shape(t.shape), t.dtype, f"{t.nonzero:,}", f"{t.numel:,}", density,
+            f"{t.bytes:,}",
+        )  # fmt: skip
+    nonzero, numel = (sum(getattr(t, k) for t in facts.tensors) for k in ("nonzero", "numel"))
+    table.add_section()
+    table.add_row(
+        "all", "", "", f"{nonzero:,}", f"{numel:,}", f"{nonzero / numel:.2%}" if numel else "-",
+        f"{sum(t.bytes for t in facts.tensors):,}",
+    )  # fmt: skip
+    console.print(table)
+    console.print(f"file size {facts.bytes:,} bytes", highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        left = i == 0 or column in ("shape", "dtype")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
