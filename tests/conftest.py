@@ -31,7 +31,9 @@ def cifar10() -> str:
     """Folder with CIFAR-10 as parquet; absent on most machines."""
     folder = Path(os.environ.get("SPARTAN_TEST_DATA", ROOT.parent / "shared" / "data")) / "cifar10"
     if not (folder / "train.parquet").exists():
-        pytest.skip("CIFAR-10 is not here; set SPARTAN_TEST_DATA to a folder with cifar10/*.parquet")
+        pytest.skip(
+            "CIFAR-10 is not here; set SPARTAN_TEST_DATA to a folder with cifar10/*.parquet"
+        )
     return str(folder)
 
 

@@ -22,7 +22,9 @@ def test_published_density_and_beta_rows(vectors: dict[str, Any]) -> None:
         for step, density, beta in case["rows_step_density_beta"]:
             shape = case["annealing"]
             way = progress(step, warmup, shape)
-            assert interpolate(1.0, case["density_target"], way) == pytest.approx(density, abs=1e-12)
+            assert interpolate(1.0, case["density_target"], way) == pytest.approx(
+                density, abs=1e-12
+            )
             way = progress(step, last, shape)
             assert interpolate(case["beta_init"], target, way) == pytest.approx(beta, abs=1e-9)
 

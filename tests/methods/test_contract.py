@@ -158,9 +158,7 @@ def test_identities_names_and_hooks(method: Method, make_net: Callable[..., Net]
 
 
 @method_param
-def test_deepcopy_and_average_of_the_model(
-    method: Method, make_net: Callable[..., Net]
-) -> None:
+def test_deepcopy_and_average_of_the_model(method: Method, make_net: Callable[..., Net]) -> None:
     model = make_net()
     optimizer = optimizer_for(model)
     sparsifier = sparsify(model, optimizer, method)
@@ -178,9 +176,7 @@ def test_deepcopy_and_average_of_the_model(
 
 
 @method_param
-def test_two_parameter_groups_change_nothing(
-    method: Method, make_net: Callable[..., Net]
-) -> None:
+def test_two_parameter_groups_change_nothing(method: Method, make_net: Callable[..., Net]) -> None:
     finals = []
     for split in (False, True):
         model = make_net()

@@ -1,0 +1,252 @@
+"""The commands end to end, each in a fresh process where that is what is promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spartan.__main__ import main
+from spartan.training.run import Run
+from tests.conftest import ROOT
+
+TINY = ["--epochs", "3", "--density", "0.1", "--seed", "1"]
+
+
+def spartan(*words: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "spartan", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+def call(*words: object) -> int:
+    """Run a command in this process; return the exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(spartan("train", "--out", folder, *TINY))
+    assert code == 0, err
+    assert "test accuracy" in out
+    assert "Traceback" not in err
+    return folder
+
+
+def test_train_fills_the_run_folder(run: Path) -> None:
+    names = {p.name for p in run.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoint.safetensors",
+        "model.safetensors", "report.html",
+    }  # fmt: skip
+    tensors = load_file(run / "model.safetensors")
+    weights = [t for k, t in tensors.items() if t.dim() == 2]
+    kept = sum(int(t.count_nonzero()) for t in weights)
+    assert kept == round(0.1 * sum(t.numel() for t in weights))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    tests = [row for row in rows if row["split"] == "test"]
+    assert [row["epoch"] for row in tests] == [1, 2, 3]
+    assert tests[-1]["density"] == pytest.approx(0.1, abs=1e-4)
+    train_rows = [row for row in rows if row["split"] == "train"]
+    assert {"loss", "accuracy", "density", "beta", "churn", "lr"} <= set(train_rows[0])
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_evaluate_agrees_with_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", run) == 0
+    accuracy = re.search(r"accuracy ([\d.]+)%", capsys.readouterr().out)
+    assert accuracy is not None
+    last = [r for r in Run.open(run).metrics() if r["split"] == "test"][-1]
+    assert float(accuracy[1]) == pytest.approx(100 * last["accuracy"], abs=0.006)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_the_same_run(
+    signum: signal.Signals, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    process = spartan("train", "--out", folder, *TINY)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 7:
+            break
+        time.sleep(0.005)
+    process.send_signal(signum)
+    code, _, err = finish(process)
+    assert code == 128 + signum, err
+    assert f"spartan train --resume {folder}" in err
+    assert "Traceback" not in err
+    assert not (folder / "model.safetensors").exists()
+    assert call("evaluate", folder) == 0
+
+    code, out, err = finish(spartan("train", "--resume", folder))
+    assert code == 0, err
+    assert "resuming" in out
+    whole, again = (load_file(f / "model.safetensors") for f in (run, folder))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+    def losses(path: Path) -> list[tuple[int, float]]:
+        return [(row["step"], row["loss"]) for row in Run.open(path).metrics()]
+
+    assert losses(folder) == losses(run)
+
+
+def test_config_file_repeats_a_run(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    code, _, err = finish(spartan("train", "--config", run / "config.json", "--out", folder))
+    assert code == 0, err
+    first, second = (load_file(f / "model.safetensors") for f in (run, folder))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_report_of_one_and_of_several(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 6
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|"http://[^"]*"', "", page)
+    assert "&lt;svg" not in page
+    other = tmp_path / "magnitude"
+    assert call("train", "--method", "magnitude", "--out", other, *TINY) == 0
+    capsys.readouterr()
+    both = tmp_path / "both.html"
+    assert call("report", run, other, "--out", both) == 0
+    out = capsys.readouterr().out
+    assert "whole" in out
+    assert "8,448" in out  # kept weights of the mlp
+    text = both.read_text()
+    assert "whole" in text
+    assert "magnitude" in text
+    assert text.count("<svg") == 7
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "dry"
+    code = call("train", "--dry-run", "--out", folder, "--cost", "flops", "--model", "resnet20",
+                "--pattern", "channel", *TINY)  # fmt: skip
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "budget" in out
+    assert "layer3.2.conv2.weight" in out
+    assert not folder.exists()
+
+
+def test_inspect(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("inspect", run / "model.safetensors") == 0
+    assert "1.weight" in capsys.readouterr().out
+    torch.save({"model": {"w": torch.eye(10)}, "list": [torch.zeros(3)]}, tmp_path / "a.pt")
+    assert call("inspect", tmp_path / "a.pt") == 0
+    out = capsys.readouterr().out
+    assert "model.w" in out
+    assert "10.00%" in out
+    assert "list.0" in out
+
+
+def test_train_on_cifar10(cifar10: str, tmp_path: Path) -> None:
+    # The command on real images; a tenth of the test file keeps it short.
+    folder = tmp_path / "cifar"
+    code, _, err = finish(
+        spartan("train", "--data", f"{cifar10}/test.parquet", "--image-size", 8, "--model",
+                "resnet20", "--pattern", "2:4", "--exclude", "conv1", "--density", 0.5,
+                "--epochs", 1, "--out", folder)
+    )  # fmt: skip
+    assert code == 0, err
+    weight = load_file(folder / "model.safetensors")["layer1.0.conv1.weight"]
+    assert bool(((weight != 0).unflatten(1, (-1, 4)).sum(2) == 2).all())
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["--density", "1.5"], "must lie in"),
+    (["--density", "0"], "must lie in"),
+    (["--density", "0.1", "--sparsity", "0.9"], "not both"),
+    ([], "Give --density"),
+    (["--density", "1e-9"], "smallest reachable"),
+    (["--density", "0.1", "--method", "spartn"], "did you mean 'spartan'"),
+    (["--density", "0.1", "--model", "resnet2"], "did you mean 'resnet20'"),
+    (["--density", "0.1", "--pattern", "blok:2x2"], "Unknown pattern"),
+    (["--density", "0.1", "--pattern", "block:7x7"], "do not divide"),
+    (["--density", "0.1", "--allocation", "erkk"], "did you mean 'erk'"),
+    (["--density", "0.1", "--data", "nowhere"], "No data at"),
+    (["--density", "0.1", "--include", "layer9"], "No parameter is named"),
+    (["--density", "0.1", "--exclude", "*"], "Nothing to prune"),
+    (["--density", "0.1", "--device", "tpu"], "not available"),
+    (["--density", "0.1", "--lr", "1e30"], "NaN or infinite"),
+    (["--resume", "nowhere"], "not a run folder"),
+    (["--config", "nowhere.json"], "Cannot read the config"),
+    (["--density", "0.1", "--method-args", "bta=3"], "no setting 'bta'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(w) or "none" for w, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if "--resume" in words else ["--out", tmp_path / "run"]
+    assert call("train", *out, "--epochs", 2, *words) == 2
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in err
+
+
+def test_run_folders_are_not_overwritten_or_changed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "model.safetensors").read_bytes()
+    assert call("train", "--out", run, *TINY) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert call("train", "--resume", run, "--density", "0.2") == 2
+    assert "--density was 0.1" in capsys.readouterr().err
+    assert call("train", "--resume", run, "--config", run / "config.json") == 2
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_damaged_runs_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert call("evaluate", broken) == 2
+    assert "neither a model nor a checkpoint" in capsys.readouterr().err
+    checkpoint = (run / "checkpoint.safetensors").read_bytes()
+    (broken / "checkpoint.safetensors").write_bytes(checkpoint[: len(checkpoint) // 2])
+    assert call("train", "--resume", broken) == 2
+    assert "damaged" in capsys.readouterr().err
+    save_file({"w": torch.ones(2)}, broken / "model.safetensors")
+    for command in ("evaluate", "report"):
+        assert call(command, broken) == 2
+        assert "not written by a training run" in capsys.readouterr().err
+    (broken / "x.pt").write_bytes(b"garbage")
+    assert call("inspect", broken / "x.pt") == 2
+    assert "neither a safetensors file" in capsys.readouterr().err
+    assert call("inspect", broken / "none.pt") == 2
+
+
+def test_unknown_options_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--densty", "0.1") == 2
+    assert call("trian") == 2
+    assert call("--help") == 0
+    assert "inspect" in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""Patterns: pooling and spreading are adjoint, for every kind of layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from spartan import NM, Block, Channel, Unstructured
+from spartan.errors import PatternError
+from spartan.patterns import Pattern, parse_pattern
+from spartan.prunable import Prunable
+
+WEIGHTS = {
+    "linear": Prunable("linear", nn.Parameter(torch.randn(8, 12))),
+    "conv1d": Prunable("conv1d", nn.Parameter(torch.randn(8, 4, 3))),
+    "conv2d": Prunable("conv2d", nn.Parameter(torch.randn(8, 4, 3, 2))),
+    "conv3d": Prunable("conv3d", nn.Parameter(torch.randn(4, 4, 2, 2, 2))),
+    "transposed": Prunable("transposed", nn.Parameter(torch.randn(12, 8)), input_first=True),
+    "deconv": Prunable("deconv", nn.Parameter(torch.randn(4, 8, 3)), input_first=True),
+}
+PATTERNS = [Unstructured(), Block(2, 4), Block(4, 1), NM(1, 4), NM(2, 4), Channel()]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+def test_units_partition_the_weight(weight: Prunable, pattern: Pattern) -> None:
+    shape = pattern.unit_shape(weight)
+    ones = torch.ones(weight.shape)
+    assert pattern.pool(ones, weight).shape == shape
+    assert bool((pattern.pool(ones, weight) == pattern.unit_numel(weight)).all())
+    numbers = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    spread = pattern.spread(numbers, weight)
+    assert spread.shape == weight.shape
+    values, counts = spread.unique(return_counts=True)
+    assert torch.equal(values, numbers.flatten())
+    assert bool((counts == pattern.unit_numel(weight)).all())
+    # pool is the adjoint of spread: <pool(x), y> = <x, spread(y)>.
+    x, y = torch.randn(weight.shape), torch.randn(shape)
+    left, right = (pattern.pool(x, weight) * y).sum(), (x * pattern.spread(y, weight)).sum()
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_lie_at_one_kernel_position() -> None:
+    weight = WEIGHTS["conv2d"]
+    units = torch.zeros(Block(2, 4).unit_shape(weight))
+    units[1, 0, 2, 1] = 1.0
+    where = Block(2, 4).spread(units, weight).nonzero()
+    assert where[:, 0].unique().tolist() == [2, 3]
+    assert where[:, 1].unique().tolist() == [0, 1, 2, 3]
+    assert where[:, 2:].unique(dim=0).tolist() == [[2, 1]]
+
+
+def test_nm_rows_run_along_the_inputs() -> None:
+    for name, inputs_dim in (("conv2d", 1), ("transposed", 0)):
+        weight = WEIGHTS[name]
+        units = torch.zeros(NM(1, 4).unit_shape(weight))
+        units[0] = 1.0
+        where = NM(1, 4).spread(units, weight).nonzero()
+        assert where[:, inputs_dim].tolist() == [0, 1, 2, 3]
+        others = [d for d in range(where.shape[1]) if d != inputs_dim]
+        assert bool((where[:, others] == 0).all())
+
+
+def test_channels_are_outputs() -> None:
+    mask = torch.zeros(8)
+    mask[3] = 1.0
+    spread = Channel().spread(mask, WEIGHTS["deconv"])
+    assert spread.nonzero()[:, 1].unique().tolist() == [3]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_names_round_trip(pattern: Pattern) -> None:
+    assert parse_pattern(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize("text", ["", "blok:4x4", "block:4", "2:", "block:0x4", "5:4", "0:4"])
+def test_bad_names_are_refused(text: str) -> None:
+    with pytest.raises(PatternError):
+        parse_pattern(text)
+
+
+def test_sizes_that_do_not_divide_name_the_weight() -> None:
+    with pytest.raises(PatternError, match="'linear' with 8 outputs and 12 inputs"):
+        Block(3, 4).unit_shape(WEIGHTS["linear"])
+    with pytest.raises(PatternError, match="groups of 8, but 'conv2d' has 4 inputs"):
+        NM(2, 8).unit_shape(WEIGHTS["conv2d"])

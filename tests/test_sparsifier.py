@@ -1,0 +1,480 @@
+"""The seam and its traps: closures, scalers, clipping, foreign writes, crashes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spartan
+from spartan import Budget, Channel, Sparsifier
+from spartan.errors import (
+    NonFiniteError,
+    PrunableError,
+    ScheduleError,
+    SpartanError,
+    StateError,
+)
+from spartan.methods import DualAveraging, Magnitude, Spartan
+from tests.conftest import Net, batch, train_step
+
+Make = Callable[..., Net]
+
+
+def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
+
+
+def attach(model: nn.Module, optimizer: Any, steps: int | None = 10, **options: Any) -> Sparsifier:
+    method = options.pop("method", Spartan(warmup=0.3))
+    return Sparsifier(model, optimizer, method, Budget(density=0.2), steps, **options)
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def plain_run(make_net: Make, steps: int = 10) -> Net:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    sparsifier.finalize()
+    return model
+
+
+def test_three_lines_and_the_model_is_sparse(make_net: Make) -> None:
+    model = plain_run(make_net)
+    weights = [model.conv.weight, model.fc1.weight, model.fc2.weight]
+    kept = sum(int(w.count_nonzero()) for w in weights)
+    assert kept == round(0.2 * sum(w.numel() for w in weights))
+
+
+def test_warmup_zero_applies_the_masks_at_once(make_net: Make) -> None:
+    model = make_net()
+    sparsifier = attach(model, sgd(model), method=Spartan(warmup=0.0))
+    total = sum(s.weight.parameter.numel() for s in sparsifier.sites)
+    nonzero = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
+    assert nonzero == round(0.2 * total)
+
+
+def test_density_one_changes_nothing(make_net: Make) -> None:
+    models = [make_net(), make_net()]
+    optimizers = [sgd(m) for m in models]
+    Sparsifier(models[0], optimizers[0], Magnitude(), Budget(density=1.0), 10)
+    for step in range(10):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train_step(model, optimizer, step)
+    assert states_equal(*models)
+
+
+def test_gradient_accumulation_equals_the_large_batch(make_net: Make) -> None:
+    finals = []
+    for parts in (1, 4):
+        model = make_net(dtype=torch.float64).eval()  # batch statistics would differ
+        optimizer = sgd(model)
+        sparsifier = attach(model, optimizer)
+        for step in range(10):
+            x, y = batch(step, torch.float64)
+            optimizer.zero_grad()
+            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (nn.functional.cross_entropy(model(xs), ys) / parts).backward()
+            optimizer.step()
+        sparsifier.finalize()
+        finals.append(model.state_dict())
+    for name, tensor in finals[0].items():
+        torch.testing.assert_close(tensor, finals[1][name], rtol=0, atol=1e-10)
+
+
+def test_clipping_acts_on_the_gradient_of_w(make_net: Make) -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier = attach(model, optimizer, method=DualAveraging(warmup=0.0))
+    theta = {site.name: site.latent.clone() for site in sparsifier.sites}
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    clipped = {site.name: site.weight.parameter.grad.clone() for site in sparsifier.sites}
+    optimizer.step()
+    for site in sparsifier.sites:
+        torch.testing.assert_close(site.latent, theta[site.name] - 0.05 * clipped[site.name])
+
+
+def test_closure_sees_w_and_gives_the_same_run(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    seen = []
+    for step in range(10):
+        x, y = batch(step)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            seen.append(sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites))
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure) if step % 2 else optimizer.step(closure=closure)
+    sparsifier.finalize()
+    assert states_equal(model, plain_run(make_net))
+    assert seen[-1] == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+
+
+def test_lbfgs_calls_the_closure_many_times(make_net: Make) -> None:
+    model = make_net().eval()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5)
+    sparsifier = attach(model, optimizer, steps=4, method=Spartan(warmup=0.0))
+    x, y = batch(0, size=64)
+    kept = round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        assert sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites) == kept
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    sparsifier.finalize()
+    assert losses[-1] < losses[0]
+
+
+def test_exception_in_a_closure_leaves_the_sparse_model(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
+    before = copy.deepcopy(model.state_dict())
+
+    def closure() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    train_step(model, optimizer, 0)
+    assert sparsifier.step == 1
+
+
+def test_crash_inside_the_optimizer_is_healed(make_net: Make) -> None:
+    class Failing(torch.optim.SGD):
+        fail = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fail:
+                raise RuntimeError("crash")
+            return super().step(closure)
+
+    model = make_net()
+    optimizer = Failing(model.parameters(), lr=0.1)
+    sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch(0)
+    nn.functional.cross_entropy(model.eval()(x), y).backward()
+    with pytest.raises(RuntimeError, match="crash"):
+        optimizer.step()
+    sparsifier.state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    Failing.fail = False
+    train_step(model, optimizer, 0)
+    assert sparsifier.step == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaler_skips_change_nothing(fused: bool, make_net: Make) -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+    sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def step(number: int, poison: bool) -> None:
+        x, y = batch(number)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * (float("inf") if poison else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(0, poison=False)
+    state = copy.deepcopy(sparsifier.state_dict())
+    weights = {k: v.clone() for k, v in model.named_parameters()}
+    step(1, poison=True)
+    after = sparsifier.state_dict()
+    assert after["step"] == state["step"] == 1
+    assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
+    for name, tensors in state["sites"].items():
+        assert all(torch.equal(v, after["sites"][name][k]) for k, v in tensors.items())
+    step(2, poison=False)
+    assert sparsifier.step == 2
+
+
+def test_autocast_with_a_scaler_stays_exact(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(10):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    sparsifier.finalize()
+    total = sum(s.weight.parameter.numel() for s in sparsifier.sites)
+    kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
+    assert kept == round(0.2 * total)
+
+
+def test_two_optimizers_are_two_halves_of_one(make_net: Make) -> None:
+    model = make_net()
+    first = torch.optim.SGD([*model.conv.parameters(), *model.norm.parameters()], lr=0.05)
+    second = torch.optim.AdamW([*model.fc1.parameters(), *model.fc2.parameters()], lr=1e-3)
+    sparsifier = attach(model, [first, second], method=DualAveraging(warmup=0.3))
+    for step in range(10):
+        x, y = batch(step)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        first.step()
+        assert sparsifier.step == step
+        second.step()
+        assert sparsifier.step == step + 1
+    sparsifier.finalize()
+    assert sparsifier.density == pytest.approx(0.2, abs=1e-3)
+    assert not first._optimizer_step_post_hooks
+    assert not second._optimizer_step_post_hooks
+
+
+def test_parameter_without_gradient_keeps_theta_and_mask(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
+    train_step(model, optimizer, 0)
+    site = sparsifier.sites[0]
+    theta, mask, w = site.latent.clone(), site.mask.clone(), site.weight.parameter.clone()
+    total = sum(s.kept for s in sparsifier.sites)
+    for step in range(1, 5):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        model.conv.weight.grad = None
+        optimizer.step()
+        assert torch.equal(site.latent, theta)
+        assert torch.equal(site.mask, mask)
+        assert torch.equal(site.weight.parameter, w)
+        assert sum(s.kept for s in sparsifier.sites) == total
+
+
+def test_tied_weights_count_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    assert [s.name for s in sparsifier.sites] == ["0.weight"]
+    for step in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).sum().backward()
+        optimizer.step()
+    sparsifier.finalize()
+    assert model[2].weight is model[0].weight
+    assert int(model[0].weight.count_nonzero()) == 13
+
+
+def test_written_weights_are_adopted_with_a_warning(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, method=DualAveraging(warmup=0.0))
+    with torch.no_grad():
+        model.fc2.weight.fill_(0.5)
+    with pytest.warns(UserWarning, match="'fc2.weight' was written outside the optimizer"):
+        train_step(model, optimizer, 0)
+    site = next(s for s in sparsifier.sites if s.name == "fc2.weight")
+    assert float((site.latent - 0.5).abs().max()) < 0.1
+
+
+def test_swapping_weights_and_back_is_silent(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    train_step(model, optimizer, 0)
+    saved = copy.deepcopy(model.state_dict())
+    model.load_state_dict(make_net(seed=5).state_dict())
+    model.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(model, optimizer, 1)
+
+
+def test_compiled_model_trains_the_same(make_net: Make) -> None:
+    model = make_net()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    for step in range(10):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+    sparsifier.finalize()
+    for name, tensor in plain_run(make_net).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_in_evaluation_uses_the_sparse_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    optimizer = sgd(layer)
+    sparsifier = attach(layer, optimizer, method=Spartan(warmup=0.0))
+    assert "self_attn.in_proj_weight" in [s.name for s in sparsifier.sites]
+    x = torch.randn(2, 5, 16)
+    expected = layer(x)
+    layer.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_weights(make_net: Make) -> None:
+    model = make_net().to(memory_format=torch.channels_last)
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, pattern=Channel())
+    for step in range(10):
+        train_step(model, optimizer, step)
+    sparsifier.finalize()
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nonfinite_gradient_is_named_and_harmless(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    train_step(model, optimizer, 0)
+    weights = copy.deepcopy(dict(model.named_parameters()))
+    model.fc1.weight.grad[3, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"gradient of 'fc1.weight' .* at step 2"):
+        optimizer.step()
+    assert all(torch.equal(weights[k], p) for k, p in model.named_parameters())
+    assert sparsifier.step == 1
+
+
+def test_step_that_explodes_is_named_and_undone(make_net: Make) -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e38)
+    attach(model, optimizer, method=Magnitude(schedule="one-shot"))
+    x, y = batch(0)
+    nn.functional.cross_entropy(1e3 * model(x), y).backward()
+    weight = model.fc2.weight.clone()
+    with pytest.raises(NonFiniteError, match="Step 1 made the weight .* NaN or infinite"):
+        optimizer.step()
+    assert torch.equal(model.fc2.weight, weight)
+
+
+def test_too_many_steps(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    attach(model, optimizer, steps=2)
+    train_step(model, optimizer, 0)
+    train_step(model, optimizer, 1)
+    weights = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(ScheduleError, match="step 3, but total_steps=2"):
+        train_step(model, optimizer, 2)
+    assert all(torch.equal(weights[k], p) for k, p in model.named_parameters())
+
+
+def test_finalize_early_prunes_to_the_budget_with_a_warning(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, steps=100)
+    train_step(model, optimizer, 0)
+    with pytest.warns(UserWarning, match="before the schedule reached the budget"):
+        sparsifier.finalize()
+    weights = [model.conv.weight, model.fc1.weight, model.fc2.weight]
+    kept = sum(int(w.count_nonzero()) for w in weights)
+    assert kept == round(0.2 * sum(w.numel() for w in weights))
+    with pytest.raises(StateError, match="finalized"):
+        sparsifier.finalize()
+
+
+def test_load_refuses_other_settings_and_changes_nothing(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    state = attach(model, optimizer).state_dict()
+    other = make_net(seed=1)
+    sparsifier = attach(other, sgd(other), method=Spartan(warmup=0.1))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(StateError, match="method="):
+        sparsifier.load_state_dict(state)
+    with pytest.raises(StateError, match="total_steps"):
+        attach(other, sgd(other), steps=11).load_state_dict(state)
+    small = nn.Linear(8, 8)
+    tiny = attach(small, sgd(small))
+    with pytest.raises(StateError):
+        tiny.load_state_dict(state)
+    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+def test_state_survives_torch_save(make_net: Make, tmp_path: Any) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    train_step(model, optimizer, 0)
+    torch.save(sparsifier.state_dict(), tmp_path / "state.pt")
+    sparsifier.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_arguments_are_checked_before_anything_changes(make_net: Make) -> None:
+    model = make_net()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = sgd(model)
+    with pytest.raises(ScheduleError, match="at least 1"):
+        attach(model, optimizer, steps=0)
+    with pytest.raises(StateError, match="no prunable weight"):
+        attach(model, sgd(make_net(1)))
+    with pytest.raises(PrunableError, match="did you mean 'fc1"):
+        attach(model, optimizer, include=["fc11"])
+    with torch.no_grad():
+        broken = make_net()
+        broken.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"'fc1.weight' holds NaN"):
+        attach(broken, sgd(broken))
+    with pytest.warns(UserWarning, match=r"No optimizer steps 'conv.weight'"):
+        attach(model, torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.1))
+    assert not optimizer._optimizer_step_pre_hooks
+    del before
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_freeze_holds_the_zeros(explicit: bool, make_net: Make) -> None:
+    model = plain_run(make_net)
+    zeros = {k: p == 0 for k, p in model.named_parameters() if p.dim() > 1}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier = spartan.freeze(model, optimizer if explicit else None)
+    unrelated = make_net(seed=3)
+    train_step(unrelated, sgd(unrelated), 0)
+    before = copy.deepcopy(model.state_dict())
+    for step in range(5):
+        train_step(model, optimizer, step)
+        for name, parameter in model.named_parameters():
+            if name in zeros:
+                assert torch.equal(parameter == 0, zeros[name])
+    assert not torch.equal(before["fc1.weight"], model.fc1.weight)
+    assert int(unrelated.fc1.weight.count_nonzero()) == unrelated.fc1.weight.numel()
+    sparsifier.finalize()
+    train_step(model, optimizer, 5)
+    assert not torch.equal(model.fc1.weight == 0, zeros["fc1.weight"])
+
+
+def test_freeze_refuses_a_dense_model(make_net: Make) -> None:
+    with pytest.raises(SpartanError, match="no zeros|has a zero"):
+        spartan.freeze(make_net())
