@@ -12,6 +12,7 @@ at the end and, with every single run, written to the JSON file given by --out.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import statistics
@@ -66,6 +67,7 @@ class Job:
     settings: tuple[str, ...] = ()
 
 
+@functools.cache
 def load(path: str, scale: Scale) -> ImageData:
     data = load_data(path, scale.image_size)
     assert isinstance(data.train, MemoryImages)

@@ -112,6 +112,7 @@ class LazyImages:
 def _digits() -> ImageData:
     try:
         from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise MissingExtraError(
             "The digits come with scikit-learn: pip install 'spartan-torch[cli]'."
@@ -119,8 +120,10 @@ def _digits() -> ImageData:
     bunch = load_digits()
     images = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
-    held_out = torch.arange(len(labels)) % 5 == 4
-    train = MemoryImages(images[~held_out], labels[~held_out])
+    kept, held_out = train_test_split(
+        torch.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
+    )
+    train = MemoryImages(images[kept], labels[kept])
     test = MemoryImages(images[held_out], labels[held_out])
     mean, std = _statistics(train.images)
     return ImageData(train, test, 1, 8, [str(d) for d in range(10)], mean, std, flip=False)
