@@ -32,7 +32,8 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def attach(model: nn.Module, optimizer: Any, steps: int | None = 10, **options: Any) -> Sparsifier:
     method = options.pop("method", Spartan(warmup=0.3))
-    return Sparsifier(model, optimizer, method, Budget(density=0.2), steps, **options)
+    budget = Budget(density=0.2, allocation=options.pop("allocation", "global"))
+    return Sparsifier(model, optimizer, method, budget, steps, **options)
 
 
 def states_equal(a: nn.Module, b: nn.Module) -> bool:
@@ -336,7 +337,7 @@ def test_attention_in_evaluation_uses_the_sparse_weights() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     optimizer = sgd(layer)
-    sparsifier = attach(layer, optimizer, method=Spartan(warmup=0.0))
+    sparsifier = attach(layer, optimizer, method=Spartan(warmup=0.0), allocation="uniform")
     assert "self_attn.in_proj_weight" in [s.name for s in sparsifier.sites]
     x = torch.randn(2, 5, 16)
     expected = layer(x)
@@ -348,7 +349,7 @@ def test_attention_in_evaluation_uses_the_sparse_weights() -> None:
 def test_channels_last_weights(make_net: Make) -> None:
     model = make_net().to(memory_format=torch.channels_last)
     optimizer = sgd(model)
-    sparsifier = attach(model, optimizer, pattern=Channel())
+    sparsifier = attach(model, optimizer, pattern=Channel(), allocation="uniform")
     for step in range(10):
         train_step(model, optimizer, step)
     sparsifier.finalize()
@@ -478,3 +479,13 @@ def test_freeze_holds_the_zeros(explicit: bool, make_net: Make) -> None:
 def test_freeze_refuses_a_dense_model(make_net: Make) -> None:
     with pytest.raises(SpartanError, match="no zeros|has a zero"):
         spartan.freeze(make_net())
+
+
+def test_a_layer_that_dies_is_named_once(make_net: Make) -> None:
+    model = make_net()
+    with torch.no_grad():
+        model.conv.weight.mul_(1e-6)
+        model.fc2.weight.mul_(1e-6)
+    optimizer = sgd(model)
+    with pytest.warns(UserWarning, match=r"Nothing is kept of 'conv.weight', 'fc2.weight'"):
+        attach(model, optimizer, method=Magnitude(schedule="one-shot"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -22,6 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if signum is None else 128 + signum)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader of our output has gone (`spartan report … | head`); the interpreter's own
+        # flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _run(words: list[str]) -> int:

@@ -93,6 +93,7 @@ class Sparsifier:
         self._versions = [0] * len(self.sites)
         self._inside: list[Site] = []  # sites whose parameter holds θ: a step is under way
         self._warned_write = False
+        self._checked_dead = False
         if self.method.moves_masks(0, self._horizon):
             self._move_masks()
         self._write(self.sites)
@@ -304,6 +305,19 @@ class Sparsifier:
     def _move_masks(self) -> None:
         for group in self.groups:
             self.method.select(group, self.step, self._horizon)
+        if not self._checked_dead and self.method.progress(self.step, self._horizon) == 1.0:
+            self._warn_dead()
+
+    def _warn_dead(self) -> None:
+        """Say once, when the budget is first reached, which layers keep nothing."""
+        self._checked_dead = True
+        dead = [site.name for site in self.sites if not bool(site.mask.any())]
+        if dead:
+            warnings.warn(
+                f"Nothing is kept of {', '.join(map(repr, dead))}: the network may not learn. "
+                "Spread the budget with allocation='erk' or 'uniform', or exclude these layers.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _write(self, sites: Iterable[Site]) -> None:
