@@ -17,6 +17,8 @@ from spartan.methods import DualAveraging, Magnitude, Method, Spartan
 from tests.conftest import VECTORS
 
 
+# The published run prunes its last layer away before it grows back.
+@pytest.mark.filterwarnings("ignore:Nothing is kept")
 def test_published_trajectory() -> None:
     facts = json.loads((VECTORS / "spartan_trajectory.json").read_text())
     tensors = load_file(VECTORS / "spartan_trajectory.safetensors")
@@ -98,7 +100,7 @@ def test_relative_beta_does_not_depend_on_the_scale_of_the_weights() -> None:
             model.weight.mul_(scale)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         sparsifier = Sparsifier(
-            model, optimizer, Spartan(warmup=0.0, beta=(7.0, 7.0)), Budget(density=0.1), 10
+            model, optimizer, Spartan(warmup=0.0, beta=(35.0, 35.0)), Budget(density=0.1), 10
         )
         masks.append(sparsifier.sites[0].tensors["soft"])
     torch.testing.assert_close(masks[0], masks[1], rtol=1e-3, atol=1e-5)

@@ -14,8 +14,13 @@ keep learning. k_t falls from everything to the budget over the first `warmup` o
 grows until the last `finetune` of it, after which m · h stays fixed.
 
 The published β multiplies raw |θ|, so its effect depends on the scale of the weights. The default
-`beta_scale="relative"` measures |θ| in units of the hard threshold at the target density, the
-smallest weight that will stay, so that one β works on every network.
+`beta_scale="relative"` takes away that scale: scores are multiplied such that the hard threshold at
+the target density, the smallest weight that will stay, lies at 0.2. That is about where it lies in
+the normalised residual networks for which the published β were chosen, so the numbers keep their
+meaning there, and carry it to networks with other weights.
+
+While β is small the kept weights are scaled by small m. Layers followed by a norm do not notice;
+in networks without norms the signal shrinks with m, and they want a larger β or learning rate.
 """
 
 from __future__ import annotations
@@ -35,6 +40,9 @@ from spartan.selection import soft
 from spartan.selection.hard import Selection
 from spartan.selection.packing import Packing
 
+# Where relative β puts the hard threshold at the target density.
+_THRESHOLD = 0.2
+
 
 @dataclass(frozen=True)
 class Spartan(Method):
@@ -42,9 +50,9 @@ class Spartan(Method):
 
     Attributes:
         beta: Sharpness at the first step and from `1 - finetune` of the run on.
-        beta_scale: `"relative"`: β acts on scores divided by the hard threshold at the target
-            density. `"absolute"`: as published, β acts on raw mean |θ|, and its end value is
-            multiplied by sqrt(weights per unit).
+        beta_scale: `"relative"`: β acts on scores scaled such that the hard threshold at the
+            target density is 0.2. `"absolute"`: as published, β acts on raw mean |θ|, and its end
+            value is multiplied by sqrt(weights per unit).
         warmup: Fraction of the run over which the density falls from 1 to the target. 0: the
             target density from the first forward pass on.
         finetune: Last fraction of the run, with fixed masks.
@@ -95,7 +103,7 @@ class Spartan(Method):
             at_target = selection
             if fraction < 1.0:
                 at_target = group.select(sites, scores, group.share.kept)
-            group.numbers["scale"] = _scale(scores, at_target)
+            group.numbers["scale"] = _scale(scores, at_target) / _THRESHOLD
         beta = self._beta(group, sites, step, total_steps)
         if group.share.rows:
             masks = [

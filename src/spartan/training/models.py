@@ -15,13 +15,15 @@ from spartan.errors import ConfigError, MissingExtraError, did_you_mean
 
 
 def mlp(channels: int, image_size: int, classes: int, width: int = 256) -> nn.Module:
-    """Return a multilayer perceptron with two hidden layers."""
+    """Return a multilayer perceptron with two hidden, batch-normalised layers."""
     inputs = channels * image_size * image_size
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(inputs, width),
+        nn.Linear(inputs, width, bias=False),
+        nn.BatchNorm1d(width),
         nn.ReLU(),
-        nn.Linear(width, width),
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
         nn.ReLU(),
         nn.Linear(width, classes),
     )
