@@ -3,9 +3,10 @@
 from spartan import methods
 from spartan.budget import Budget
 from spartan.errors import SpartanError
+from spartan.freezing import freeze
 from spartan.patterns import NM, Block, Channel, Unstructured
 from spartan.selection import hard_topk, soft_topk
-from spartan.sparsifier import Sparsifier, freeze
+from spartan.sparsifier import Sparsifier
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -24,13 +24,13 @@ from torch.optim.optimizer import (
 )
 
 from spartan.budget import Budget, Share
-from spartan.errors import NonFiniteError, ScheduleError, SpartanError, StateError
+from spartan.errors import NonFiniteError, ScheduleError, StateError
 from spartan.methods.base import Group, Method, Site
+from spartan.optimizer_steps import all_finite, skips_step, wrap_closure
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable, find_prunable
+from spartan.state import STATE_VERSION, check_state
 from spartan.summary import LayerSummary, summarize_masks
-
-_STATE_VERSION = 1
 
 
 class Sparsifier:
@@ -155,7 +155,7 @@ class Sparsifier:
         self._require_attached()
         self._leave_step()
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self.step,
             "sites": {
@@ -177,7 +177,7 @@ class Sparsifier:
                 changed then.
         """
         self._require_attached()
-        self._check_state(state)
+        check_state(state, self._settings(), self.sites)
         self._inside = []
         self.step = int(state["step"])
         for site in self.sites:
@@ -227,9 +227,9 @@ class Sparsifier:
                 "finalize() after the last step, or make the sparsifier with more steps."
             )
         self._adopt_foreign_writes(sites)
-        args, kwargs, wrapped = _wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
+        args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
         if not wrapped:
-            self._pull_back(sites, skipped=_skips(optimizer))
+            self._pull_back(sites, skipped=skips_step(optimizer))
         self._inside = sites
         for site in sites:
             site.weight.parameter.copy_(site.latent)
@@ -240,10 +240,12 @@ class Sparsifier:
         sites = self._inside
         if not sites or self._sites_of(optimizer) != sites:
             return
-        if _skips(optimizer):
+        if skips_step(optimizer):
             self._leave_step()
             return
-        for site, finite in zip(sites, _finite([s.weight.parameter for s in sites]), strict=True):
+        for site, finite in zip(
+            sites, all_finite([s.weight.parameter for s in sites]), strict=True
+        ):
             if not finite:
                 self._leave_step()
                 raise NonFiniteError(
@@ -288,7 +290,7 @@ class Sparsifier:
         active = [site for site in sites if site.active]
         grads = [site.grad for site in active if site.grad is not None]
         if not skipped:
-            for site, finite in zip(active, _finite(grads), strict=True):
+            for site, finite in zip(active, all_finite(grads), strict=True):
                 if not finite:
                     raise NonFiniteError(
                         f"The gradient of {site.name!r} is NaN or infinite at step "
@@ -404,62 +406,6 @@ class Sparsifier:
             "budgets": [[group.share.kept, group.share.total] for group in self.groups],
         }
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != _STATE_VERSION:
-            raise StateError(
-                f"The state has version {state.get('version')!r}, this is {_STATE_VERSION}."
-            )
-        mine = self._settings()
-        for key, value in state["settings"].items():
-            if mine.get(key) != value:
-                raise StateError(
-                    f"The state was saved with {key}={value}, this sparsifier has "
-                    f"{key}={mine.get(key)}: resume with the settings the run was begun with."
-                )
-        saved = state["sites"]
-        if set(saved) != {site.name for site in self.sites}:
-            other = sorted(set(saved) ^ {site.name for site in self.sites})
-            raise StateError(f"The state is of another model; it differs in {', '.join(other)}.")
-        for site in self.sites:
-            latent, mask = saved[site.name]["latent"], saved[site.name]["mask"]
-            if latent.shape != site.latent.shape or mask.shape != site.mask.shape:
-                raise StateError(
-                    f"The state holds {site.name!r} with shape {tuple(latent.shape)}, the model "
-                    f"has {tuple(site.latent.shape)}."
-                )
-
-
-def freeze(
-    model: nn.Module,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    include: NameFilter | None = None,
-    exclude: NameFilter | None = None,
-) -> Sparsifier:
-    """Hold the zeros of an already sparse model while it is fine-tuned.
-
-    Args:
-        model: A model with exact zeros in some weights.
-        optimizer: The optimizer that fine-tunes it; None watches every optimizer of the process
-            that steps one of its weights, made before or after.
-        include: Which parameters to hold, see `find_prunable`.
-        exclude: Which not.
-
-    Returns:
-        The sparsifier that holds them. `finalize()` takes its hooks away.
-
-    Raises:
-        SpartanError: The model has no zeros to hold.
-    """
-    from spartan.methods.fixed import Fixed
-
-    weights = find_prunable(model, include, exclude)
-    kept = {w.name: int(torch.count_nonzero(w.parameter)) for w in weights}
-    sparse = {w.name: kept[w.name] / w.parameter.numel() for w in weights}
-    if all(density == 1.0 for density in sparse.values()):
-        raise SpartanError("None of the model's prunable weights has a zero to hold.")
-    budget = Budget(allocation=sparse)
-    return Sparsifier(model, optimizer, Fixed(), budget, None, include=include, exclude=exclude)
-
 
 def _make_group(share: Share, weights: list[Prunable], pattern: Pattern) -> Group:
     members = [weights[i] for i in share.members]
@@ -489,31 +435,3 @@ def _as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimize
 def _indices_in(optimizer: Optimizer, weights: list[Prunable]) -> list[int]:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [i for i, weight in enumerate(weights) if id(weight.parameter) in stepped]
-
-
-def _wrap_closure(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    wrap: Callable[[Callable[[], Any]], Callable[[], Any]],
-) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Replace the closure among the arguments of `optimizer.step(optimizer, closure)`."""
-    if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": wrap(kwargs["closure"])}, True
-    if len(args) > 1 and callable(args[1]):
-        return (args[0], wrap(args[1]), *args[2:]), kwargs, True
-    return args, kwargs, False
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer under a GradScaler skips this step inside its kernel."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())
-
-
-def _finite(tensors: list[Tensor]) -> list[bool]:
-    """Say of each tensor whether all entries are finite, with one read-back."""
-    if not tensors:
-        return []
-    largest = torch._foreach_norm(tensors, torch.inf)
-    finite: list[bool] = torch.isfinite(torch.stack([x.float() for x in largest])).tolist()
-    return finite

@@ -116,10 +116,7 @@ class Spartan(Method):
         group.numbers["beta"] = beta
 
     def materialize(self, site: Site) -> Tensor:
-        soft_mask = site.tensors.get("soft")
-        if soft_mask is None:
-            return site.latent.clone()
-        kept = torch.where(site.mask, soft_mask, 0.0)
+        kept = torch.where(site.mask, site.tensors["soft"], 0.0)
         # Adding zero turns the -0.0 of pruned negative weights into +0.0.
         return (site.latent * site.spread(kept)).add_(0.0).to(site.latent.dtype)
 

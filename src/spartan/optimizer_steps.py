@@ -1,0 +1,38 @@
+"""What a hook must know of an optimizer's step: its closure, a hidden skip, broken numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def wrap_closure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wrap: Callable[[Callable[[], Any]], Callable[[], Any]],
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """Replace the closure among the arguments of `optimizer.step(optimizer, closure)`."""
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": wrap(kwargs["closure"])}, True
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], wrap(args[1]), *args[2:]), kwargs, True
+    return args, kwargs, False
+
+
+def skips_step(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer under a GradScaler skips this step inside its kernel."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def all_finite(tensors: list[Tensor]) -> list[bool]:
+    """Say of each tensor whether all entries are finite, with one read-back."""
+    if not tensors:
+        return []
+    largest = torch._foreach_norm(tensors, torch.inf)
+    finite: list[bool] = torch.isfinite(torch.stack([x.float() for x in largest])).tolist()
+    return finite
