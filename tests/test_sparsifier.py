@@ -489,3 +489,30 @@ def test_a_layer_that_dies_is_named_once(make_net: Make) -> None:
     optimizer = sgd(model)
     with pytest.warns(UserWarning, match=r"Nothing is kept of 'conv.weight', 'fc2.weight'"):
         attach(model, optimizer, method=Magnitude(schedule="one-shot"))
+
+
+def test_parameter_groups_may_be_added_later(make_net: Make) -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD(model.fc1.parameters(), lr=0.05)
+    with pytest.warns(UserWarning, match="No optimizer steps 'conv.weight', 'fc2.weight'"):
+        sparsifier = attach(model, optimizer)
+    train_step(model, optimizer, 0)
+    optimizer.add_param_group({"params": [*model.conv.parameters(), *model.fc2.parameters()]})
+    before = sparsifier.sites[0].latent.clone()
+    for step in range(1, 10):
+        train_step(model, optimizer, step)
+    sparsifier.finalize()
+    assert not torch.equal(before, model.conv.weight)
+    kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
+    assert kept == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+
+
+def test_mixed_precisions_share_one_budget() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8).double()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
+    assert sum(site.kept for site in sparsifier.sites) == round(0.2 * 128)
+    for layer in model.values():
+        layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    assert sum(site.kept for site in sparsifier.sites) == round(0.2 * 128)

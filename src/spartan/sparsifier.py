@@ -81,7 +81,6 @@ class Sparsifier:
         weights = find_prunable(model, include, exclude)
         shares = budget.plan(model, weights, self.pattern)
         self._optimizers = _as_list(optimizer)
-        self._owned = {opt: _indices_in(opt, weights) for opt in self._optimizers}
         self._check_optimizers(weights)
         for weight in weights:
             if not bool(torch.isfinite(weight.parameter).all()):
@@ -252,18 +251,17 @@ class Sparsifier:
                     f"Step {self.step + 1} made the weight {site.name!r} NaN or infinite; the "
                     "model keeps the weights from before it. Lower the learning rate or clip."
                 )
-        self._inside = []
         for site in sites:
             site.latent.copy_(site.weight.parameter)
-        if self._optimizers and optimizer is not self._optimizers[-1]:
-            self._write(sites)
-            return
-        self.step += 1
-        if self.method.moves_masks(self.step, self._horizon):
-            self._move_masks()
-            self._write(self.sites)
-        else:
-            self._write(sites)
+        # From here on, whatever interrupts leaves the step as a step that was done.
+        written = sites
+        if not self._optimizers or optimizer is self._optimizers[-1]:
+            self.step += 1
+            if self.method.moves_masks(self.step, self._horizon):
+                self._move_masks()
+                written = self.sites
+        self._write(written)
+        self._inside = []
 
     def _closure(self, closure: Callable[[], Any], sites: list[Site]) -> Callable[[], Any]:
         """Wrap a closure so that it sees w, and the optimizer the gradient of θ."""
@@ -367,23 +365,23 @@ class Sparsifier:
         return self.total_steps if self.total_steps is not None else 2**62
 
     def _sites_of(self, optimizer: Optimizer) -> list[Site]:
-        if optimizer not in self._owned:
-            if self._optimizers:
-                return []
-            # A new optimizer, seen through the global hooks.
-            self._owned[optimizer] = _indices_in(optimizer, [s.weight for s in self.sites])
-        return [self.sites[i] for i in self._owned[optimizer]]
+        """Return the sites an optimizer steps now; its parameter groups may have grown."""
+        if self._optimizers and not any(optimizer is known for known in self._optimizers):
+            return []
+        stepped = _parameters_of(optimizer)
+        return [site for site in self.sites if id(site.weight.parameter) in stepped]
 
     def _check_optimizers(self, weights: list[Prunable]) -> None:
         if not self._optimizers:
             return
-        if not self._owned[self._optimizers[-1]]:
+        stepped = [_parameters_of(optimizer) for optimizer in self._optimizers]
+        if not any(id(weight.parameter) in stepped[-1] for weight in weights):
             raise StateError(
                 "The last optimizer steps no prunable weight, so masks would never move; give the "
                 "optimizers that train the model, made from its present parameters."
             )
-        stepped = {i for indices in self._owned.values() for i in indices}
-        missing = [w.name for i, w in enumerate(weights) if i not in stepped]
+        anywhere = set().union(*stepped)
+        missing = [w.name for w in weights if id(w.parameter) not in anywhere]
         if missing:
             warnings.warn(
                 f"No optimizer steps {', '.join(map(repr, missing))}: masked, but not trained. "
@@ -412,6 +410,11 @@ def _make_group(share: Share, weights: list[Prunable], pattern: Pattern) -> Grou
     shapes = [pattern.unit_shape(w) for w in members]
     units = sum(torch.Size(shape).numel() for shape in shapes)
     mean_numel = sum(w.parameter.numel() for w in members) / units
+    if len({weight.parameter.device for weight in members}) > 1:
+        raise StateError(
+            "The prunable weights lie on several devices, and a budget is solved on one: use "
+            "allocation='uniform', or put the model on one device."
+        )
     sites = [
         Site(
             weight=weight,
@@ -432,6 +435,5 @@ def _as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimize
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
-def _indices_in(optimizer: Optimizer, weights: list[Prunable]) -> list[int]:
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [i for i, weight in enumerate(weights) if id(weight.parameter) in stepped]
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -118,6 +118,13 @@ class Group:
         spent = sum(site.cost * site.kept for site in idle)
         return [site for site in self.sites if site.active], budget - spent
 
+    def scores(self, sites: Sequence[Site]) -> list[Tensor]:
+        """Return the scores of some sites in one dtype, so that they can be compared."""
+        scores = [site.scores() for site in sites]
+        if any(score.dtype == torch.float64 for score in scores):
+            return [score.double() for score in scores]
+        return scores
+
     def select(self, sites: Sequence[Site], scores: Sequence[Tensor], budget: float) -> Selection:
         """Select the units with the highest scores that fit the budget."""
         if not self.share.rows:

@@ -66,7 +66,7 @@ class DualAveraging(Method):
         sites, budget = group.contenders(self.progress(step, total_steps))
         if not sites:
             return
-        scores = [site.scores() for site in sites]
+        scores = group.scores(sites)
         for site, mask in zip(sites, group.select(sites, scores, budget).masks, strict=True):
             site.mask = mask
         if self.backward_density < 1.0:

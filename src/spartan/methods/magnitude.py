@@ -74,7 +74,7 @@ class Magnitude(Method):
         sites, budget = group.contenders(self.progress(step, total_steps))
         if not sites:
             return
-        selection = group.select(sites, [site.scores() for site in sites], budget)
+        selection = group.select(sites, group.scores(sites), budget)
         for site, mask in zip(sites, selection.masks, strict=True):
             site.mask = mask
 

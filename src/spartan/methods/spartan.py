@@ -97,7 +97,7 @@ class Spartan(Method):
         sites, budget = group.contenders(fraction)
         if not sites:
             return
-        scores = [site.scores() for site in sites]
+        scores = group.scores(sites)
         selection = group.select(sites, scores, budget)
         if self.beta_scale == "relative":
             at_target = selection
