@@ -186,6 +186,11 @@ def test_bad_budgets_are_refused(fields: dict[str, Any], message: str) -> None:
         Budget(**fields)
 
 
+def test_thirds_fit_one_of_three() -> None:
+    (share,) = plan(linear(6, 4), Budget(density=1 / 3), NM(1, 3))
+    assert (share.kept, share.total) == (1, 3)
+
+
 def test_unreachable_budgets_are_refused(make_net: Callable[..., Net]) -> None:
     model = make_net()
     with pytest.raises(BudgetError, match="keeps none of 2,464 units"):

@@ -157,6 +157,8 @@ def test_inspect(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "1.weight" in capsys.readouterr().out
     torch.save({"model": {"w": torch.eye(10)}, "list": [torch.zeros(3)]}, tmp_path / "a.pt")
     assert call("inspect", tmp_path / "a.pt") == 0
+    torch.save({"f8": torch.eye(4).to(torch.float8_e4m3fn)}, tmp_path / "f8.pt")
+    assert call("inspect", tmp_path / "f8.pt") == 0
     out = capsys.readouterr().out
     assert "model.w" in out
     assert "10.00%" in out
@@ -191,6 +193,9 @@ BAD: list[tuple[list[str], str]] = [
     (["--density", "0.1", "--include", "layer9"], "No parameter is named"),
     (["--density", "0.1", "--exclude", "*"], "Nothing to prune"),
     (["--density", "0.1", "--device", "tpu"], "not available"),
+    (["--density", "0.1", "--method", "fixed"], "prune the model first"),
+    (["--density", "0.1", "--model", "torch.nn:Identity"], "logits of shape (2, 10)"),
+    (["--density", "0.1", "--model", "tests.conftest:Net"], "fails on images of (1, 8, 8)"),
     (["--density", "0.1", "--lr", "1e30"], "NaN or infinite"),
     (["--resume", "nowhere"], "not a run folder"),
     (["--config", "nowhere.json"], "Cannot read the config"),

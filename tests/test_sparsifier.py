@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import spartan
 from spartan import Budget, Channel, Sparsifier
 from spartan.errors import (
+    BudgetError,
     NonFiniteError,
     PrunableError,
     ScheduleError,
     SpartanError,
     StateError,
 )
-from spartan.methods import DualAveraging, Magnitude, Spartan
+from spartan.methods import DualAveraging, Fixed, Magnitude, Spartan
 from tests.conftest import Net, batch, train_step
 
 Make = Callable[..., Net]
@@ -516,3 +517,98 @@ def test_mixed_precisions_share_one_budget() -> None:
         layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
     assert sum(site.kept for site in sparsifier.sites) == round(0.2 * 128)
+
+
+def test_model_used_after_a_crash_is_sparse_again(make_net: Make) -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("crash")
+
+    model = make_net().eval()
+    optimizer = Failing(model.parameters(), lr=0.1)
+    attach(model, optimizer, method=Spartan(warmup=0.0))
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch(0)
+    expected = model(x)
+    for use in (model.state_dict, lambda: model(x)):
+        nn.functional.cross_entropy(model(x), y).backward()
+        with pytest.raises(RuntimeError, match="crash"):
+            optimizer.step()
+        assert int((model.fc1.weight == 0).sum()) == 0  # θ, until somebody looks
+        use()
+        assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+    assert torch.equal(model(x), expected)
+    assert not model._forward_pre_hooks
+    assert not model._state_dict_pre_hooks
+
+
+def test_finalize_does_not_overwrite_what_others_loaded(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, steps=2)
+    best = copy.deepcopy(model.state_dict())
+    train_step(model, optimizer, 0)
+    train_step(model, optimizer, 1)
+    model.load_state_dict(best)
+    with pytest.raises(StateError, match=r"call finalize\(\) first"):
+        sparsifier.finalize()
+    assert torch.equal(model.fc1.weight, best["fc1.weight"])
+
+
+def test_written_nan_is_refused(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    train_step(model, optimizer, 0)
+    with torch.no_grad():
+        model.fc1.weight[0, 0] = float("nan")
+    model.fc1.weight.grad = torch.zeros_like(model.fc1.weight)
+    with pytest.raises(NonFiniteError, match="was written into 'fc1.weight' after step 1"):
+        optimizer.step()
+    assert bool(torch.isfinite(sparsifier.sites[1].latent).all())
+
+
+def test_optimizers_may_step_in_any_order(make_net: Make) -> None:
+    model = make_net()
+    weights = torch.optim.SGD([p for p in model.parameters() if p.dim() > 1], lr=0.05)
+    biases = torch.optim.SGD([p for p in model.parameters() if p.dim() == 1], lr=0.05)
+    sparsifier = attach(model, [weights, biases])
+    for step in range(10):
+        x, y = batch(step)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        biases.step()
+        weights.step()
+    assert sparsifier.step == 10
+    first = torch.optim.SGD(model.conv.parameters(), lr=0.05)
+    second = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    sparsifier.finalize()
+    sparsifier = attach(model, [first, second], steps=3)
+    for _ in range(3):
+        second.step()
+        first.step()
+    assert sparsifier.step == 3
+    sparsifier.finalize()
+
+
+def test_methods_with_a_schedule_need_the_number_of_steps(make_net: Make) -> None:
+    model = make_net()
+    with pytest.raises(ScheduleError, match="needs total_steps"):
+        attach(model, sgd(model), steps=None)
+
+
+def test_fixed_refuses_a_model_denser_than_the_budget(make_net: Make) -> None:
+    model = make_net()
+    with pytest.raises(BudgetError, match="holds the zeros that are there"):
+        attach(model, sgd(model), steps=None, method=Fixed())
+
+
+def test_load_refuses_other_costs(make_net: Make) -> None:
+    costs = {"conv": 1.0, "fc1": 2.0, "fc2": 3.0}
+    states = []
+    for order in (costs, dict(zip(costs, reversed(costs.values()), strict=True))):
+        model = make_net()
+        budget = Budget(density=0.2, cost=order)
+        states.append(Sparsifier(model, sgd(model), Spartan(), budget, 10))
+    with pytest.raises(StateError, match="budgets="):
+        states[0].load_state_dict(states[1].state_dict())

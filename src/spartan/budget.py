@@ -222,7 +222,7 @@ class Budget:
             densities = [self.fraction]
         else:
             densities = [self.fraction, *(Fraction(str(d)) for d in self.allocation.values())]
-        agree = all(d is None or d == wanted for d in densities)
+        agree = all(d is None or abs(d - wanted) < 1e-9 for d in densities)
         if not agree or self.allocation == "erk" or self.count == "all":
             raise BudgetError(
                 f"The pattern {pattern} keeps exactly {pattern.n} of every {pattern.m} weights in "

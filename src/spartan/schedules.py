@@ -51,6 +51,15 @@ def check_fraction(name: str, value: float) -> None:
         raise MethodError(f"{name}={value!r} must be a fraction of the run, between 0 and 1.")
 
 
+def check_order(warmup: float, finetune: float) -> None:
+    """Raise `MethodError` unless the warm-up ends before the masks are fixed."""
+    if warmup + finetune > 1.0:
+        raise MethodError(
+            f"warmup={warmup} and finetune={finetune} overlap: the budget must be reached before "
+            "the masks are fixed, so they may add up to 1 at most."
+        )
+
+
 def check_shape(name: str, value: str) -> None:
     """Raise `MethodError` unless `value` names a schedule shape."""
     if value not in get_args(Shape):

@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from spartan.budget import Budget, Share
 from spartan.errors import NonFiniteError, ScheduleError, StateError
@@ -31,6 +32,7 @@ from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable, find_prunable
 from spartan.state import STATE_VERSION, check_state
 from spartan.summary import LayerSummary, summarize_masks
+from spartan.writer import WeightWriter
 
 
 class Sparsifier:
@@ -39,8 +41,9 @@ class Sparsifier:
     Args:
         model: Any module; it is not modified, except for the values of its prunable weights.
         optimizer: The optimizer, or several. A step is complete, and masks move, when the last
-            of them has stepped. The price that couples Spartan's gradients spans the weights of
-            one optimizer. None hooks every optimizer that steps a prunable weight.
+            of them that steps a prunable weight has stepped. The price that couples Spartan's
+            gradients spans the weights of one optimizer. None hooks every optimizer that steps a
+            prunable weight.
         method: How masks are found; see `spartan.methods`.
         budget: How much may stay.
         total_steps: Optimizer steps of the whole run; None only for methods without a schedule.
@@ -51,6 +54,7 @@ class Sparsifier:
     Between steps every prunable parameter holds w, exactly sparse; inside `optimizer.step()` it
     holds the latent θ. Parameters in which something else writes between steps (loading weights,
     averaging) are noticed at the next step: the written values become the new θ, with a warning.
+    Writes through `.data` escape notice, as they do autograd.
     A step whose gradients or weights are not finite raises before it does harm, and names itself.
 
     Raises:
@@ -71,6 +75,8 @@ class Sparsifier:
     ) -> None:
         if total_steps is not None and total_steps < 1:
             raise ScheduleError(f"total_steps={total_steps} must be at least 1.")
+        if total_steps is None and method.scheduled:
+            raise ScheduleError(f"The method {method.name!r} needs total_steps= for its schedule.")
         self.model = model
         self.method = method
         self.budget = budget
@@ -89,13 +95,13 @@ class Sparsifier:
         self.groups = [_make_group(share, weights, self.pattern) for share in shares]
         by_name = {site.name: site for group in self.groups for site in group.sites}
         self.sites = [by_name[weight.name] for weight in weights]
-        self._versions = [0] * len(self.sites)
+        self._writer = WeightWriter(method, self.sites)
         self._inside: list[Site] = []  # sites whose parameter holds θ: a step is under way
-        self._warned_write = False
+        self._guards: list[RemovableHandle] = []
         self._checked_dead = False
         if self.method.moves_masks(0, self._horizon):
             self._move_masks()
-        self._write(self.sites)
+        self._writer.write(self.sites)
         self._handles = self._register_hooks()
 
     # What the user asks -------------------------------------------------------------------------
@@ -131,7 +137,12 @@ class Sparsifier:
         self._leave_step()
         for site in self.sites:
             site.active = True
-        if self.step < self._horizon and not self._at_budget():
+        if any(self._writer.was_overwritten(site) for site in self.sites):
+            raise StateError(
+                "Weights were written outside the optimizer since the last step; call finalize() "
+                "first and load other weights after it."
+            )
+        if not self._at_budget():
             warnings.warn(
                 f"finalize() at step {self.step} of {self.total_steps}, before the schedule "
                 "reached the budget: the rest is pruned at once.",
@@ -139,7 +150,7 @@ class Sparsifier:
             )
             for group in self.groups:
                 self.method.select(group, self._horizon, self._horizon)
-        self._write(self.sites)
+        self._writer.write(self.sites)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -177,7 +188,7 @@ class Sparsifier:
         """
         self._require_attached()
         check_state(state, self._settings(), self.sites)
-        self._inside = []
+        self._end_step()
         self.step = int(state["step"])
         for site in self.sites:
             saved = dict(state["sites"][site.name])
@@ -187,7 +198,7 @@ class Sparsifier:
             site.active = True
         for group, numbers in zip(self.groups, state["groups"], strict=True):
             group.numbers = dict(numbers)
-        self._write(self.sites)
+        self._writer.write(self.sites)
 
     def __repr__(self) -> str:
         return (
@@ -220,16 +231,18 @@ class Sparsifier:
         if not sites:
             return None
         self._leave_step()
-        if self.total_steps is not None and self.step >= self.total_steps:
+        done = self.total_steps is not None and self.step >= self.total_steps
+        if done and self._completes_step(optimizer):
             raise ScheduleError(
                 f"This is step {self.step + 1}, but total_steps={self.total_steps}: call "
                 "finalize() after the last step, or make the sparsifier with more steps."
             )
-        self._adopt_foreign_writes(sites)
+        self._writer.adopt(sites, self.step)
         args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
         if not wrapped:
             self._pull_back(sites, skipped=skips_step(optimizer))
         self._inside = sites
+        self._guard_model()
         for site in sites:
             site.weight.parameter.copy_(site.latent)
         return (args, kwargs) if wrapped else None
@@ -255,13 +268,13 @@ class Sparsifier:
             site.latent.copy_(site.weight.parameter)
         # From here on, whatever interrupts leaves the step as a step that was done.
         written = sites
-        if not self._optimizers or optimizer is self._optimizers[-1]:
+        if self._completes_step(optimizer):
             self.step += 1
             if self.method.moves_masks(self.step, self._horizon):
                 self._move_masks()
                 written = self.sites
-        self._write(written)
-        self._inside = []
+        self._writer.write(written)
+        self._end_step()
 
     def _closure(self, closure: Callable[[], Any], sites: list[Site]) -> Callable[[], Any]:
         """Wrap a closure so that it sees w, and the optimizer the gradient of θ."""
@@ -270,7 +283,7 @@ class Sparsifier:
             with torch.no_grad():
                 for site in sites:
                     site.latent.copy_(site.weight.parameter)
-                self._write(sites)
+                self._writer.write(sites)
             self._inside = []  # if the closure raises, the model holds w already
             loss = closure()
             with torch.no_grad():
@@ -319,44 +332,27 @@ class Sparsifier:
                 stacklevel=2,
             )
 
-    @torch.no_grad()
-    def _write(self, sites: Iterable[Site]) -> None:
-        """Parameter ← w."""
-        chosen = set(map(id, sites))
-        for i, site in enumerate(self.sites):
-            if id(site) in chosen:
-                site.weight.parameter.copy_(self.method.materialize(site))
-                self._versions[i] = site.weight.parameter._version
-
     def _leave_step(self) -> None:
         """Restore w where a step was begun and did not end, by an exception or a skip."""
         if self._inside:
-            sites, self._inside = self._inside, []
-            self._write(sites)
+            self._writer.write(self._inside)
+            self._end_step()
 
-    def _adopt_foreign_writes(self, sites: list[Site]) -> None:
-        chosen = set(map(id, sites))
-        for i, site in enumerate(self.sites):
-            parameter = site.weight.parameter
-            if parameter.device != site.latent.device or parameter.dtype != site.latent.dtype:
-                raise StateError(
-                    f"{site.name!r} moved from {site.latent.device}, {site.latent.dtype} to "
-                    f"{parameter.device}, {parameter.dtype}: move the model before making the "
-                    "sparsifier."
-                )
-            if id(site) not in chosen or parameter._version == self._versions[i]:
-                continue
-            written = parameter != self.method.materialize(site)
-            if bool(written.any()):
-                site.latent.copy_(torch.where(written, parameter, site.latent))
-                if not self._warned_write:
-                    warnings.warn(
-                        f"{site.name!r} was written outside the optimizer since step {self.step}; "
-                        "the written values are taken as the new weights. To resume a run, load "
-                        "the sparsifier's state after the model's.",
-                        stacklevel=2,
-                    )
-                    self._warned_write = True
+    def _guard_model(self) -> None:
+        """Heal the model before it is used, should the step that begins now never end.
+
+        The hooks are there during a step only, where nobody runs or saves the model.
+        """
+        self._guards = [
+            self.model.register_forward_pre_hook(lambda *_: self._leave_step()),
+            self.model.register_state_dict_pre_hook(lambda *_: self._leave_step()),
+        ]
+
+    def _end_step(self) -> None:
+        self._inside = []
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
 
     # Small parts --------------------------------------------------------------------------------
 
@@ -371,16 +367,21 @@ class Sparsifier:
         stepped = _parameters_of(optimizer)
         return [site for site in self.sites if id(site.weight.parameter) in stepped]
 
+    def _completes_step(self, optimizer: Optimizer) -> bool:
+        """Whether a step is complete when this optimizer has stepped."""
+        if not self._optimizers:
+            return True
+        return optimizer is [o for o in self._optimizers if self._sites_of(o)][-1]
+
     def _check_optimizers(self, weights: list[Prunable]) -> None:
         if not self._optimizers:
             return
-        stepped = [_parameters_of(optimizer) for optimizer in self._optimizers]
-        if not any(id(weight.parameter) in stepped[-1] for weight in weights):
+        anywhere = set().union(*map(_parameters_of, self._optimizers))
+        if not any(id(weight.parameter) in anywhere for weight in weights):
             raise StateError(
-                "The last optimizer steps no prunable weight, so masks would never move; give the "
-                "optimizers that train the model, made from its present parameters."
+                "The optimizer steps no prunable weight: give the one that trains the model, made "
+                "from its present parameters."
             )
-        anywhere = set().union(*stepped)
         missing = [w.name for w in weights if id(w.parameter) not in anywhere]
         if missing:
             warnings.warn(
@@ -401,7 +402,7 @@ class Sparsifier:
             "method": self.method.settings(),
             "pattern": str(self.pattern),
             "total_steps": self.total_steps,
-            "budgets": [[group.share.kept, group.share.total] for group in self.groups],
+            "budgets": [[g.share.kept, g.share.total, *g.share.costs] for g in self.groups],
         }
 
 

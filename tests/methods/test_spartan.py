@@ -121,6 +121,7 @@ def test_all_zero_weights_are_selected_by_position() -> None:
         ({"beta": (0.0, 1.0)}, "two positive numbers"),
         ({"beta_scale": "log"}, "relative, absolute"),
         ({"warmup": 1.5}, "between 0 and 1"),
+        ({"warmup": 0.5, "finetune": 0.6}, "overlap"),
         ({"finetune": -0.1}, "between 0 and 1"),
         ({"annealing": "step"}, "unknown"),
     ],

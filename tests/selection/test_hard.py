@@ -141,3 +141,12 @@ def test_bad_requests_are_refused(
 ) -> None:
     with pytest.raises(BudgetError, match=message):
         hard_topk(values, budget, costs)
+
+
+def test_ties_in_tensors_that_are_not_contiguous() -> None:
+    for values in (
+        torch.ones(3, 4).t(),
+        torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    ):
+        mask = hard_topk(values, 5)
+        assert mask.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4]

@@ -26,6 +26,7 @@ def test_json_round_trip() -> None:
         ('{"densty": 0.1}', "did you mean 'density'"),
         ('{"epochs": "ten"}', "epochs must be int"),
         ('{"amp": 1}', "amp must be bool"),
+        ('{"method_args": [1]}', "list of strings"),
         ('{"density": "x"}', "density must be a number or null"),
         ('{"epochs": 0}', "--epochs 0 must be at least 1"),
         ('{"lr": -1}', "--lr -1 must be positive"),
@@ -40,6 +41,9 @@ def test_bad_files_are_refused(text: str, message: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="Cannot read the config"):
         read_config(tmp_path / "no.json")
+    (tmp_path / "binary.json").write_bytes(b"\xb4\x00")
+    with pytest.raises(FileError, match="Cannot read the config"):
+        read_config(tmp_path / "binary.json")
 
 
 def test_methods_and_their_settings() -> None:

@@ -66,6 +66,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         load_state(path)
     from safetensors.torch import save_file
 
+    save_tensors(path, {"a": torch.ones(2)}, {"step": 1, "other": 2})
+    with pytest.raises(FileError, match="not a checkpoint"):
+        load_state(path)
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(FileError, match="not a checkpoint"):
         load_state(path)
@@ -92,6 +95,8 @@ def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert (tmp_path / "t").read_text() == "two"
     with pytest.raises(FileError, match="Cannot write"):
         write_text(tmp_path / "missing" / "t", "x")
+    with pytest.raises(FileError, match="Cannot write"):
+        write_text(tmp_path / "t" / "below a file", "x")
 
 
 def test_states_hold_only_plain_things(tmp_path: Path) -> None:

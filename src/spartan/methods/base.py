@@ -144,6 +144,7 @@ class Group:
 class Method(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the settings."""
 
+    scheduled: ClassVar[bool] = True  # whether it needs to know the length of the run
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from spartan.errors import MethodError
 from spartan.methods.base import Group, Method, Site, mask_gradients
-from spartan.schedules import check_fraction, check_shape, progress
+from spartan.schedules import check_fraction, check_order, check_shape, progress
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class DualAveraging(Method):
             raise MethodError(f"backward_density={self.backward_density} must lie in (0, 1].")
         check_fraction("warmup", self.warmup)
         check_fraction("finetune", self.finetune)
+        check_order(self.warmup, self.finetune)
         check_shape("annealing", self.annealing)
 
     def moves_masks(self, step: int, total_steps: int) -> bool:

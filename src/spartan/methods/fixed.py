@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from spartan.errors import BudgetError
 from spartan.methods.base import Group, Method, Site, mask_gradients
 
 
@@ -15,8 +16,12 @@ class Fixed(Method):
 
     A unit is kept if any of its weights is not zero. The budget must be the one that is there, or
     larger.
+
+    Raises:
+        BudgetError: More is not zero than the budget allows.
     """
 
+    scheduled: ClassVar[bool] = False
     name: ClassVar[str] = "fixed"
     summary: ClassVar[str] = "fine-tune an already sparse model without losing its zeros"
     paper: ClassVar[str] = ""
@@ -31,6 +36,12 @@ class Fixed(Method):
         if step == 0:
             for site in group.sites:
                 site.mask = site.scores() > 0
+            if group.kept > group.share.kept:
+                raise BudgetError(
+                    f"'fixed' holds the zeros that are there, but of {group.sites[0].name!r} and "
+                    f"its group {group.kept:,.10g} units are not zero, and the budget is "
+                    f"{group.share.kept:,.10g}: prune the model first, or use spartan.freeze."
+                )
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         mask_gradients(sites, [site.mask for site in sites])

@@ -72,7 +72,7 @@ def inspect_file(path: Path) -> FileFacts:
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             numel=tensor.numel(),
-            nonzero=int(torch.count_nonzero(tensor)),
+            nonzero=_count_nonzero(tensor),
             bytes=tensor.numel() * tensor.element_size(),
         )
         for name, tensor in _walk(named, "")
@@ -80,6 +80,12 @@ def inspect_file(path: Path) -> FileFacts:
     if not tensors:
         raise FileError(f"{str(path)!r} holds no tensors.")
     return FileFacts(path, path.stat().st_size, tensors)
+
+
+def _count_nonzero(tensor: Tensor) -> int:
+    # Eight-bit floats have no counting kernel of their own.
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1
+    return int(torch.count_nonzero(tensor.float() if narrow else tensor))
 
 
 def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -57,7 +57,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
         )
     total = trainer.total_steps
     method = sparsifier.method
-    fixed = next((s for s in range(total) if not method.moves_masks(s + 1, total)), total)
+    fixed = max(s for s in range(total + 1) if method.moves_masks(s, total))
     settings = ", ".join(f"{k}={v}" for k, v in method.settings().items() if k != "name")
     console.print(
         f"method  {method.name}: {settings}\n"

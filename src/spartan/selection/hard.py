@@ -75,7 +75,7 @@ def select(scores: Sequence[Tensor], costs: Sequence[float | Tensor], budget: fl
     threshold = _from_key(boundary, scores[0].dtype)
     masks = []
     for score, cost in zip(scores, costs, strict=True):
-        mask = score > threshold
+        mask = (score > threshold).contiguous()
         left = _take_ties(mask, score == threshold, cost, left)
         masks.append(mask)
     return Selection(masks, threshold)

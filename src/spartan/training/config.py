@@ -162,6 +162,8 @@ def config_from_json(text: str, source: str) -> TrainConfig:
         default = known[key].default
         if default is not None and not isinstance(value, _json_types(default)):
             raise ConfigError(f"{source}: {key} must be {type(default).__name__}, not {value!r}.")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{source}: {key} must be a list of strings, not {value!r}.")
         if default is None and value is not None and not isinstance(value, int | float):
             raise ConfigError(f"{source}: {key} must be a number or null, not {value!r}.")
     lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -177,8 +179,8 @@ def read_config(path: Path) -> TrainConfig:
     """
     try:
         text = path.read_text()
-    except OSError as error:
-        raise FileError(f"Cannot read the config {str(path)!r}: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"Cannot read the config {str(path)!r}: {error}.") from error
     return config_from_json(text, str(path))
 
 

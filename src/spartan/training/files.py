@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -31,7 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise FileError(
             f"Cannot write {str(path)!r}: {error}. Nothing that was written before is lost; free "
             "space or choose another folder."
@@ -61,9 +63,10 @@ def load_state(path: Path) -> Any:
         FileError: The file is missing, truncated or of another kind.
     """
     tensors, skeleton = load_tensors(path)
-    if skeleton is None:
-        raise FileError(f"{str(path)!r} is not a checkpoint of this program.")
-    return _attach(skeleton, tensors)
+    try:
+        return _attach(skeleton, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{str(path)!r} is not a checkpoint of this program.") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> None:

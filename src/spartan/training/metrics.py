@@ -22,7 +22,7 @@ class MetricsLog:
         rows = [row for row in run.metrics() if row["step"] <= step]
         write_text(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
         self._path = run.metrics_path
-        self._file = run.metrics_path.open("a")
+        self._file = run.metrics_path.open("ab", buffering=0)
         self._board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -34,9 +34,9 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; `step` and `split` say where it belongs, numbers are plotted."""
+        # One unbuffered write a row: what failed is not tried again on closing.
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(row).encode() + b"\n")
         except OSError as error:
             raise FileError(f"Cannot write {str(self._path)!r}: {error.strerror}.") from error
         if self._board is not None:

@@ -53,6 +53,7 @@ class Trainer:
         torch.manual_seed(_seed(config.seed, "init", 0))
         self.model = build_model(config.model, data.channels, data.size, len(data.classes))
         self.model.to(self.device)
+        self._check_model()
         self.optimizer, self.peak_lr = make_optimizer(config, self.model)
         self.sparsifier = Sparsifier(
             self.model,
@@ -175,6 +176,24 @@ class Trainer:
             if isinstance(error, StateError):
                 raise
             raise StateError(f"{str(run.checkpoint_path)!r} does not fit: {error}") from error
+
+    def _check_model(self) -> None:
+        """Run the model on two zero images, so that what does not fit is told before training."""
+        shape = (self.data.channels, self.data.size, self.data.size)
+        name, classes = self.config.model, len(self.data.classes)
+        try:
+            with torch.no_grad():
+                logits = self.model.eval()(torch.zeros(2, *shape, device=self.device))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"The model {name!r} fails on images of {shape}: {error}") from error
+        if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ConfigError(
+                f"The model {name!r} returns {given} for two images of {classes} classes; logits "
+                f"of shape (2, {classes}) are needed."
+            )
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError(f"The model {name!r} has nothing to train.")
 
     # One epoch ----------------------------------------------------------------------------------
 
