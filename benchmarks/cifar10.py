@@ -16,7 +16,6 @@ import functools
 import json
 import multiprocessing
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +23,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import one_run
 from spartan.training.config import TrainConfig
 from spartan.training.data import ImageData, MemoryImages, load_data
 from spartan.training.models import resnet20
-from spartan.training.run import Run
-from spartan.training.trainer import Trainer
 
 METHODS = ("magnitude", "dual-averaging", "spartan")
 SPARSITIES = (0.9, 0.95, 0.98)
@@ -88,10 +86,7 @@ def run(job: Job, path: str, scale: Scale, threads: int) -> dict[str, object]:
         checkpoint_every=scale.epochs,
     )
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, out=f"{folder}/run")
-        trainer = Trainer(config, load(path, scale))
-        row = trainer.fit(Run.create(config), lambda row: None, lambda step, row: None)
+    row = one_run.train(config, load(path, scale))
     return {
         "method": job.method,
         "sparsity": job.sparsity,
@@ -108,22 +103,20 @@ def table(results: list[dict[str, object]]) -> str:
 
     def accuracies(method: str, sparsity: float) -> list[float]:
         return [
-            100 * float(str(r["accuracy"]))
+            float(str(r["accuracy"]))
             for r in results
             if r["method"] == method and r["sparsity"] == sparsity
         ]
-
-    def cell(values: list[float]) -> str:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
     lines = ["| sparsity | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     for sparsity in SPARSITIES:
         cells = {m: accuracies(m, sparsity) for m in METHODS}
         best = max(cells, key=lambda m: statistics.mean(cells[m]))
-        shown = [f"**{cell(v)}**" if m == best else cell(v) for m, v in cells.items()]
-        lines.append(f"| {sparsity:.0%} | " + " | ".join(shown) + " |")
-    return "\n".join([f"dense: {cell(accuracies('dense', 0.0))}", "", *lines])
+        shown = {m: one_run.mean_and_spread(v) for m, v in cells.items()}
+        shown[best] = f"**{shown[best]}**"
+        lines.append(f"| {sparsity:.0%} | " + " | ".join(shown.values()) + " |")
+    dense = one_run.mean_and_spread(accuracies("dense", 0.0))
+    return "\n".join([f"dense: {dense}", "", *lines])
 
 
 def jobs(seeds: int) -> list[Job]:
