@@ -214,7 +214,8 @@ def test_scaler_skips_change_nothing(fused: bool, make_net: Make) -> None:
     assert after["step"] == state["step"] == 1
     assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
     for name, tensors in state["sites"].items():
-        assert all(torch.equal(v, after["sites"][name][k]) for k, v in tensors.items())
+        kept = after["sites"][name]
+        assert all(torch.equal(v, kept[k]) for k, v in tensors.items() if k != "active")
     step(2, poison=False)
     assert sparsifier.step == 2
 
@@ -612,3 +613,17 @@ def test_load_refuses_other_costs(make_net: Make) -> None:
         states.append(Sparsifier(model, sgd(model), Spartan(), budget, 10))
     with pytest.raises(StateError, match="budgets="):
         states[0].load_state_dict(states[1].state_dict())
+
+
+def test_weights_in_no_optimizer_keep_mask_and_values(make_net: Make) -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    with pytest.warns(UserWarning, match="No optimizer steps 'conv.weight'"):
+        sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
+    mask = sparsifier.sites[0].mask.clone()
+    for step in range(10):
+        train_step(model, optimizer, step)
+        assert torch.equal(sparsifier.sites[0].mask, mask)
+    sparsifier.finalize()
+    kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
+    assert kept == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))

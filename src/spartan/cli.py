@@ -47,8 +47,8 @@ def run_command(words: Sequence[str]) -> int:
         """
         if resume is not None:
             _refuse_changes(resumed, options)
-            return _train(dataclasses.replace(options, out=resume), resume=True)
-        return _dry_run(options) if dry_run else _train(options, resume=False)
+            options = dataclasses.replace(options, out=resume)
+        return _dry_run(options) if dry_run else _train(options, resume is not None)
 
     def evaluate_run(run: tyro.conf.Positional[Path], device: str = "auto") -> int:
         """Measure a run's model on its held-out images.

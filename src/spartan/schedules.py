@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 from spartan.errors import MethodError
 
@@ -60,7 +60,7 @@ def check_order(warmup: float, finetune: float) -> None:
         )
 
 
-def check_shape(name: str, value: str) -> None:
-    """Raise `MethodError` unless `value` names a schedule shape."""
-    if value not in get_args(Shape):
-        raise MethodError(f"{name}={value!r} is unknown; known: {', '.join(get_args(Shape))}.")
+def check_annealing(value: str) -> None:
+    """Raise `MethodError` unless `value` names a shape that anneals two quantities alike."""
+    if value not in ("linear", "cosine"):
+        raise MethodError(f"annealing={value!r} is unknown; known: linear, cosine.")

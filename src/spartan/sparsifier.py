@@ -99,6 +99,7 @@ class Sparsifier:
         self._inside: list[Site] = []  # sites whose parameter holds θ: a step is under way
         self._guards: list[RemovableHandle] = []
         self._checked_dead = False
+        self._mark_active()
         if self.method.moves_masks(0, self._horizon):
             self._move_masks()
         self._writer.write(self.sites)
@@ -172,6 +173,7 @@ class Sparsifier:
                 site.name: {
                     "latent": site.latent.clone(),
                     "mask": site.mask.clone(),
+                    "active": site.active,
                     **{key: value.clone() for key, value in site.tensors.items()},
                 }
                 for site in self.sites
@@ -194,8 +196,8 @@ class Sparsifier:
             saved = dict(state["sites"][site.name])
             site.latent.copy_(saved.pop("latent"))
             site.mask = saved.pop("mask").to(site.mask.device, copy=True)
+            site.active = saved.pop("active")
             site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
-            site.active = True
         for group, numbers in zip(self.groups, state["groups"], strict=True):
             group.numbers = dict(numbers)
         self._writer.write(self.sites)
@@ -237,7 +239,7 @@ class Sparsifier:
                 f"This is step {self.step + 1}, but total_steps={self.total_steps}: call "
                 "finalize() after the last step, or make the sparsifier with more steps."
             )
-        self._writer.adopt(sites, self.step)
+        self._writer.adopt(self.sites, self.step)
         args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
         if not wrapped:
             self._pull_back(sites, skipped=skips_step(optimizer))
@@ -262,7 +264,7 @@ class Sparsifier:
                 self._leave_step()
                 raise NonFiniteError(
                     f"Step {self.step + 1} made the weight {site.name!r} NaN or infinite; the "
-                    "model keeps the weights from before it. Lower the learning rate or clip."
+                    "prunable weights are as before it. Lower the learning rate or clip."
                 )
         for site in sites:
             site.latent.copy_(site.weight.parameter)
@@ -366,6 +368,12 @@ class Sparsifier:
             return []
         stepped = _parameters_of(optimizer)
         return [site for site in self.sites if id(site.weight.parameter) in stepped]
+
+    def _mark_active(self) -> None:
+        """Weights that no optimizer steps keep the masks they get when the budget is reached."""
+        stepped = set().union(*map(_parameters_of, self._optimizers))
+        for site in self.sites:
+            site.active = not self._optimizers or id(site.weight.parameter) in stepped
 
     def _completes_step(self, optimizer: Optimizer) -> bool:
         """Whether a step is complete when this optimizer has stepped."""

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from spartan.errors import MethodError
 from spartan.methods.base import Group, Method, Site, mask_gradients
-from spartan.schedules import check_fraction, check_order, check_shape, progress
+from spartan.schedules import check_annealing, check_fraction, check_order, progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DualAveraging(Method):
         check_fraction("warmup", self.warmup)
         check_fraction("finetune", self.finetune)
         check_order(self.warmup, self.finetune)
-        check_shape("annealing", self.annealing)
+        check_annealing(self.annealing)
 
     def moves_masks(self, step: int, total_steps: int) -> bool:
         return step <= self._last_update(total_steps)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from spartan.errors import MethodError
 from spartan.methods.base import Group, Method, Site
-from spartan.schedules import check_fraction, check_order, check_shape, interpolate, progress
+from spartan.schedules import check_annealing, check_fraction, check_order, interpolate, progress
 from spartan.selection import soft
 from spartan.selection.hard import Selection
 from spartan.selection.packing import Packing
@@ -83,7 +83,7 @@ class Spartan(Method):
         check_fraction("warmup", self.warmup)
         check_fraction("finetune", self.finetune)
         check_order(self.warmup, self.finetune)
-        check_shape("annealing", self.annealing)
+        check_annealing(self.annealing)
 
     def moves_masks(self, step: int, total_steps: int) -> bool:
         return step <= self._last_update(total_steps)

@@ -68,7 +68,6 @@ class RunFacts:
     tensors: dict[str, Tensor]
     images: dict[str, Any]
     rows: list[dict[str, Any]]
-    budgets: list[list[float]]
 
     @property
     def kept(self) -> int:
@@ -143,7 +142,6 @@ def read_facts(run: Run) -> RunFacts:
             tensors=tensors,
             images=facts["images"],
             rows=run.metrics(),
-            budgets=facts["budgets"],
         )
     except (KeyError, TypeError) as error:
         raise FileError(

@@ -61,7 +61,7 @@ def inspect_file(path: Path) -> FileFacts:
         try:
             named = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FileError(
                 f"{str(path)!r} is neither a safetensors file nor a torch checkpoint of plain "
                 f"tensors: {reason}"

@@ -60,7 +60,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
     fixed = max(s for s in range(total + 1) if method.moves_masks(s, total))
     settings = ", ".join(f"{k}={v}" for k, v in method.settings().items() if k != "name")
     console.print(
-        f"method  {method.name}: {settings}\n"
+        f"method  {method.name} ({method.paper}; {method.summary})\n        {settings}\n"
         f"steps   {total:,} ({trainer.config.epochs} epochs of {trainer.steps_per_epoch:,}); masks "
         f"fixed from step {fixed:,} on",
         highlight=False,

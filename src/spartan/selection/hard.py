@@ -150,7 +150,8 @@ def _boundary(
             # The top digit carries the sign: shift it up to count from zero.
             digit = (key >> shift) + bins // 2 if level == 0 else (key >> shift) & (bins - 1)
             histogram += _histogram(digit, cost, bins)
-        from_top = histogram.flip(0).cumsum(0)
+        # On the CPU: one read-back a digit, and no order of summation that varies on a GPU.
+        from_top = histogram.cpu().flip(0).cumsum(0)
         # The first digit, from the top, at which the budget is reached.
         place = int(torch.searchsorted(from_top, budget * (1 - _SLACK)).clamp_(max=bins - 1))
         budget -= float(from_top[place - 1]) if place > 0 else 0.0

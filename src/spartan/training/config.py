@@ -72,7 +72,7 @@ class TrainConfig:
     seed: int = 0
     """Decides initial weights, order of images and augmentation."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1."""
     amp: bool = False
     """Mixed precision: float16 with loss scaling on CUDA, bfloat16 elsewhere."""
     compile: bool = False

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from spartan.errors import DataError, MissingExtraError
 
 _IN_MEMORY_BYTES = 1 << 30
-_PARQUET = ("*.parquet",)
 
 
 class Images(Protocol):
@@ -188,10 +187,15 @@ def _decode(train: Any, test: Any, size: int | None, source: str) -> ImageData:
             parts.append(MemoryImages(_read_all(lazy), labels) if small else lazy)
     except Exception as error:
         raise DataError(f"Cannot decode the images of {source!r}: {error}") from error
+    if min(len(part.labels) for part in parts) == 0:
+        raise DataError(f"The training or the test part of {source!r} holds no images.")
+    if int(min(part.labels.min() for part in parts)) < 0:
+        raise DataError(f"{source!r} holds images without a label (label -1).")
     names = getattr(train.features["label"], "names", None)
     count = int(max(part.labels.max() for part in parts)) + 1
     classes = list(names) if names else [str(i) for i in range(count)]
-    step = max(1, len(parts[0].labels) // 5000)
+    # A thousand images, evenly spaced, tell mean and spread.
+    step = -(-len(parts[0].labels) // 1000)
     mean, std = _statistics(parts[0].read(range(0, len(parts[0].labels), step)))
     return ImageData(parts[0], parts[1], channels, side, classes, mean, std, flip=True)
 

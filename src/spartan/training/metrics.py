@@ -16,13 +16,21 @@ class MetricsLog:
     Args:
         run: The run folder.
         step: Step the run continues from; rows after it, from before an interruption, are dropped.
+        total_steps: Steps of the whole run; the final row of the test split is written anew.
     """
 
-    def __init__(self, run: Run, step: int) -> None:
-        rows = [row for row in run.metrics() if row["step"] <= step]
+    def __init__(self, run: Run, step: int, total_steps: int) -> None:
+        rows = [
+            row
+            for row in run.metrics()
+            if row["step"] <= step and (row["split"] == "train" or row["step"] < total_steps)
+        ]
         write_text(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
         self._path = run.metrics_path
-        self._file = run.metrics_path.open("ab", buffering=0)
+        try:
+            self._file = run.metrics_path.open("ab", buffering=0)
+        except OSError as error:
+            raise FileError(f"Cannot write {str(self._path)!r}: {error.strerror}.") from error
         self._board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter

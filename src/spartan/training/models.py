@@ -71,7 +71,7 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
     if name in MODELS:
         return MODELS[name](channels, image_size, classes)
     if name.startswith("timm:"):
-        return _timm_model(name.removeprefix("timm:"), channels, classes)
+        return _timm_model(name.removeprefix("timm:"), channels, image_size, classes)
     if ":" in name:
         return _factory_model(name, channels, image_size, classes)
     raise ConfigError(
@@ -80,7 +80,7 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
     )
 
 
-def _timm_model(name: str, channels: int, classes: int) -> nn.Module:
+def _timm_model(name: str, channels: int, image_size: int, classes: int) -> nn.Module:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -89,7 +89,11 @@ def _timm_model(name: str, channels: int, classes: int) -> nn.Module:
             "and a torchvision that matches this torch."
         ) from error
     try:
-        model: nn.Module = timm.create_model(name, in_chans=channels, num_classes=classes)
+        sizes = {"in_chans": channels, "num_classes": classes}
+        try:
+            model: nn.Module = timm.create_model(name, img_size=image_size, **sizes)
+        except TypeError:  # convolutional networks take any size and have no such argument
+            model = timm.create_model(name, **sizes)
     except Exception as error:
         raise ConfigError(f"timm cannot make the model {name!r}: {error}") from error
     return model

@@ -90,7 +90,7 @@ class Trainer:
         Raises:
             InterruptedRunError: A signal came; a checkpoint is written.
         """
-        log = MetricsLog(run, self.step)
+        log = MetricsLog(run, self.step, self.total_steps)
         try:
             with SignalGuard() as guard:
                 while self.step < self.total_steps:
@@ -99,10 +99,11 @@ class Trainer:
                     last = self.step == self.total_steps
                     if not last:
                         show(self._log_test(log))
-                    if last or guard.received or epoch % self.config.checkpoint_every == 0:
+                    signum = guard.received
+                    if last or signum or epoch % self.config.checkpoint_every == 0:
                         self.save(run)
-                    if guard.received is not None and not last:
-                        self._stop(run, guard.received)
+                    if signum is not None and not last:
+                        self._stop(run, signum)
             self.sparsifier.finalize()
             row = self._log_test(log)
             save_tensors(run.model_path, self.model.state_dict(), self.facts())
@@ -132,7 +133,6 @@ class Trainer:
                 {"name": r.name, "units": r.units, "kept_units": r.kept_units, "cost": r.cost}
                 for r in self.sparsifier.layers()
             ],
-            "budgets": [[g.share.kept, g.share.total] for g in self.sparsifier.groups],
         }
 
     def save(self, run: Run) -> None:
@@ -155,7 +155,7 @@ class Trainer:
         """Continue from the run's checkpoint.
 
         Raises:
-            StateError: The checkpoint is of other settings; nothing is changed.
+            StateError: The checkpoint is of other settings.
             FileError: It is damaged.
         """
         state = load_state(run.checkpoint_path)
@@ -171,7 +171,8 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
             self._tally = state["tally"]
-            self._masks_before = state["masks_before"]
+            masks = state["masks_before"]
+            self._masks_before = {name: mask.to(self.device) for name, mask in masks.items()}
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             if isinstance(error, StateError):
                 raise
@@ -206,13 +207,14 @@ class Trainer:
         every = max(1, self.total_steps // _LOG_ROWS)
         self.model.train()
         latest: Row = {}
-        clock = time.perf_counter()
+        clock, seen = time.perf_counter(), 0
         stream = batches(self.data.train, self.config.batch_size, order, first, self.config.workers)
         for images, labels in stream:
             self._train_step(images, labels)
+            seen += len(labels)
             if self.step % every == 0 or self.step % self.steps_per_epoch == 0:
-                latest = self._train_row(time.perf_counter() - clock)
-                clock = time.perf_counter()
+                latest = self._train_row(seen / (time.perf_counter() - clock))
+                clock, seen = time.perf_counter(), 0
                 log.write(latest)
             tick(self.step, latest)
             if guard.received is not None and self.step % self.steps_per_epoch:
@@ -256,7 +258,7 @@ class Trainer:
 
     # Rows ---------------------------------------------------------------------------------------
 
-    def _train_row(self, seconds: float) -> Row:
+    def _train_row(self, images_per_second: float) -> Row:
         loss, correct, images = self._tally.tolist()
         self._tally = torch.zeros(3, dtype=torch.float64)
         masks = self._masks()
@@ -270,7 +272,7 @@ class Trainer:
             "accuracy": correct / images,
             "lr": self.optimizer.param_groups[0]["lr"],
             "churn": changed / sum(mask.numel() for mask in masks.values()),
-            "images_per_second": images / seconds,
+            "images_per_second": images_per_second,
             **self.sparsifier.monitor(),
         }
 
@@ -348,6 +350,9 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"The device {name!r} is not available: {reason}") from error
+    if device.type not in ("cpu", "cuda"):
+        # Budgets are counted in float64, which other devices lack.
+        raise ConfigError(f"The device {name!r} is not supported; use cpu or cuda.")
     return device
 
 
