@@ -2,7 +2,7 @@
 
 Every method gets the same recipe, the same seeds and its default settings. Two scales:
 
-    python benchmarks/cifar10.py --data PATH --scale small     about 40 minutes on two cores
+    python benchmarks/cifar10.py --data PATH --scale small     about 50 minutes on two cores
     python benchmarks/cifar10.py --data PATH --scale full      ResNet-20, for a GPU
 
 PATH is a folder with train.parquet and test.parquet (columns image, label). The table is printed

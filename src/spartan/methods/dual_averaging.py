@@ -8,6 +8,10 @@ The forward pass uses the top |θ| only; a larger set receives gradients:
 
 so pruned weights keep accumulating gradients and enter A when they have grown. The penalty that
 Top-KAST puts on θ is the weight decay of the user's optimizer.
+
+Nothing but that decay holds pruned weights back. Under a global budget, at high sparsity and with
+norms between the layers, one layer can outgrow the others and take the whole budget; allocate per
+layer then.
 """
 
 from __future__ import annotations

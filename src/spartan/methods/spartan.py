@@ -72,7 +72,7 @@ class Spartan(Method):
     annealing: Literal["linear", "cosine"] = "linear"
 
     name: ClassVar[str] = "spartan"
-    summary: ClassVar[str] = "best accuracy at a given size; soft masks, dense gradients"
+    summary: ClassVar[str] = "soft masks, dense gradients; robust up to high sparsities"
     paper: ClassVar[str] = "Tai et al., NeurIPS 2022"
 
     def __post_init__(self) -> None:

@@ -212,7 +212,7 @@ class Trainer:
         for images, labels in stream:
             self._train_step(images, labels)
             seen += len(labels)
-            if self.step % every == 0 or self.step % self.steps_per_epoch == 0:
+            if self.step % every == 0 or self.step == self.total_steps:
                 latest = self._train_row(seen / (time.perf_counter() - clock))
                 clock, seen = time.perf_counter(), 0
                 log.write(latest)
