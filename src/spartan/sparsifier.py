@@ -329,8 +329,9 @@ class Sparsifier:
         dead = [site.name for site in self.sites if not bool(site.mask.any())]
         if dead:
             warnings.warn(
-                f"Nothing is kept of {', '.join(map(repr, dead))}: the network may not learn. "
-                "Spread the budget with allocation='erk' or 'uniform', or exclude these layers.",
+                f"Nothing is kept of {', '.join(map(repr, dead))} at step {self.step}. Weights can "
+                "come back while masks move; if these do not, spread the budget with "
+                "allocation='erk' or 'uniform', or exclude them.",
                 stacklevel=2,
             )
 

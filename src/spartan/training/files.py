@@ -16,6 +16,8 @@ from torch import Tensor
 
 from spartan.errors import FileError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _KEY = "spartan"  # metadata entry that holds the JSON part
 
 
@@ -30,6 +32,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors would leave it to its owner alone
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
