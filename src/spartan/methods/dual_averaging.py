@@ -10,8 +10,8 @@ so pruned weights keep accumulating gradients and enter A when they have grown. 
 Top-KAST puts on θ is the weight decay of the user's optimizer.
 
 Nothing but that decay holds pruned weights back. Under a global budget, at high sparsity and with
-norms between the layers, one layer can outgrow the others and take the whole budget; allocate per
-layer then.
+norms between the layers, whole layers can lose all their weights (`benchmarks/cifar10.py` at 98 %);
+allocate per layer then.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ grows until the last `finetune` of it, after which m · h stays fixed.
 The published β multiplies raw |θ|, so its effect depends on the scale of the weights. The default
 `beta_scale="relative"` takes away that scale: scores are multiplied such that the hard threshold at
 the target density, the smallest weight that will stay, lies at 0.2. That is about where it lies in
-the normalised residual networks for which the published β were chosen, so the numbers keep their
-meaning there, and carry it to networks with other weights.
+a small residual network with batch norms (0.11 to 0.25 in ResNet-20s on CIFAR-10), so that there
+relative and absolute β nearly agree.
 
 While β is small the kept weights are scaled by small m. Layers followed by a norm do not notice;
 in networks without norms the signal shrinks with m, and they want a larger β or learning rate.

@@ -21,7 +21,7 @@ os.umask(_UMASK)
 _KEY = "spartan"  # metadata entry that holds the JSON part
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` produce a temporary file beside `path`, then move it there.
 
     Raises:
@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda temporary: _write_and_close(temporary, text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -125,7 +125,3 @@ def _attach(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_attach(value, tensors) for value in content)
     return content
-
-
-def _write_and_close(path: Path, text: str) -> None:
-    path.write_text(text)
