@@ -54,6 +54,10 @@ class FileError(SpartanError, OSError):
     """A file cannot be read or written, or its content is damaged."""
 
 
+class KernelError(SpartanError, RuntimeError):
+    """The kernels that were asked for are not there."""
+
+
 class MissingExtraError(SpartanError, ImportError):
     """An optional dependency is needed and not installed."""
 

@@ -1,12 +1,10 @@
-"""What a hook must know of an optimizer's step: its closure, a hidden skip, broken numbers."""
+"""What a hook must know of an optimizer's step: its closure, a hidden skip."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -27,12 +25,3 @@ def skips_step(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer under a GradScaler skips this step inside its kernel."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
-
-
-def all_finite(tensors: list[Tensor]) -> list[bool]:
-    """Say of each tensor whether all entries are finite, with one read-back."""
-    if not tensors:
-        return []
-    largest = torch._foreach_norm(tensors, torch.inf)
-    finite: list[bool] = torch.isfinite(torch.stack([x.float() for x in largest])).tolist()
-    return finite

@@ -26,9 +26,12 @@ from torch.utils.hooks import RemovableHandle
 
 from spartan.budget import Budget, Share
 from spartan.errors import NonFiniteError, ScheduleError, StateError
-from spartan.methods.base import Group, Method, Site
-from spartan.optimizer_steps import all_finite, skips_step, wrap_closure
-from spartan.patterns import Pattern, Unstructured
+from spartan.kernels import Dual, finite
+from spartan.methods.base import Method
+from spartan.methods.groups import Group
+from spartan.methods.sites import Site
+from spartan.optimizer_steps import skips_step, wrap_closure
+from spartan.patterns import NM, Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable, find_prunable
 from spartan.state import STATE_VERSION, check_state
 from spartan.summary import LayerSummary, summarize_masks
@@ -101,8 +104,9 @@ class Sparsifier:
         self._checked_dead = False
         self._mark_active()
         if self.method.moves_masks(0, self._horizon):
-            self._move_masks()
+            self.method.select(self.groups, 0, self._horizon)
         self._writer.write(self.sites)
+        self._warn_dead()
         self._handles = self._register_hooks()
 
     # What the user asks -------------------------------------------------------------------------
@@ -149,8 +153,7 @@ class Sparsifier:
                 "reached the budget: the rest is pruned at once.",
                 stacklevel=2,
             )
-            for group in self.groups:
-                self.method.select(group, self._horizon, self._horizon)
+            self.method.select(self.groups, self._horizon, self._horizon)
         self._writer.write(self.sites)
         for handle in self._handles:
             handle.remove()
@@ -173,6 +176,7 @@ class Sparsifier:
                 site.name: {
                     "latent": site.latent.clone(),
                     "mask": site.mask.clone(),
+                    "dual": None if site.dual is None else list(site.dual.astuple()),
                     "active": site.active,
                     **{key: value.clone() for key, value in site.tensors.items()},
                 }
@@ -196,6 +200,8 @@ class Sparsifier:
             saved = dict(state["sites"][site.name])
             site.latent.copy_(saved.pop("latent"))
             site.mask = saved.pop("mask").to(site.mask.device, copy=True)
+            dual = saved.pop("dual")
+            site.dual = None if dual is None else Dual(*dual)
             site.active = saved.pop("active")
             site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
         for group, numbers in zip(self.groups, state["groups"], strict=True):
@@ -243,10 +249,8 @@ class Sparsifier:
         args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
         if not wrapped:
             self._pull_back(sites, skipped=skips_step(optimizer))
-        self._inside = sites
         self._guard_model()
-        for site in sites:
-            site.weight.parameter.copy_(site.latent)
+        self._show_theta(sites)
         return (args, kwargs) if wrapped else None
 
     @torch.no_grad()
@@ -257,42 +261,33 @@ class Sparsifier:
         if skips_step(optimizer):
             self._leave_step()
             return
-        for site, finite in zip(
-            sites, all_finite([s.weight.parameter for s in sites]), strict=True
-        ):
-            if not finite:
-                self._leave_step()
-                raise NonFiniteError(
-                    f"Step {self.step + 1} made the weight {site.name!r} NaN or infinite; the "
-                    "prunable weights are as before it. Lower the learning rate or clip."
-                )
-        for site in sites:
-            site.latent.copy_(site.weight.parameter)
-        # From here on, whatever interrupts leaves the step as a step that was done.
-        written = sites
-        if self._completes_step(optimizer):
-            self.step += 1
-            if self.method.moves_masks(self.step, self._horizon):
-                self._move_masks()
-                written = self.sites
-        self._writer.write(written)
+        completes = self._completes_step(optimizer)
+        moves = completes and self.method.moves_masks(self.step + 1, self._horizon)
+        try:
+            if not (moves and self._scans):
+                self._require_finite(sites)
+            if moves:
+                self.method.select(self.groups, self.step + 1, self._horizon)
+        except BaseException:
+            self._leave_step()
+            raise
+        self._writer.write(self.sites if moves else sites)
         self._end_step()
+        self.step += completes
+        if moves:
+            self._warn_dead()
 
     def _closure(self, closure: Callable[[], Any], sites: list[Site]) -> Callable[[], Any]:
         """Wrap a closure so that it sees w, and the optimizer the gradient of θ."""
 
         def evaluate() -> Any:
             with torch.no_grad():
-                for site in sites:
-                    site.latent.copy_(site.weight.parameter)
                 self._writer.write(sites)
             self._inside = []  # if the closure raises, the model holds w already
             loss = closure()
             with torch.no_grad():
                 self._pull_back(sites)
-                for site in sites:
-                    site.weight.parameter.copy_(site.latent)
-            self._inside = sites
+                self._show_theta(sites)
             return loss
 
         return evaluate
@@ -302,9 +297,10 @@ class Sparsifier:
             site.active = site.grad is not None
         active = [site for site in sites if site.active]
         grads = [site.grad for site in active if site.grad is not None]
-        if not skipped:
-            for site, finite in zip(active, all_finite(grads), strict=True):
-                if not finite:
+        # A GPU is not waited for: a broken gradient shows in the weights after the step.
+        if not skipped and not any(grad.is_cuda for grad in grads):
+            for site, ok in zip(active, finite(grads), strict=True):
+                if not ok:
                     raise NonFiniteError(
                         f"The gradient of {site.name!r} is NaN or infinite at step "
                         f"{self.step + 1}; weights and masks are unchanged. Lower the learning "
@@ -316,15 +312,25 @@ class Sparsifier:
             if members:
                 self.method.pull_back(group, members, self.step, self._horizon)
 
-    @torch.no_grad()
-    def _move_masks(self) -> None:
-        for group in self.groups:
-            self.method.select(group, self.step, self._horizon)
-        if not self._checked_dead and self.method.progress(self.step, self._horizon) == 1.0:
-            self._warn_dead()
+    def _show_theta(self, sites: list[Site]) -> None:
+        """Let the parameters hold θ, for the optimizer to move."""
+        self._inside = sites
+        for site in sites:
+            site.weight.parameter.copy_(site.latent)
+            site.stepping = True
+
+    def _require_finite(self, sites: list[Site]) -> None:
+        for site, ok in zip(sites, finite([s.theta for s in sites]), strict=True):
+            if not ok:
+                raise NonFiniteError(
+                    f"Step {self.step + 1} made the weight {site.name!r} NaN or infinite; the "
+                    "prunable weights are as before it. Lower the learning rate or clip."
+                )
 
     def _warn_dead(self) -> None:
         """Say once, when the budget is first reached, which layers keep nothing."""
+        if self._checked_dead or self.method.progress(self.step, self._horizon) < 1.0:
+            return
         self._checked_dead = True
         dead = [site.name for site in self.sites if not bool(site.mask.any())]
         if dead:
@@ -338,6 +344,8 @@ class Sparsifier:
     def _leave_step(self) -> None:
         """Restore w where a step was begun and did not end, by an exception or a skip."""
         if self._inside:
+            for site in self.sites:
+                site.stepping, site.choice = False, None
             self._writer.write(self._inside)
             self._end_step()
 
@@ -358,6 +366,11 @@ class Sparsifier:
         self._guards = []
 
     # Small parts --------------------------------------------------------------------------------
+
+    @property
+    def _scans(self) -> bool:
+        """Whether the method's look at the weights of a GPU notices broken ones."""
+        return all(s.latent.is_cuda for s in self.sites) and not isinstance(self.pattern, NM)
 
     @property
     def _horizon(self) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from spartan.errors import StateError
-from spartan.methods.base import Site
+from spartan.methods.sites import Site
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 def check_state(

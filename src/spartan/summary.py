@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spartan.methods.base import Group
+from spartan.methods.groups import Group
 from spartan.patterns import Pattern
 
 

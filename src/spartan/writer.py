@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from spartan.errors import NonFiniteError, StateError
-from spartan.methods.base import Method, Site
+from spartan.methods.base import Method
+from spartan.methods.sites import Site
 
 
 class WeightWriter:
@@ -26,10 +27,11 @@ class WeightWriter:
         self._warned = False
 
     @torch.no_grad()
-    def write(self, sites: Iterable[Site]) -> None:
-        """Write w."""
+    def write(self, sites: Sequence[Site]) -> None:
+        """Write w; sites inside a step keep the new θ in their latent weights."""
+        self._method.write(sites)
         for site in sites:
-            site.weight.parameter.copy_(self._method.materialize(site))
+            site.stepping = False
             self._versions[id(site)] = site.weight.parameter._version
 
     def was_overwritten(self, site: Site) -> bool:
@@ -40,7 +42,7 @@ class WeightWriter:
         return not torch.equal(parameter, self._method.materialize(site))
 
     @torch.no_grad()
-    def adopt(self, sites: Iterable[Site], step: int) -> None:
+    def adopt(self, sites: Sequence[Site], step: int) -> None:
         """Take what was written by others as the new θ, with one warning.
 
         Raises:

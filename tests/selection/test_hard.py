@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spartan import hard_topk
 from spartan.errors import BudgetError
-from spartan.selection.hard import select, select_rows, threshold_of
-from spartan.selection.packing import Packing
+from spartan.kernels import Scores, masks_of
+from spartan.selection.hard import find_cut, select_rows
 
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 # Few distinct values, zeros of both signs and denormals: ties are the hard part.
@@ -42,12 +42,14 @@ def test_keeps_the_largest_and_breaks_ties_by_position(
 def test_many_tensors_select_as_their_concatenation(
     parts: list[list[float]], data: st.DataObject
 ) -> None:
-    tensors = [torch.tensor(p, dtype=torch.float32) + 0.0 for p in parts if p]
+    tensors = [torch.tensor(p, dtype=torch.float32) for p in parts if p]
     if not tensors:
         return
     whole = torch.cat(tensors)
     budget = data.draw(st.integers(0, len(whole)))
-    together = torch.cat(select(tensors, [1.0] * len(tensors), budget).masks)
+    ones = [1.0] * len(tensors)
+    scores = Scores(tensors, ones, ones, absolute=False)
+    together = torch.cat(masks_of(scores, find_cut(scores, budget)))
     assert torch.equal(together, hard_topk(whole, budget))
 
 
@@ -102,9 +104,10 @@ def test_agrees_with_torch_topk_on_distinct_values(n: int) -> None:
 
 
 def test_threshold_is_the_smallest_kept_score() -> None:
-    scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    assert threshold_of([scores], [1.0], 100) == scores.topk(100).values.min().item()
-    assert threshold_of([scores], [1.0], 1000) == -math.inf
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    scores = Scores([values], [1.0], [1.0], absolute=False)
+    assert find_cut(scores, 100).threshold == values.topk(100).values.min().item()
+    assert find_cut(scores, 1000).threshold == -math.inf
 
 
 def test_rows_keep_n_of_every_m_with_ties() -> None:
@@ -113,16 +116,6 @@ def test_rows_keep_n_of_every_m_with_ties() -> None:
         [True, True, False, False],
         [False, True, False, True],
     ]
-
-
-def test_packing_joins_and_splits_without_loss() -> None:
-    tensors = [torch.randn(shape) for shape in [(3, 4), (2,), (1 << 20,), (5, 1), (2, 2)]]
-    packing = Packing(tensors, [1.0, 1.0, 1.0, 1.0, 2.0])
-    joined = packing.join(tensors)
-    assert [t.numel() for t in joined] == [14, 1 << 20, 5, 4]
-    assert packing.costs == [1.0, 1.0, 1.0, 2.0]
-    restored = packing.split(joined)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, restored, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spartan import soft_topk
 from spartan.errors import BudgetError
-from spartan.selection.soft import soft_rows, solve
+from spartan.kernels import Scores
+from spartan.selection.soft import DualSearch, soft_rows, solve_all
 
 
 def solve_case(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -152,15 +153,17 @@ def test_two_entries_have_a_closed_form() -> None:
 
 def test_solver_takes_few_passes_from_any_start() -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(200_000, generator=generator, dtype=torch.float64).abs()
+    values = torch.randn(200_000, generator=generator, dtype=torch.float64).abs()
+    scores = Scores([values], [1.0], [1.0], absolute=False)
     for beta in (1.0, 100.0, 1e5):
         for density in (0.5, 0.05, 0.01):
-            budget = density * scores.numel()
+            budget = density * values.numel()
             masks = []
-            for reference, start in ((float(scores.quantile(1 - density)), 0.0), (0.0, 50.0)):
-                dual = solve([scores], [1.0], budget, beta, reference, start)
-                assert dual.passes <= 30
-                masks.append(dual.mask(scores))
+            for reference, start in ((float(values.quantile(1 - density)), 0.0), (0.0, 50.0)):
+                search = DualSearch(scores, budget, beta, reference, start)
+                solve_all([search])
+                assert search.passes <= 30
+                masks.append(search.dual.mask(values))
             torch.testing.assert_close(masks[0], masks[1], rtol=0, atol=1e-9)
 
 

@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from spartan.errors import MethodError
-from spartan.methods.base import Group, Method, Site, mask_gradients
+from spartan.methods.base import Method, mask_gradients
+from spartan.methods.groups import Contest, Group, contests_of, keep_largest
+from spartan.methods.sites import Site
 from spartan.schedules import check_annealing, check_fraction, check_order, progress
+from spartan.selection.hard import find_cut, select_rows
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,23 @@ class DualAveraging(Method):
             return 1.0
         return progress(step, int(self.warmup * total_steps), self.annealing)
 
-    def select(self, group: Group, step: int, total_steps: int) -> None:
-        sites, budget = group.contenders(self.progress(step, total_steps))
-        if not sites:
-            return
-        scores = group.scores(sites)
-        for site, mask in zip(sites, group.select(sites, scores, budget).masks, strict=True):
-            site.mask = mask
+    def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        contests = contests_of(groups, self.progress(step, total_steps))
+        keep_largest(contests)
         if self.backward_density < 1.0:
-            wider = max(budget, group.share.of(self.backward_density))
-            backward = group.select(sites, scores, wider)
-            for site, mask in zip(sites, backward.masks, strict=True):
-                site.tensors["backward"] = mask
+            for contest in contests:
+                self._select_backward(contest)
+
+    def _select_backward(self, contest: Contest) -> None:
+        share = contest.group.share
+        wider = max(contest.budget, share.of(self.backward_density))
+        masks = (
+            [select_rows(site.magnitudes(), round(wider)) for site in contest.sites]
+            if share.rows
+            else contest.masks(find_cut(contest.scores, wider))
+        )
+        for site, mask in zip(contest.sites, masks, strict=True):
+            site.tensors["backward"] = mask
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         if step >= self._last_update(total_steps):

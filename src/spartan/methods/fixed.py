@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spartan.errors import BudgetError
-from spartan.methods.base import Group, Method, Site, mask_gradients
+from spartan.methods.base import Method, mask_gradients
+from spartan.methods.groups import Group
+from spartan.methods.sites import Site
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Fixed(Method):
     def progress(self, step: int, total_steps: int) -> float:
         return 1.0
 
-    def select(self, group: Group, step: int, total_steps: int) -> None:
-        if step == 0:
+    def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        if step > 0:
+            return
+        for group in groups:
             for site in group.sites:
-                site.mask = site.scores() > 0
+                site.mask = site.magnitudes() > 0
             if group.kept > group.share.kept:
                 raise BudgetError(
                     f"'fixed' holds the zeros that are there, but of {group.sites[0].name!r} and "

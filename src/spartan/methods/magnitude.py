@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from spartan.errors import MethodError, did_you_mean
-from spartan.methods.base import Group, Method, Site, mask_gradients
+from spartan.methods.base import Method, mask_gradients
+from spartan.methods.groups import Group, contests_of, keep_largest
+from spartan.methods.sites import Site
 from spartan.schedules import check_fraction, progress
 
 
@@ -70,13 +72,8 @@ class Magnitude(Method):
             return float(step >= begin)
         return progress(step, end, "cubic", begin)
 
-    def select(self, group: Group, step: int, total_steps: int) -> None:
-        sites, budget = group.contenders(self.progress(step, total_steps))
-        if not sites:
-            return
-        selection = group.select(sites, group.scores(sites), budget)
-        for site, mask in zip(sites, selection.masks, strict=True):
-            site.mask = mask
+    def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        keep_largest(contests_of(groups, self.progress(step, total_steps)))
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         mask_gradients(sites, [site.mask for site in sites])

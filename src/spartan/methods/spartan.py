@@ -33,12 +33,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from spartan import kernels
 from spartan.errors import MethodError
-from spartan.methods.base import Group, Method, Site
+from spartan.kernels import Request
+from spartan.methods.base import Method
+from spartan.methods.forecast import bracket, forecast, remember
+from spartan.methods.groups import Contest, Group, contests_of, find_cuts, keep_largest, look
+from spartan.methods.sites import Site
+from spartan.methods.writing import project, write_given, write_kept
 from spartan.schedules import check_annealing, check_fraction, check_order, interpolate, progress
 from spartan.selection import soft
-from spartan.selection.hard import Selection
-from spartan.selection.packing import Packing
+from spartan.selection.soft import DualSearch
 
 # Where relative β puts the hard threshold at the target density.
 _THRESHOLD = 0.2
@@ -93,56 +98,117 @@ class Spartan(Method):
             return 1.0
         return progress(step, int(self.warmup * total_steps), self.annealing)
 
-    def select(self, group: Group, step: int, total_steps: int) -> None:
-        fraction = self.progress(step, total_steps)
-        sites, budget = group.contenders(fraction)
-        if not sites:
-            return
-        scores = group.scores(sites)
-        selection = group.select(sites, scores, budget)
+    def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        contests = contests_of(groups, self.progress(step, total_steps))
+        for contest in contests:
+            if contest.group.share.rows:
+                self._select_rows(contest, step, total_steps)
+        self._select_units([c for c in contests if not c.group.share.rows], step, total_steps)
+        if step >= self._last_update(total_steps):
+            for group in groups:
+                for site in group.sites:
+                    _fix(site)
+
+    def _select_units(self, contests: Sequence[Contest], step: int, total_steps: int) -> None:
+        """Find hard and soft masks of groups, in steady state with one look at the weights."""
+        find_cuts([c for c in contests if "threshold" not in c.group.numbers])
+        self._find_scales([c for c in contests if "scale" not in c.group.numbers])
+        searches = [self._search(contest, step, total_steps) for contest in contests]
+        requests = [
+            Request(
+                contest.scores,
+                contest.budget,
+                bracket(contest.group.numbers, "threshold"),
+                None if search.done else search.dual,
+                search.dropped,
+            )
+            for contest, search in zip(contests, searches, strict=True)
+        ]
+        # The scale of the next step. Before the target is reached, its threshold is another one.
+        early = [c for c in contests if self.beta_scale == "relative" and not c.at_target]
+        results = look([*contests, *early], [*requests, *map(_at_target, early)])
+        for search, result in zip(searches, results, strict=False):
+            if result.mass is not None:
+                search.take(result.mass)
+        soft.solve_all(searches)
+
+        for contest, search, result in zip(contests, searches, results, strict=False):
+            numbers = contest.group.numbers
+            contest.keep(result.cut, search.dual)
+            remember(numbers, "threshold", result.cut.threshold)
+            remember(numbers, "soft", search.dual.threshold)
+            numbers["beta"] = search.dual.beta
+            if contest.at_target:
+                numbers["scale"] = _scale(contest, result.cut.threshold)
+        for contest, result in zip(early, results[len(contests) :], strict=True):
+            remember(contest.group.numbers, "target", result.cut.threshold)
+            contest.group.numbers["scale"] = _scale(contest, result.cut.threshold)
+
+    def _find_scales(self, contests: Sequence[Contest]) -> None:
         if self.beta_scale == "relative":
-            at_target = selection
-            if fraction < 1.0:
-                at_target = group.select(sites, scores, group.share.kept)
-            group.numbers["scale"] = _scale(scores, at_target) / _THRESHOLD
-        beta = self._beta(group, sites, step, total_steps)
-        if group.share.rows:
-            masks = [
-                _soft_rows(s, h, budget, beta) for s, h in zip(scores, selection.masks, strict=True)
-            ]
-        else:
-            masks = _soft_masks(group, sites, scores, budget, beta, selection.threshold)
-        for site, mask, soft_mask in zip(sites, selection.masks, masks, strict=True):
-            site.mask, site.tensors["soft"] = mask, soft_mask
-        group.numbers["beta"] = beta
+            results = look(contests, [_at_target(contest) for contest in contests])
+            for contest, result in zip(contests, results, strict=True):
+                contest.group.numbers["scale"] = _scale(contest, result.cut.threshold)
+
+    def _search(self, contest: Contest, step: int, total_steps: int) -> DualSearch:
+        """Start the search for the soft mask where its threshold is expected."""
+        numbers = contest.group.numbers
+        beta = self._beta(contest, step, total_steps)
+        reference, expected = numbers.get("threshold", 0.0), forecast(numbers, "soft")
+        start = 0.0 if expected is None else beta * (reference - expected)
+        return DualSearch(contest.scores, contest.budget, beta, reference, start)
+
+    def _select_rows(self, contest: Contest, step: int, total_steps: int) -> None:
+        """Find the masks of N:M patterns, where each row is a group of its own."""
+        keep_largest([contest])
+        numbers = contest.group.numbers
+        if self.beta_scale == "relative":
+            tops = [_row_thresholds(site) for site in contest.sites]
+            numbers["scale"] = _scale(contest, float(torch.cat(tops).double().mean()))
+        numbers["beta"] = self._beta(contest, step, total_steps)
+        for site in contest.sites:
+            site.tensors["soft"] = (
+                soft.soft_rows(
+                    site.scores(), round(contest.budget), numbers["beta"], _row_thresholds(site)
+                )
+                if contest.budget < site.mask.shape[1]
+                else torch.ones_like(site.scores())
+            )
+
+    def write(self, sites: Sequence[Site]) -> None:
+        stored = [site for site in sites if "soft" in site.tensors]
+        write_kept([site for site in sites if "soft" not in site.tensors])
+        write_given([site for site in stored if not site.elementwise], self.materialize)
+        fixed = [site for site in stored if site.elementwise]
+        if fixed:
+            write_kept(fixed)
+            weights = [site.parameter for site in fixed]
+            torch._foreach_mul_(weights, [site.tensors["soft"] for site in fixed])
 
     def materialize(self, site: Site) -> Tensor:
+        if "soft" not in site.tensors:
+            weight = torch.empty_like(site.latent)
+            project([site], [weight])
+            return weight
         kept = torch.where(site.mask, site.tensors["soft"], 0.0)
         # Adding zero turns the -0.0 of pruned negative weights into +0.0.
-        return (site.latent * site.spread(kept)).add_(0.0).to(site.latent.dtype)
+        return (site.theta * site.spread(kept)).add_(0.0).to(site.latent.dtype)
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         if step >= self._last_update(total_steps):
-            for site in sites:
-                fixed = torch.where(site.mask, site.tensors["soft"], 0.0)
-                _require_grad(site).mul_(site.spread(fixed).to(site.latent.dtype))
-            return
-        soft_masks = [site.tensors["soft"] for site in sites]
-        spreads = [m * (1.0 - m) for m in soft_masks]
-        upstream = [site.pool_product(_require_grad(site)) for site in sites]
-        beta = group.numbers["beta"]
-        if group.share.rows:
-            terms = [
-                soft.pull_back_rows(s, q, beta) for s, q in zip(spreads, upstream, strict=True)
-            ]
+            grads = [site.required_grad for site in sites]
+            masks = [site.spread(site.tensors["soft"]) for site in sites]
+            torch._foreach_mul_(grads, [m.to(g.dtype) for m, g in zip(masks, grads, strict=True)])
+        elif all(site.dual is not None for site in sites):
+            kernels.pull_back(
+                [site.required_grad for site in sites],
+                [site.latent for site in sites],
+                [site.scale for site in sites],
+                [site.cost for site in sites],
+                [site.dual for site in sites if site.dual is not None],
+            )
         else:
-            costs = [site.cost for site in sites]
-            terms = soft.pull_back(spreads, upstream, costs, beta)
-        for site, soft_mask, term in zip(sites, soft_masks, terms, strict=True):
-            per_weight = site.spread(term * (site.cost / site.divisor))
-            grad = _require_grad(site)
-            grad.mul_(site.spread(soft_mask).to(grad.dtype))
-            grad.add_((per_weight * site.latent.sign()).to(grad.dtype))
+            _pull_back_units(group, sites)
 
     def monitor(self, group: Group) -> dict[str, float]:
         return {key: group.numbers[key] for key in ("beta", "scale") if key in group.numbers}
@@ -150,67 +216,55 @@ class Spartan(Method):
     def _last_update(self, total_steps: int) -> int:
         return total_steps - int(self.finetune * total_steps)
 
-    def _beta(
-        self,
-        group: Group,
-        sites: Sequence[Site],
-        step: int,
-        total_steps: int,
-    ) -> float:
+    def _beta(self, contest: Contest, step: int, total_steps: int) -> float:
         start, end = self.beta
         fraction = progress(step, self._last_update(total_steps), self.annealing)
         if self.beta_scale == "absolute":
-            return interpolate(start, end * math.sqrt(_mean_unit_numel(sites)), fraction)
-        return interpolate(start, end, fraction) / group.numbers["scale"]
+            return interpolate(start, end * math.sqrt(contest.mean_unit_numel), fraction)
+        return interpolate(start, end, fraction) / contest.group.numbers["scale"]
 
 
-def _soft_masks(
-    group: Group,
-    sites: Sequence[Site],
-    scores: Sequence[Tensor],
-    budget: float,
-    beta: float,
-    threshold: float,
-) -> list[Tensor]:
-    """Solve for the soft masks, starting from the soft threshold of the last step."""
-    start = 0.0
-    if "threshold" in group.numbers and math.isfinite(threshold):
-        start = beta * (threshold - group.numbers["threshold"])
-    packing = Packing(scores, [site.cost for site in sites])
-    joined = packing.join(scores)
-    dual = soft.solve(joined, packing.costs, budget, beta, threshold, start)
-    if math.isfinite(dual.mu):
-        group.numbers["threshold"] = dual.threshold
-    return packing.split([dual.mask(s) for s in joined])
+def _at_target(contest: Contest) -> Request:
+    """Ask for the threshold at the target density."""
+    group = contest.group
+    return Request(contest.scores, group.share.kept, bracket(group.numbers, "target"))
 
 
-def _soft_rows(scores: Tensor, mask: Tensor, kept: float, beta: float) -> Tensor:
-    """Return the soft mask of the rows of an N:M pattern, centred at each row's threshold."""
-    if kept >= scores.shape[1]:
-        return torch.ones_like(scores)
-    threshold = torch.where(mask, scores, math.inf).amin(1, keepdim=True)
-    return soft.soft_rows(scores, kept, beta, threshold)
+def _scale(contest: Contest, threshold: float) -> float:
+    """Return what scores are divided by; the mean score stands in for a threshold of zero."""
+    if not (math.isfinite(threshold) and threshold > 0):
+        sums = [site.scores().sum(dtype=torch.float64) for site in contest.sites]
+        threshold = float(torch.stack(sums).sum()) / sum(s.mask.numel() for s in contest.sites)
+    return (threshold or 1.0) / _THRESHOLD
 
 
-def _scale(scores: Sequence[Tensor], selection: Selection) -> float:
-    """Return the hard threshold, averaged over rows, or the mean score where that is zero."""
-    threshold = selection.threshold
-    if math.isnan(threshold):
-        tops = [
-            torch.where(mask, s, math.inf).amin(1)
-            for s, mask in zip(scores, selection.masks, strict=True)
-        ]
-        threshold = float(torch.cat(tops).double().mean())
-    if math.isfinite(threshold) and threshold > 0:
-        return threshold
-    mean = sum(float(s.sum(dtype=torch.float64)) for s in scores) / sum(s.numel() for s in scores)
-    return mean or 1.0
+def _row_thresholds(site: Site) -> Tensor:
+    """Return the smallest kept score of each row."""
+    return torch.where(site.mask, site.scores(), math.inf).amin(1, keepdim=True)
 
 
-def _mean_unit_numel(sites: Sequence[Site]) -> float:
-    return sum(s.latent.numel() for s in sites) / sum(s.mask.numel() for s in sites)
+def _fix(site: Site) -> None:
+    """Store m · h, which from now on stays what it is."""
+    choice = site.choice
+    if choice is not None:
+        site.mask = kernels.kept(site.scores(), choice.threshold, choice.stop)
+        site.dual = choice.dual
+    site.tensors["soft"] = torch.where(site.mask, site.soft_mask(), 0.0)
+    site.choice, site.dual = None, None
 
 
-def _require_grad(site: Site) -> Tensor:
-    assert site.grad is not None
-    return site.grad
+def _pull_back_units(group: Group, sites: Sequence[Site]) -> None:
+    """Pull back where a unit has many weights, or a budget of its own for each row."""
+    soft_masks = [site.tensors["soft"] for site in sites]
+    spreads = [m * (1.0 - m) for m in soft_masks]
+    upstream = [site.pool_product(site.required_grad) for site in sites]
+    beta = group.numbers["beta"]
+    if group.share.rows:
+        terms = [soft.pull_back_rows(s, q, beta) for s, q in zip(spreads, upstream, strict=True)]
+    else:
+        terms = soft.pull_back(spreads, upstream, [site.cost for site in sites], beta)
+    for site, soft_mask, term in zip(sites, soft_masks, terms, strict=True):
+        per_weight = site.spread(term * (site.cost / site.divisor))
+        grad = site.required_grad
+        grad.mul_(site.spread(soft_mask).to(grad.dtype))
+        grad.add_((per_weight * site.latent.sign()).to(grad.dtype))

@@ -13,13 +13,16 @@ s_i = m_i (1 - m_i), an upstream gradient g comes back, by implicit differentiat
 Numerically, everything is centred at a `reference` score near the threshold: x_i = beta (u_i -
 reference) + mu. The entries that carry the mass then have a small x, so float32 is enough even
 where beta * u is in the millions.
+
+The root is found by Halley's method, Newton's with the second derivative, on the logarithm of the
+mass: a pass over the scores gives all three sums, and the error after a step of size d is of order
+d^3. A warm start is mostly so near that one pass is enough.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,43 +30,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spartan.errors import BudgetError
-from spartan.selection.hard import check_request, threshold_of, unit_values
+from spartan.kernels import Dual, Mass, Scores, masses
+from spartan.selection.hard import check_request, find_cut, unit_scores
 
 _MAX_PASSES = 200
-# Entries a CPU core handles while their temporaries stay in its cache.
-_CHUNK = 1 << 17
-
-
-@dataclass(frozen=True)
-class Dual:
-    """The solved dual variable: m_i = sigmoid(beta (u_i - reference) + mu).
-
-    Attributes:
-        beta: Sharpness, per unit of u.
-        reference: Score at which x = mu.
-        mu: The dual variable; +inf keeps everything, -inf nothing.
-        passes: Passes over the scores that the solver took.
-    """
-
-    beta: float
-    reference: float
-    mu: float
-    passes: int = 0
-
-    @property
-    def threshold(self) -> float:
-        """The soft threshold: the score at which the mask is one half."""
-        return self.reference - self.mu / self.beta
-
-    def logits(self, scores: Tensor) -> Tensor:
-        """Return x = beta (u - reference) + mu, in the dtype of the scores."""
-        if math.isinf(self.mu):
-            return torch.full_like(scores, self.mu)
-        return (scores - self.reference).mul_(self.beta).add_(self.mu)
-
-    def mask(self, scores: Tensor) -> Tensor:
-        """Return the soft mask of `scores`."""
-        return self.logits(scores).sigmoid_()
 
 
 def soft_topk(values: Tensor, budget: float, costs: Tensor | None = None, *, beta: float) -> Tensor:
@@ -101,11 +71,9 @@ class _SoftTopK(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, budget: float, costs: Tensor | None, beta: float
     ) -> Tensor:
-        scores = unit_values(values, costs)
-        cost = 1.0 if costs is None else costs.to(scores.dtype)
-        reference = threshold_of([scores], [cost], budget)
-        dual = solve([scores], [cost], budget, beta, reference)
-        logits = dual.logits(scores)
+        scores = unit_scores(values, costs)
+        dual = solve(scores, budget, beta, find_cut(scores, budget).threshold)
+        logits = dual.logits(scores.of(scores.tensors[0], 0))
         ctx.save_for_backward(logits, costs)
         ctx.beta, ctx.dtype = beta, values.dtype
         return logits.sigmoid()
@@ -120,62 +88,103 @@ class _SoftTopK(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
-def solve(
-    scores: Sequence[Tensor],
-    costs: Sequence[float | Tensor],
-    budget: float,
-    beta: float,
-    reference: float,
-    start: float = 0.0,
-) -> Dual:
-    """Find the dual variable by a bracketed Newton method on the logarithm of the mass.
-
-    Newton works on the smaller of the kept and the dropped mass, whose logarithm is close to
-    linear in mu; where a step would leave the bracket, bisection takes over, so the method cannot
-    fail to converge.
+class DualSearch:
+    """The search for the dual variable of one group.
 
     Args:
-        scores: Unit values u, float32 or float64, finite; several tensors share one dual.
-        costs: For each tensor the cost of an entry: one number, or a tensor of its shape.
+        scores: Unit values u; several tensors share one dual.
         budget: Mass to keep.
         beta: Sharpness, positive.
-        reference: Score to centre at; the hard threshold is a good one.
+        reference: Score to centre at; the hard threshold, or one near it.
         start: First guess for mu.
-    """
-    total = sum(
-        float(c.sum(dtype=torch.float64)) if isinstance(c, Tensor) else c * s.numel()
-        for s, c in zip(scores, costs, strict=True)
-    )
-    if budget >= total or budget <= 0:
-        return Dual(beta, 0.0, math.copysign(math.inf, budget - total / 2))
-    if math.isinf(reference):
-        reference = 0.0
-    keep_side = 2 * budget <= total
-    goal = budget if keep_side else total - budget
-    sign = 1.0 if keep_side else -1.0
-    double = scores[0].dtype == torch.float64
-    tolerance, resolution = (1e-13, 4e-16) if double else (2e-6, 1e-7)
 
-    low, high = _bracket(scores, budget, total, beta, reference)
-    mu = min(max(start, low), high)
-    passes = 0
-    for passes in range(1, _MAX_PASSES + 1):  # noqa: B007 - reported below
-        mass, slope = _mass(scores, costs, beta, reference, mu, sign)
-        if abs(mass - goal) <= tolerance * goal:
-            break
-        if (mass > goal) == keep_side:
-            high = mu
+    Attributes:
+        scores: As given.
+        dual: The best dual so far: the solution once `done`.
+        dropped: Whether the search works on the dropped mass, the smaller one. Its logarithm is
+            the closer to linear.
+        done: Whether the mass meets the budget to rounding.
+        passes: Number of sums that were taken in.
+    """
+
+    def __init__(
+        self, scores: Scores, budget: float, beta: float, reference: float, start: float = 0.0
+    ) -> None:
+        self.scores = scores
+        self.dropped = 2 * budget > scores.total
+        self.done = budget >= scores.total or budget <= 0
+        self.passes = 0
+        if self.done:
+            reference, start = 0.0, math.copysign(math.inf, budget - scores.total / 2)
+        self.dual = Dual(beta, 0.0 if math.isinf(reference) else reference, start)
+        self._goal = scores.total - budget if self.dropped else budget
+        double = scores.dtype == torch.float64
+        self._tolerance, self._resolution = (1e-13, 4e-16) if double else (1e-8, 1e-7)
+        self._last_step = 1e-4 if double else 1e-2
+        self._low, self._high = -math.inf, math.inf
+        self._width, self._reach = math.inf, 16.0
+
+    def take(self, mass: Mass) -> None:
+        """Take in the sums at `dual`, and move it."""
+        self.passes += 1
+        sign = -1.0 if self.dropped else 1.0
+        nu = sign * self.dual.mu  # the mass grows with nu
+        error = abs(mass.mass - self._goal)
+        if error <= max(self._tolerance * self._goal, self._resolution * mass.slope):
+            self.done = True
+            return
+        if mass.mass > self._goal:
+            self._high = nu
         else:
-            low = mu
-        newton = mu
-        if mass > 0 and slope > 0:
-            newton = mu - sign * math.log(mass / goal) * mass / slope
-        if abs(newton - mu) <= resolution * max(1.0, abs(mu)) and newton != mu:
-            break
-        mu = newton if low < newton < high else 0.5 * (low + high)
-        if high - low <= resolution * max(1.0, abs(mu)):
-            break
-    return Dual(beta, reference, mu, passes)
+            self._low = nu
+        step = self._halley(mass)
+        width, self._width = self._width, self._high - self._low
+        # At a large beta the mass is a staircase: a step may be misled by the local slope.
+        stalls = abs(step) > 1.0 and 2 * self._width > width
+        inside = self._low < nu + step < self._high and abs(step) <= self._reach
+        if step != 0.0 and inside and not stalls:
+            # Near the root the next error is of order step^3: below what a pass could measure.
+            self.done = abs(step) <= self._last_step
+        else:
+            step = self._bisect(nu)
+        bound = self._resolution * max(1.0, abs(nu))
+        self.done = self.done or abs(step) <= bound or self.passes >= _MAX_PASSES
+        self.dual = Dual(self.dual.beta, self.dual.reference, sign * (nu + step))
+
+    def _halley(self, mass: Mass) -> float:
+        """Return the step for log mass = log goal, 0 where there is none."""
+        if mass.mass <= 0 or mass.slope <= 0:
+            return 0.0
+        error = math.log(mass.mass / self._goal)
+        first = mass.slope / mass.mass
+        newton = -error / first
+        if abs(newton) > 1.0:
+            # The logarithm is concave: from afar Newton's step is the one that cannot fail.
+            return newton
+        second = mass.curve / mass.mass - first * first
+        return newton / (1.0 + 0.5 * newton * second / first)
+
+    def _bisect(self, nu: float) -> float:
+        """Return the step to the middle of the bracket; outwards, ever farther, if it is open."""
+        if math.isfinite(self._low) and math.isfinite(self._high):
+            return 0.5 * (self._low + self._high) - nu
+        self._reach *= 4
+        return self._reach if math.isinf(self._high) else -self._reach
+
+
+def solve_all(searches: Sequence[DualSearch]) -> None:
+    """Bring searches to their end, with one read-back a round for all of them."""
+    while waiting := [search for search in searches if not search.done]:
+        queries = [(search.scores, search.dual, search.dropped) for search in waiting]
+        for search, mass in zip(waiting, masses(queries), strict=True):
+            search.take(mass)
+
+
+def solve(scores: Scores, budget: float, beta: float, reference: float, start: float = 0.0) -> Dual:
+    """Find the dual variable of one group; see `DualSearch`."""
+    search = DualSearch(scores, budget, beta, reference, start)
+    solve_all([search])
+    return search.dual
 
 
 def pull_back(
@@ -238,42 +247,3 @@ def pull_back_rows(spread: Tensor, upstream: Tensor, beta: float) -> Tensor:
     price = (upstream * spread).sum(1, keepdim=True) / spread.sum(1, keepdim=True)
     price = torch.where(torch.isfinite(price), price, 0.0)
     return (upstream - price).mul_(spread).mul_(beta)
-
-
-def _bracket(
-    scores: Sequence[Tensor], budget: float, total: float, beta: float, reference: float
-) -> tuple[float, float]:
-    """Bound mu by the cases that all scores equal the largest or the smallest one."""
-    extremes = torch.stack([torch.stack(s.aminmax()) for s in scores if s.numel()]).double()
-    lowest, highest = float(extremes[:, 0].min()), float(extremes[:, 1].max())
-    even = math.log(budget) - math.log(total - budget)
-    return even - beta * (highest - reference), even - beta * (lowest - reference)
-
-
-def _mass(
-    scores: Sequence[Tensor],
-    costs: Sequence[float | Tensor],
-    beta: float,
-    reference: float,
-    mu: float,
-    sign: float,
-) -> tuple[float, float]:
-    """Return sum c sigmoid(sign x) and sum c sigmoid(x) sigmoid(-x), one pass over the scores.
-
-    Partial sums of cache-sized chunks are exact to float32 rounding and added up in float64.
-    """
-    device = scores[0].device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for score, cost in zip(scores, costs, strict=True):
-        flat = score.flatten()
-        size = _CHUNK if device.type == "cpu" else max(flat.numel(), 1)
-        per_entry = cost.flatten().split(size) if isinstance(cost, Tensor) else None
-        for i, chunk in enumerate(flat.split(size)):
-            x = (chunk - reference).mul_(beta).add_(mu).mul_(sign)
-            side, other = torch.sigmoid(x), x.neg_().sigmoid_()
-            if per_entry is not None:
-                side.mul_(per_entry[i])
-            partial = torch.stack((side.sum(), torch.dot(side, other))).double()
-            sums += partial if per_entry is not None else partial * float(cost)
-    mass, slope = sums.tolist()
-    return mass, slope

@@ -1,0 +1,34 @@
+"""The few hot loops of a mask update, native on the CPU, with an equal torch version beside each.
+
+The native kernels serve contiguous float32 tensors on the CPU. Everything else (CUDA, other dtypes,
+machines without a compiler) runs the torch version: the same hard masks bit for bit, the same soft
+masks to 1e-6. `backend()` says which one is in use.
+"""
+
+from spartan.kernels.backend import Backend, backend, using
+from spartan.kernels.finite import finite
+from spartan.kernels.projection import mask_, project
+from spartan.kernels.scan import Request, Result, scan
+from spartan.kernels.scores import Scores
+from spartan.kernels.selection import Cut, kept, masks_of
+from spartan.kernels.soft import Dual, Mass, masses, pull_back
+
+__all__ = [
+    "Backend",
+    "Cut",
+    "Dual",
+    "Mass",
+    "Request",
+    "Result",
+    "Scores",
+    "backend",
+    "finite",
+    "kept",
+    "mask_",
+    "masks_of",
+    "masses",
+    "project",
+    "pull_back",
+    "scan",
+    "using",
+]

@@ -1,0 +1,130 @@
+"""Which kernels run: the native ones, or their torch versions."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.errors import KernelError
+
+VARIABLE = "SPARTAN_KERNELS"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What serves contiguous float32 tensors on the CPU.
+
+    Attributes:
+        name: `"native"` or `"torch"`.
+        instructions: Instruction set of the native loops: `"avx512"`, `"avx2"` or `"baseline"`.
+        reason: Why the native kernels do not run; empty if they do.
+    """
+
+    name: str
+    instructions: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.instructions or self.reason})"
+
+
+def backend() -> Backend:
+    """Say which kernels run.
+
+    The environment variable `SPARTAN_KERNELS`, read once, forces one: `torch`, `native`, or one
+    instruction set of the native kernels (`baseline`, `avx2`, `avx512`).
+
+    Raises:
+        KernelError: The variable asks for what is not there.
+    """
+    return _chosen()[0]
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Force a backend, in the words of `SPARTAN_KERNELS`, for the length of a with block."""
+    global _choice
+    before, _choice = _choice, _choose(name)
+    try:
+        yield
+    finally:
+        _choice = before
+        if before is not None and before[1] is not None:
+            before[1].use_instruction_set(before[0].instructions)
+
+
+def native_for(*lists: Sequence[Tensor]) -> Any:
+    """Return the native module if it serves all these tensors, else None."""
+    native = _chosen()[1]
+    if native is None:
+        return None
+    for tensors in lists:
+        for tensor in tensors:
+            if (
+                tensor.dtype is not torch.float32
+                or tensor.device.type != "cpu"
+                or type(tensor) not in (Tensor, nn.Parameter)
+                or not tensor.is_contiguous()
+            ):
+                return None
+    return native
+
+
+_choice: tuple[Backend, Any] | None = None
+
+
+def _chosen() -> tuple[Backend, Any]:
+    global _choice
+    if _choice is None:
+        _choice = _choose(os.environ.get(VARIABLE, ""))
+    return _choice
+
+
+def _choose(wanted: str) -> tuple[Backend, Any]:
+    if wanted == "torch":
+        return Backend("torch", reason="asked for"), None
+    try:
+        native = importlib.import_module("spartan.kernels._native")
+    except ImportError as error:
+        if wanted:
+            raise KernelError(
+                f"{VARIABLE}={wanted} asks for the native kernels, which are not installed "
+                f"({error}); install a C++ compiler and reinstall spartan-torch, or use torch."
+            ) from error
+        reason = "the native kernels were not built: no working C++ compiler when installed"
+        return Backend("torch", reason=reason), None
+    known = native.instruction_sets()
+    instructions = known[-1] if wanted in ("", "native") else wanted
+    if instructions not in known:
+        raise KernelError(
+            f"{VARIABLE}={wanted}: this machine has torch, native, {', '.join(known)}."
+        )
+    native.use_instruction_set(instructions)
+    native.use_runner(_address_of_torch_openmp())
+    return Backend("native", instructions), native
+
+
+def _address_of_torch_openmp() -> int:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch uses, or 0.
+
+    Symbols are looked up in what libtorch itself is linked to, so that a second OpenMP runtime in
+    the process (of scikit-learn, say) is never taken for torch's.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        library = Path(torch.__file__).parent / "lib" / name
+        if library.exists():
+            try:
+                address = ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p)
+            except (OSError, AttributeError):
+                return 0
+            return address.value or 0
+    return 0

@@ -1,0 +1,71 @@
+// The inner loops: each works on one chunk that fits a core's cache. They exist once per
+// instruction set (see loops.inc) and are called through this table.
+
+#pragma once
+
+#include <cstdint>
+
+namespace spartan {
+
+// Scores of a tensor: u = x * scale, or |x| * scale. Keys are their bits, ordered as integers.
+struct Scores {
+  float scale;
+  bool absolute;
+};
+
+// m = sigmoid(beta (u - reference) + mu).
+struct Dual {
+  float beta, reference, mu;
+};
+
+struct Near {
+  std::int64_t above;  // entries with key >= high
+  std::int64_t found;  // entries with low <= key < high; -1 if they did not fit
+};
+
+struct Mass {
+  double mass = 0, slope = 0, curve = 0;
+};
+
+struct Earned {
+  double earned = 0, spread = 0;
+};
+
+// What decides whether an entry is kept: its key against the threshold's.
+struct Gate {
+  std::int32_t threshold;  // smallest key that is kept
+  const bool* mask;        // if given, decides instead
+};
+
+struct Loops {
+  const char* name;
+
+  bool (*finite)(const float* x, std::int64_t n);
+  std::int64_t (*count)(const float* x, std::int64_t n, Scores, std::int32_t key);
+  Near (*near)(const float* x, std::int64_t n, Scores, std::int32_t low, std::int32_t high,
+               std::int32_t* found, std::int64_t capacity);
+  void (*histogram_high)(const float* x, std::int64_t n, Scores, std::uint32_t* bins);
+  void (*histogram_low)(const float* x, std::int64_t n, Scores, std::int32_t high_digit,
+                        std::uint32_t* bins);
+
+  // Sums of sigmoid(x), of s = m (1 - m) and of s (1 - 2 m); with `dropped`, of sigmoid(-x).
+  Mass (*mass)(const float* x, std::int64_t n, Scores, Dual, bool dropped);
+
+  // latent <- theta, mask <- kept, weight <- theta * m where kept, else 0.
+  void (*project)(const float* theta, float* latent, float* weight, bool* mask, std::int64_t n,
+                  Scores, Gate, const Dual*);
+
+  // Sums of g theta s and of s.
+  Earned (*earn)(const float* grad, const float* theta, std::int64_t n, Scores, Dual);
+  // g <- m g + sign(theta) rate s (g theta / cost - price).
+  void (*pull_back)(float* grad, const float* theta, std::int64_t n, Scores, Dual, float rate,
+                    float cost, float price);
+  // g <- 0 where not kept.
+  void (*cut)(float* grad, const bool* mask, std::int64_t n);
+};
+
+const Loops& baseline_loops();
+const Loops& avx2_loops();
+const Loops& avx512_loops();
+
+}  // namespace spartan

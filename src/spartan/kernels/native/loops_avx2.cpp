@@ -1,0 +1,2 @@
+#define SPARTAN_SET avx2
+#include "loops.inc"

@@ -1,0 +1,2 @@
+#define SPARTAN_SET avx512
+#include "loops.inc"

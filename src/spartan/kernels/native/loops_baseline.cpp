@@ -1,0 +1,2 @@
+#define SPARTAN_SET baseline
+#include "loops.inc"

@@ -1,0 +1,198 @@
+// The Python module. Tensors come as addresses and sizes: no torch header is needed, so that one
+// build serves every torch version. Callers vouch for dtype, device and contiguity.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "loops.h"
+#include "parallel.h"
+#include "selection.h"
+#include "tensors.h"
+
+namespace nb = nanobind;
+
+namespace spartan {
+namespace {
+
+using Sizes = std::vector<std::int64_t>;
+using Bracket = std::tuple<float, float>;
+using DualTuple = std::tuple<float, float, float>;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+std::vector<const Loops*> supported() {
+  std::vector<const Loops*> sets = {&baseline_loops()};
+#if defined(SPARTAN_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    sets.push_back(&avx2_loops());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      sets.push_back(&avx512_loops());
+  }
+#endif
+  return sets;
+}
+
+const Loops*& current() {
+  static const Loops* loops = supported().back();
+  return loops;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Loops* loops : supported()) names.emplace_back(loops->name);
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  for (const Loops* loops : supported())
+    if (name == loops->name) {
+      current() = loops;
+      return;
+    }
+  throw std::invalid_argument("this machine has no instruction set " + name);
+}
+
+Dual dual_of(const DualTuple& dual) {
+  return {std::get<0>(dual), std::get<1>(dual), std::get<2>(dual)};
+}
+
+std::vector<bool> finite(const Pointers& tensors, const Sizes& sizes, int threads) {
+  const auto chunks = chunks_of(sizes);
+  std::vector<char> ok(chunks.size());
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    ok[c] = current()->finite(at<const float>(tensors, chunks[c]), chunks[c].size);
+  });
+  std::vector<bool> result(sizes.size(), true);
+  for (std::size_t c = 0; c < chunks.size(); ++c)
+    if (!ok[c]) result[chunks[c].tensor] = false;
+  return result;
+}
+
+std::tuple<float, Sizes, bool> cut(const Pointers& tensors, const Sizes& sizes,
+                                   const std::vector<float>& scales,
+                                   const std::vector<double>& costs, bool absolute, double budget,
+                                   Bracket bracket, int threads) {
+  const Request request{tensors, sizes, scales, costs, absolute, budget, threads};
+  Cut found = find_cut(*current(), request, std::get<0>(bracket), std::get<1>(bracket));
+  return {found.threshold, std::move(found.stops), found.warm};
+}
+
+std::tuple<double, double, double> mass(const Pointers& tensors, const Sizes& sizes,
+                                        const std::vector<float>& scales,
+                                        const std::vector<double>& costs, bool absolute,
+                                        DualTuple dual, bool dropped, int threads) {
+  const auto chunks = chunks_of(sizes);
+  std::vector<Mass> parts(chunks.size());
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    parts[c] = current()->mass(at<const float>(tensors, chunks[c]), chunks[c].size,
+                               {scales[chunks[c].tensor], absolute}, dual_of(dual), dropped);
+  });
+  Mass total;
+  for (std::size_t c = 0; c < chunks.size(); ++c) {
+    const double cost = costs[chunks[c].tensor];
+    total.mass += cost * parts[c].mass;
+    total.slope += cost * parts[c].slope;
+    total.curve += cost * parts[c].curve;
+  }
+  return {total.mass, total.slope, total.curve};
+}
+
+// The smallest key kept in [begin, end): entries equal to the threshold count before `stop` only.
+std::int32_t smallest_kept(float threshold, bool ties) {
+  std::int32_t bits;
+  threshold += 0.0f;
+  std::memcpy(&bits, &threshold, sizeof bits);
+  bits ^= (bits >> 31) & 0x7fffffff;
+  return ties ? bits : bits + 1;
+}
+
+void project(const Pointers& thetas, const Pointers& latents, const Pointers& weights,
+             const Pointers& masks, const Sizes& sizes, const std::vector<float>& scales,
+             const std::vector<float>& thresholds, const Sizes& stops,
+             const std::optional<std::vector<DualTuple>>& duals, int threads) {
+  const bool given = thresholds.empty();
+  const auto chunks = chunks_of(sizes);
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    const std::size_t t = chunks[c].tensor;
+    const Dual dual = duals ? dual_of((*duals)[t]) : Dual{};
+    const auto run = [&](std::int64_t begin, std::int64_t end, bool ties) {
+      if (begin >= end) return;
+      const Chunk part = {t, begin, end - begin};
+      bool* mask = at<bool>(masks, part);
+      const Gate gate = {given ? 0 : smallest_kept(thresholds[t], ties), given ? mask : nullptr};
+      float* latent = latents.empty() ? nullptr : at<float>(latents, part);
+      current()->project(at<const float>(thetas, part), latent, at<float>(weights, part), mask,
+                         part.size, {scales[t], true}, gate, duals ? &dual : nullptr);
+    };
+    const std::int64_t begin = chunks[c].begin, end = begin + chunks[c].size;
+    const std::int64_t stop = given ? end : std::clamp(stops[t], begin, end);
+    run(begin, stop, true);
+    run(stop, end, false);
+  });
+}
+
+std::tuple<double, double> earn(const Pointers& grads, const Pointers& thetas, const Sizes& sizes,
+                                const std::vector<float>& scales, const std::vector<double>& costs,
+                                const std::vector<DualTuple>& duals, int threads) {
+  const auto chunks = chunks_of(sizes);
+  std::vector<Earned> parts(chunks.size());
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    const std::size_t t = chunks[c].tensor;
+    parts[c] = current()->earn(at<const float>(grads, chunks[c]), at<const float>(thetas, chunks[c]),
+                               chunks[c].size, {scales[t], true}, dual_of(duals[t]));
+  });
+  double earned = 0, spread = 0;
+  for (std::size_t c = 0; c < chunks.size(); ++c) {
+    earned += parts[c].earned;
+    spread += costs[chunks[c].tensor] * parts[c].spread;
+  }
+  return {earned, spread};
+}
+
+void pull_back(const Pointers& grads, const Pointers& thetas, const Sizes& sizes,
+               const std::vector<float>& scales, const std::vector<double>& costs,
+               const std::vector<DualTuple>& duals, double price, int threads) {
+  const auto chunks = chunks_of(sizes);
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    const std::size_t t = chunks[c].tensor;
+    const Dual dual = dual_of(duals[t]);
+    const float cost = static_cast<float>(costs[t]);
+    current()->pull_back(at<float>(grads, chunks[c]), at<const float>(thetas, chunks[c]),
+                         chunks[c].size, {scales[t], true}, dual, dual.beta * scales[t] * cost,
+                         cost, static_cast<float>(price));
+  });
+}
+
+void mask(const Pointers& tensors, const Pointers& masks, const Sizes& sizes, int threads) {
+  const auto chunks = chunks_of(sizes);
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    current()->cut(at<float>(tensors, chunks[c]), at<const bool>(masks, chunks[c]),
+                   chunks[c].size);
+  });
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("instruction_sets", &instruction_sets);
+  m.def("use_instruction_set", &use_instruction_set);
+  m.def("use_runner", [](std::uintptr_t address) { runner() = reinterpret_cast<Runner>(address); });
+  m.def("finite", &finite, Release());
+  m.def("cut", &cut, Release());
+  m.def("mass", &mass, Release());
+  m.def("project", &project, Release());
+  m.def("earn", &earn, Release());
+  m.def("pull_back", &pull_back, Release());
+  m.def("mask", &mask, Release());
+}
+
+}  // namespace spartan

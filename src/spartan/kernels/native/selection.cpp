@@ -1,0 +1,197 @@
+#include "selection.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "parallel.h"
+
+namespace spartan {
+namespace {
+
+// Kept costs are compared with this relative slack, so that a sum such as 3 x 0.1 still fits 0.3.
+constexpr double kSlack = 1e-12;
+constexpr int kBins = 1 << 16;
+
+std::int32_t key_of(float score) {
+  std::int32_t bits;
+  score += 0.0f;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+float score_of(std::int32_t key) {
+  float score;
+  key ^= (key >> 31) & 0x7fffffff;
+  std::memcpy(&score, &key, sizeof score);
+  return score;
+}
+
+struct Boundary {
+  std::int32_t key;
+  double left;  // budget left for the entries with this key
+  double ties;  // what all of them cost
+};
+
+class Search {
+ public:
+  Search(const Loops& loops, const Request& request)
+      : loops_(loops), request_(request), chunks_(chunks_of(request.sizes)) {}
+
+  // Looks among the entries whose score lies in the bracket. False if the boundary is not there.
+  bool from_bracket(float low, float high, Boundary& boundary) const {
+    const std::int32_t low_key = key_of(low), high_key = key_of(high);
+    std::vector<std::int64_t> offsets(chunks_.size() + 1, 0);
+    for (std::size_t c = 0; c < chunks_.size(); ++c)
+      offsets[c + 1] = offsets[c] + std::max<std::int64_t>(chunks_[c].size / 32, kSmall);
+    const std::unique_ptr<std::int32_t[]> found(new std::int32_t[offsets.back()]);
+    std::vector<Near> near(chunks_.size());
+    parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
+      near[c] = loops_.near(data(c), chunks_[c].size, scores(c), low_key, high_key,
+                            found.get() + offsets[c], offsets[c + 1] - offsets[c]);
+    });
+
+    std::vector<std::int64_t> above(request_.sizes.size(), 0);
+    std::vector<Candidate> candidates;
+    for (std::size_t c = 0; c < chunks_.size(); ++c) {
+      if (near[c].found < 0) return false;
+      above[chunks_[c].tensor] += near[c].above;
+      for (std::int64_t i = 0; i < near[c].found; ++i)
+        candidates.emplace_back(found[offsets[c] + i], request_.costs[chunks_[c].tensor]);
+    }
+    double spent = 0;
+    for (std::size_t t = 0; t < above.size(); ++t) spent += request_.costs[t] * above[t];
+    return !reaches(spent) && among(candidates, spent, boundary);
+  }
+
+  // Histograms of the keys' upper halves, then of the lower halves of those at the boundary.
+  Boundary from_histograms() const {
+    double spent = 0;
+    const std::vector<double> upper = histogram([&](std::int64_t c, std::uint32_t* bins) {
+      loops_.histogram_high(data(c), chunks_[c].size, scores(c), bins);
+    });
+    const int high = walk(upper, spent) - kBins / 2;
+    const std::vector<double> lower = histogram([&](std::int64_t c, std::uint32_t* bins) {
+      loops_.histogram_low(data(c), chunks_[c].size, scores(c), high, bins);
+    });
+    const int low = walk(lower, spent);
+    return {high * kBins + low, request_.budget - spent, lower[low]};
+  }
+
+  // Distributes what is left over the entries at the boundary, by position.
+  std::vector<std::int64_t> stops(Boundary boundary) const {
+    if (boundary.ties <= boundary.left * (1 + kSlack)) return request_.sizes;
+    std::vector<std::int64_t> counts(chunks_.size());
+    parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
+      counts[c] = loops_.count(data(c), chunks_[c].size, scores(c), boundary.key);
+    });
+    std::vector<std::int64_t> stops(request_.sizes.size(), 0);
+    double left = boundary.left;
+    for (std::size_t c = 0; c < chunks_.size(); ++c) {
+      const Chunk& chunk = chunks_[c];
+      const double cost = request_.costs[chunk.tensor];
+      const double fitting = std::floor(left / cost * (1 + kSlack));
+      if (fitting < static_cast<double>(counts[c])) {
+        stops[chunk.tensor] = chunk.begin + position(c, boundary.key, fitting);
+        return stops;
+      }
+      left -= cost * counts[c];
+      stops[chunk.tensor] = chunk.begin + chunk.size;
+    }
+    return stops;
+  }
+
+ private:
+  using Candidate = std::pair<std::int32_t, double>;  // key, cost
+  static constexpr std::int64_t kSmall = 256;
+
+  const float* data(std::int64_t c) const { return at<const float>(request_.tensors, chunks_[c]); }
+  Scores scores(std::int64_t c) const {
+    return {request_.scales[chunks_[c].tensor], request_.absolute};
+  }
+  bool reaches(double spent) const { return spent >= request_.budget * (1 - kSlack); }
+
+  // Quickselect by cost: splits at the median until one key is left.
+  bool among(std::vector<Candidate>& candidates, double spent, Boundary& boundary) const {
+    const auto cost = [](auto begin, auto end) {
+      double total = 0;
+      for (; begin != end; ++begin) total += begin->second;
+      return total;
+    };
+    auto begin = candidates.begin(), end = candidates.end();
+    if (!reaches(spent + cost(begin, end))) return false;
+    while (begin != end) {
+      const auto middle = begin + (end - begin) / 2;
+      std::nth_element(begin, middle, end,
+                       [](const auto& a, const auto& b) { return a.first > b.first; });
+      const std::int32_t key = middle->first;
+      const auto ties = std::partition(begin, end, [&](const auto& c) { return c.first > key; });
+      const auto rest = std::partition(ties, end, [&](const auto& c) { return c.first == key; });
+      const double larger = cost(begin, ties), equal = cost(ties, rest);
+      if (reaches(spent + larger)) {
+        end = ties;
+      } else if (reaches(spent + larger + equal)) {
+        boundary = {key, request_.budget - spent - larger, equal};
+        return true;
+      } else {
+        spent += larger + equal;
+        begin = rest;
+      }
+    }
+    return false;
+  }
+
+  // Where, in a chunk, the entries with a key stop to fit.
+  std::int64_t position(std::int64_t c, std::int32_t key, double fitting) const {
+    for (std::int64_t i = 0; i < chunks_[c].size; ++i)
+      if (loops_.count(data(c) + i, 1, scores(c), key) && fitting-- < 1) return i;
+    return chunks_[c].size;
+  }
+
+  // Cost per bin. Counts are summed for each cost apart: integers, whatever the order.
+  template <class Fill>
+  std::vector<double> histogram(Fill fill) const {
+    std::vector<double> costs = request_.costs;
+    std::sort(costs.begin(), costs.end());
+    costs.erase(std::unique(costs.begin(), costs.end()), costs.end());
+    std::vector<double> total(kBins, 0.0);
+    for (double cost : costs) {
+      std::vector<std::int64_t> members;
+      for (std::size_t c = 0; c < chunks_.size(); ++c)
+        if (request_.costs[chunks_[c].tensor] == cost) members.push_back(c);
+      const int workers =
+          static_cast<int>(std::min<std::int64_t>(request_.threads, members.size()));
+      std::vector<std::uint32_t> bins(static_cast<std::size_t>(kBins) * std::max(workers, 1), 0);
+      parallel(members.size(), workers, [&](int worker, std::int64_t i) {
+        fill(members[i], bins.data() + static_cast<std::size_t>(kBins) * worker);
+      });
+      for (std::size_t i = 0; i < bins.size(); ++i) total[i % kBins] += cost * bins[i];
+    }
+    return total;
+  }
+
+  // The first bin, from the top, at which the budget is reached; adds the cost above it to spent.
+  int walk(const std::vector<double>& bins, double& spent) const {
+    int bin = kBins - 1, lowest = 0;
+    while (bins[lowest] == 0) ++lowest;
+    for (; bin > lowest && !reaches(spent + bins[bin]); --bin) spent += bins[bin];
+    return bin;
+  }
+
+  const Loops& loops_;
+  const Request& request_;
+  const std::vector<Chunk> chunks_;
+};
+
+}  // namespace
+
+Cut find_cut(const Loops& loops, const Request& request, float low, float high) {
+  const Search search(loops, request);
+  Boundary boundary{};
+  const bool warm = low < high && search.from_bracket(low, high, boundary);
+  if (!warm) boundary = search.from_histograms();
+  return {score_of(boundary.key), search.stops(boundary), warm};
+}
+
+}  // namespace spartan

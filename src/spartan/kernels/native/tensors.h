@@ -1,0 +1,34 @@
+// Lists of tensors, cut into chunks that fit a core's cache. The cut depends on the sizes only, so
+// sums come out the same with any number of threads.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace spartan {
+
+constexpr std::int64_t kChunk = 1 << 14;
+
+struct Chunk {
+  std::size_t tensor;
+  std::int64_t begin, size;
+};
+
+inline std::vector<Chunk> chunks_of(const std::vector<std::int64_t>& sizes) {
+  std::vector<Chunk> chunks;
+  for (std::size_t t = 0; t < sizes.size(); ++t)
+    for (std::int64_t begin = 0; begin < sizes[t]; begin += kChunk)
+      chunks.push_back({t, begin, std::min(kChunk, sizes[t] - begin)});
+  return chunks;
+}
+
+using Pointers = std::vector<std::uintptr_t>;
+
+template <class T>
+T* at(const Pointers& pointers, const Chunk& chunk) {
+  return reinterpret_cast<T*>(pointers[chunk.tensor]) + chunk.begin;
+}
+
+}  // namespace spartan

@@ -1,0 +1,98 @@
+"""New θ in; latent copy, mask and projected weight out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spartan.kernels.backend import native_for
+from spartan.kernels.scores import flat_pieces, wide
+from spartan.kernels.selection import kept
+from spartan.kernels.soft import Dual
+
+
+def project(
+    thetas: Sequence[Tensor],
+    latents: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scales: Sequence[float],
+    cuts: Sequence[tuple[float, int]] | None,
+    duals: Sequence[Dual] | None,
+) -> None:
+    """Write w = θ, or θ · m, where the mask keeps it and exact zeros elsewhere, in one pass.
+
+    Args:
+        thetas: θ of each tensor; may be the tensors of `weights`.
+        latents: Where θ is copied to; empty for no copy.
+        weights: Where w is written to.
+        masks: Boolean, written if there are cuts, else read.
+        scales: Scores are u = scale · |θ|.
+        cuts: Threshold and stop of each tensor (see `Cut`), or None to use the masks.
+        duals: Dual variable of each tensor's soft mask m, or None for m = 1.
+    """
+    native = native_for(thetas, latents, weights)
+    if native is None or not all(mask.is_contiguous() for mask in masks):
+        _project(thetas, latents, weights, masks, scales, cuts, duals)
+        return
+    native.project(
+        _addresses(thetas),
+        _addresses(latents),
+        _addresses(weights),
+        _addresses(masks),
+        [x.numel() for x in thetas],
+        scales,
+        [] if cuts is None else [threshold for threshold, _ in cuts],
+        [] if cuts is None else [stop for _, stop in cuts],
+        None if duals is None else [dual.astuple() for dual in duals],
+        torch.get_num_threads(),
+    )
+    for weight in weights:
+        torch.autograd.graph.increment_version(weight)
+
+
+def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Write exact zeros where a boolean mask is False, in place."""
+    native = native_for(tensors)
+    if native is None or not all(mask.is_contiguous() for mask in masks):
+        for tensor, mask in zip(tensors, masks, strict=True):
+            for x, keep in flat_pieces(tensor, mask):
+                x.masked_fill_(~keep, 0.0)
+        return
+    sizes = [x.numel() for x in tensors]
+    native.mask(_addresses(tensors), _addresses(masks), sizes, torch.get_num_threads())
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def _project(
+    thetas: Sequence[Tensor],
+    latents: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    scales: Sequence[float],
+    cuts: Sequence[tuple[float, int]] | None,
+    duals: Sequence[Dual] | None,
+) -> None:
+    for i, (theta, weight, mask) in enumerate(zip(thetas, weights, masks, strict=True)):
+        copies = (latents[i],) if latents else ()
+        begin = 0
+        for x, w, keep, *latent in flat_pieces(theta, weight, mask, *copies):
+            u = wide(x).abs()
+            u = u if scales[i] == 1.0 else u * scales[i]
+            if cuts is not None:
+                threshold, stop = cuts[i]
+                keep.copy_(kept(u, threshold, max(stop - begin, 0)))
+            begin += x.numel()
+            product = x if duals is None else duals[i].mask(u).mul_(x)
+            # Adding zero turns a kept -0.0 into 0.0.
+            projected = torch.where(keep, product, 0.0).add_(0.0)
+            for copy in latent:
+                copy.copy_(x)
+            w.copy_(projected)

@@ -1,0 +1,100 @@
+"""The first look at new weights: broken numbers, the hard cut and the soft mass.
+
+All requests together read back once from a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spartan.kernels.finite import largest, native_finite
+from spartan.kernels.scores import Scores
+from spartan.kernels.selection import Cut, boundary, native_cut, stops_of, trivial_cut
+from spartan.kernels.soft import Dual, Mass, mass_on_device, native_mass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look for in one group of tensors.
+
+    Attributes:
+        scores: The scores that compete.
+        budget: Total cost that may be kept.
+        bracket: Where the threshold is expected; a wrong guess costs time only.
+        dual: If given, the soft mass at this dual variable is wanted too.
+        dropped: Whether that is the mass of what is dropped.
+    """
+
+    scores: Scores
+    budget: float
+    bracket: tuple[float, float] = (0.0, 0.0)
+    dual: Dual | None = None
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        finite: Whether all scores are; the rest means nothing if not.
+        cut: Which entries are kept.
+        mass: The soft mass, if it was asked for.
+    """
+
+    finite: bool
+    cut: Cut
+    mass: Mass | None
+
+
+def scan(requests: Sequence[Request]) -> list[Result]:
+    """Answer requests, with one read-back for all of them."""
+    answers = [_native(request) for request in requests]
+    waiting = [i for i, answer in enumerate(answers) if answer is None]
+    if waiting:
+        rows = torch.stack([_on_device(requests[i]) for i in waiting]).tolist()
+        for i, row in zip(waiting, rows, strict=True):
+            answers[i] = _read(requests[i], row)
+    return [answer for answer in answers if answer is not None]
+
+
+def _native(request: Request) -> Result | None:
+    scores = request.scores
+    cut = trivial_cut(scores, request.budget)
+    cut = cut or native_cut(scores, request.budget, request.bracket)
+    ok = native_finite(scores.tensors)
+    if cut is None or ok is None:
+        return None
+    mass = None
+    if request.dual is not None:
+        mass = native_mass(scores, request.dual, request.dropped)
+        if mass is None:
+            return None
+    return Result(all(ok), cut, mass)
+
+
+def _on_device(request: Request) -> Tensor:
+    """Return everything as one row of numbers."""
+    scores = request.scores
+    row = torch.zeros(7, dtype=torch.float64, device=scores.device)
+    row[0] = largest(scores.tensors).amax()
+    if trivial_cut(scores, request.budget) is None:
+        row[1:4] = boundary(scores, request.budget)
+    if request.dual is not None:
+        row[4:] = mass_on_device(scores, request.dual, request.dropped)
+    return row
+
+
+def _read(request: Request, row: list[float]) -> Result:
+    largest_entry, threshold, left, ties, *sums = row
+    finite = math.isfinite(largest_entry)
+    cut = trivial_cut(request.scores, request.budget)
+    if cut is None:
+        stops = stops_of(request.scores, threshold, left, ties) if finite else []
+        cut = Cut(threshold, stops)
+    return Result(finite, cut, None if request.dual is None else Mass(*sums))

@@ -1,0 +1,190 @@
+r"""Sums over soft masks, and the gradient through one.
+
+With a dual variable solved (see `spartan.selection.soft`), an entry of score u has the mask
+m = sigmoid(β (u - reference) + μ), and the gradient G of w = θ · m comes back as
+
+    dL/dθ = m G + sign(θ) β scale s (q - price · cost),  q = G θ,  s = m (1 - m),
+    price = Σ q s / Σ cost s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spartan.kernels.backend import native_for
+from spartan.kernels.scores import Scores, flat_pieces, wide
+
+
+@dataclass(frozen=True)
+class Dual:
+    """The solved dual variable: m = sigmoid(beta (u - reference) + mu).
+
+    Attributes:
+        beta: Sharpness, per unit of u.
+        reference: Score at which the logit is mu. Near the threshold, where the entries that
+            matter lie: their logits are then small, and float32 is enough for any beta.
+        mu: The dual variable; +inf keeps everything, -inf nothing.
+    """
+
+    beta: float
+    reference: float
+    mu: float
+
+    @property
+    def threshold(self) -> float:
+        """The soft threshold: the score at which the mask is one half."""
+        return self.reference - self.mu / self.beta
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Return the logits in the dtype of the scores."""
+        if math.isinf(self.mu):
+            return torch.full_like(scores, self.mu)
+        return (scores - self.reference).mul_(self.beta).add_(self.mu)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Return the soft mask of `scores`."""
+        return self.logits(scores).sigmoid_()
+
+    def astuple(self) -> tuple[float, float, float]:
+        """Return (beta, reference, mu)."""
+        return self.beta, self.reference, self.mu
+
+
+class Mass(NamedTuple):
+    """Sums over all entries: cost · m, and its first two derivatives by μ.
+
+    Of the dropped mass, cost · (1 - m), the derivatives are by -μ.
+    """
+
+    mass: float
+    slope: float
+    curve: float
+
+
+def native_mass(scores: Scores, dual: Dual, dropped: bool) -> Mass | None:
+    """Sum natively; None if the native kernels do not serve these tensors."""
+    native, costs = native_for(scores.tensors), scores.plain_costs
+    if native is None or costs is None:
+        return None
+    return Mass(
+        *native.mass(
+            [x.data_ptr() for x in scores.tensors],
+            scores.numels,
+            scores.scales,
+            costs,
+            scores.absolute,
+            dual.astuple(),
+            dropped,
+            torch.get_num_threads(),
+        )
+    )
+
+
+def mass_on_device(scores: Scores, dual: Dual, dropped: bool) -> Tensor:
+    """Return the three sums of a `Mass` as a float64 tensor; nothing is read back.
+
+    Masks are summed in float64: among many that are almost 1, the few others decide. The two
+    derivatives are of their size, and float32 sums of chunks are enough.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=scores.device)
+    for u, cost in scores.pieces():
+        x = dual.logits(u)
+        if dropped:
+            x.neg_()
+        m = x.sigmoid()
+        s = x.neg_().sigmoid_().mul_(m)
+        if isinstance(cost, Tensor):
+            parts = (m * cost).sum(dtype=torch.float64), (s * cost).sum(), (s * cost * m).sum()
+        else:
+            parts = m.sum(dtype=torch.float64), s.sum(), torch.dot(s, m)
+        partial = torch.stack([part.double() for part in parts])
+        sums += partial if isinstance(cost, Tensor) else partial * float(cost)
+    # s (1 - 2 m), summed
+    sums[2] = sums[1] - 2.0 * sums[2]
+    return sums
+
+
+def masses(queries: Sequence[tuple[Scores, Dual, bool]]) -> list[Mass]:
+    """Sum soft masks (scores, dual, dropped) with one read-back for all of them."""
+    found = [native_mass(*query) for query in queries]
+    waiting = [i for i, mass in enumerate(found) if mass is None]
+    if waiting:
+        rows = torch.stack([mass_on_device(*queries[i]) for i in waiting]).tolist()
+        for i, row in zip(waiting, rows, strict=True):
+            found[i] = Mass(*row)
+    return [mass for mass in found if mass is not None]
+
+
+def pull_back(
+    grads: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    scales: Sequence[float],
+    costs: Sequence[float],
+    duals: Sequence[Dual],
+) -> None:
+    """Turn the gradients of w = θ · m into gradients of θ, in place.
+
+    One pass sums the price that couples all tensors, one applies it.
+
+    Args:
+        grads: G, overwritten.
+        thetas: θ, of the same shapes.
+        scales: Scores are u = scale · |θ|.
+        costs: What an entry of each tensor takes from the budget.
+        duals: The dual variable of each tensor.
+    """
+    native = native_for(grads, thetas)
+    if native is None:
+        _pull_back(grads, thetas, scales, costs, duals)
+        return
+    fixed = (
+        [g.data_ptr() for g in grads],
+        [x.data_ptr() for x in thetas],
+        [x.numel() for x in thetas],
+        scales,
+        costs,
+        [dual.astuple() for dual in duals],
+    )
+    earned, spread = native.earn(*fixed, torch.get_num_threads())
+    price = earned / spread if spread > 0 else 0.0
+    native.pull_back(*fixed, price if math.isfinite(price) else 0.0, torch.get_num_threads())
+    for grad in grads:
+        torch.autograd.graph.increment_version(grad)
+
+
+def _pull_back(
+    grads: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    scales: Sequence[float],
+    costs: Sequence[float],
+    duals: Sequence[Dual],
+) -> None:
+    pieces = [
+        (g, x, scale, cost, dual)
+        for grad, theta, scale, cost, dual in zip(grads, thetas, scales, costs, duals, strict=True)
+        for g, x in flat_pieces(grad, theta)
+    ]
+    total = torch.zeros(2, dtype=torch.float64, device=grads[0].device)
+    for g, x, scale, cost, dual in pieces:
+        s = _masks(x, scale, dual)[1]
+        total += torch.stack(((s * x * g).sum(), s.sum() * cost)).double()
+    price = total[0] / total[1]
+    price = torch.where(torch.isfinite(price), price, 0.0)
+    for g, x, scale, cost, dual in pieces:
+        m, s = _masks(x, scale, dual)
+        rate = dual.beta * scale * cost
+        term = (x.to(m.dtype) * g).div_(cost).sub_(price.to(m.dtype)).mul_(s).mul_(rate)
+        g.copy_(m.mul_(g).add_(term.mul_(x.sign())))
+
+
+def _masks(theta: Tensor, scale: float, dual: Dual) -> tuple[Tensor, Tensor]:
+    """Return m and m (1 - m), in float32 or float64."""
+    logits = dual.logits(wide(theta).abs() * scale)
+    m = logits.sigmoid()
+    return m, logits.neg_().sigmoid_().mul_(m)

@@ -1,0 +1,152 @@
+"""The sites that share one budget, and how they compete for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from spartan.budget import Share
+from spartan.errors import NonFiniteError
+from spartan.kernels import Cut, Dual, Request, Result, Scores, masks_of, scan
+from spartan.methods.forecast import bracket, remember
+from spartan.methods.sites import Choice, Site
+from spartan.selection.hard import select_rows
+
+
+@dataclass(eq=False)
+class Group:
+    """The sites that share one budget.
+
+    Attributes:
+        sites: All of them.
+        share: The budget.
+        numbers: What the method keeps per group (dual variables, …), saved with the state.
+    """
+
+    sites: list[Site]
+    share: Share
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def contest(self, progress: float) -> Contest:
+        """Return the sites whose masks may move now, and the budget they compete for.
+
+        Once the target density is reached, a site without a gradient keeps its mask, and the
+        others share what it leaves; before, the budget shrinks every step and all take part.
+        """
+        budget = self.share.at(progress)
+        idle = [site for site in self.sites if not site.active]
+        if progress < 1.0 or not idle or "settled" not in self.numbers:
+            if progress >= 1.0:
+                self.numbers["settled"] = 1.0
+            return Contest(self, self.sites, budget, progress >= 1.0)
+        active = [site for site in self.sites if site.active]
+        if not self.share.rows:
+            budget -= sum(site.cost * site.kept for site in idle)
+        return Contest(self, active, budget, at_target=True)
+
+    @property
+    def kept(self) -> float:
+        """Cost of the kept units, in the currency of the share."""
+        if self.share.rows:
+            return max(float(site.mask.sum(dim=1).max()) for site in self.sites)
+        return sum(site.cost * site.kept for site in self.sites)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Sites whose masks may move now, and the budget they compete for.
+
+    Attributes:
+        group: The group they belong to.
+        sites: The sites.
+        budget: What they may keep together.
+        at_target: Whether the target density has been reached.
+    """
+
+    group: Group
+    sites: list[Site]
+    budget: float
+    at_target: bool
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The score of each unit: mean |θ| per relative cost."""
+        elementwise = all(site.elementwise for site in self.sites)
+        return Scores(
+            [site.theta if elementwise else site.magnitudes() for site in self.sites],
+            [site.scale for site in self.sites],
+            [site.cost for site in self.sites],
+            absolute=True,
+        )
+
+    def masks(self, cut: Cut) -> list[Tensor]:
+        """Return which units a cut keeps."""
+        return masks_of(self.scores, cut)
+
+    @property
+    def mean_unit_numel(self) -> float:
+        """Weights per unit, on average."""
+        return sum(s.latent.numel() for s in self.sites) / sum(s.mask.numel() for s in self.sites)
+
+    def keep(self, cut: Cut, dual: Dual | None = None) -> None:
+        """Choose what a cut keeps, with the soft mask of `dual` if there is one.
+
+        Where every weight is a unit, masks follow when the weights are next written, in one pass.
+        """
+        if all(site.elementwise for site in self.sites):
+            for site, stop in zip(self.sites, cut.stops, strict=True):
+                site.choice = Choice(cut.threshold, stop, dual)
+            return
+        for i, (site, mask) in enumerate(zip(self.sites, self.masks(cut), strict=True)):
+            site.mask = mask
+            if dual is not None:
+                site.tensors["soft"] = dual.mask(self.scores.of(self.scores.tensors[i], i))
+
+
+def contests_of(groups: Sequence[Group], progress: float) -> list[Contest]:
+    """Return the contest of each group that has one."""
+    contests = [group.contest(progress) for group in groups]
+    return [contest for contest in contests if contest.sites]
+
+
+def keep_largest(contests: Sequence[Contest]) -> None:
+    """Keep the units of largest mean |θ| that fit each budget."""
+    rows = [contest for contest in contests if contest.group.share.rows]
+    for contest in rows:
+        for site in contest.sites:
+            site.mask = select_rows(site.magnitudes(), round(contest.budget))
+    others = [contest for contest in contests if not contest.group.share.rows]
+    for contest, cut in zip(others, find_cuts(others), strict=True):
+        contest.keep(cut)
+
+
+def find_cuts(contests: Sequence[Contest]) -> list[Cut]:
+    """Find what each budget keeps, starting from the thresholds of the last time."""
+    requests = [
+        Request(c.scores, c.budget, bracket(c.group.numbers, "threshold")) for c in contests
+    ]
+    cuts = [result.cut for result in look(contests, requests)]
+    for contest, cut in zip(contests, cuts, strict=True):
+        remember(contest.group.numbers, "threshold", cut.threshold)
+    return cuts
+
+
+def look(contests: Sequence[Contest], requests: Sequence[Request]) -> list[Result]:
+    """Scan the scores of contests.
+
+    Raises:
+        NonFiniteError: A weight is NaN or infinite; nothing has been changed.
+    """
+    results = scan(requests)
+    for contest, result in zip(contests, results, strict=True):
+        if not result.finite:
+            broken = [s.name for s in contest.sites if not bool(torch.isfinite(s.theta).all())]
+            raise NonFiniteError(
+                f"The last step made {', '.join(map(repr, broken))} NaN or infinite; the prunable "
+                "weights are as before it. Lower the learning rate or clip."
+            )
+    return results

@@ -1,0 +1,123 @@
+"""One prunable weight during a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from spartan.kernels import Dual
+from spartan.kernels.scores import wide
+from spartan.patterns import Pattern, Unstructured
+from spartan.prunable import Prunable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was selected for a site and takes effect when its weight is next written.
+
+    Attributes:
+        threshold: Score above which entries are kept.
+        stop: Of the entries at the threshold, those before this flat position are kept.
+        dual: The dual variable of the soft mask; None without one.
+    """
+
+    threshold: float
+    stop: int
+    dual: Dual | None
+
+
+@dataclass(eq=False)
+class Site:
+    """One prunable weight during a run.
+
+    Attributes:
+        weight: The parameter and its name.
+        pattern: How it divides into units.
+        cost: What one unit takes from the group's budget.
+        divisor: What the pooled |θ| of a unit is divided by to be its score: the mean |θ| of the
+            unit, per relative cost of a weight.
+        latent: θ, dense, in the shape and dtype of the parameter.
+        mask: Kept units, boolean, in the pattern's unit shape.
+        dual: Dual variable of the soft mask, for methods that have one and do not store the mask.
+        tensors: What the method keeps per weight (soft masks, …), saved with the state.
+        active: Whether the parameter had a gradient in the current step.
+        stepping: Whether the parameter holds θ: inside a step.
+        choice: What was selected and is not written yet.
+    """
+
+    weight: Prunable
+    pattern: Pattern
+    cost: float
+    divisor: float
+    latent: Tensor
+    mask: Tensor
+    dual: Dual | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    active: bool = True
+    stepping: bool = False
+    choice: Choice | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter."""
+        return self.weight.name
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter, as a plain tensor on the same memory."""
+        return self.weight.parameter.detach()
+
+    @property
+    def theta(self) -> Tensor:
+        """θ, newest: the parameter inside a step, else the latent weight."""
+        return self.parameter if self.stepping else self.latent
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every weight is a unit, in the shape of the parameter."""
+        return isinstance(self.pattern, Unstructured)
+
+    @property
+    def scale(self) -> float:
+        """What the pooled |θ| of a unit is multiplied by to be its score."""
+        return 1.0 / self.divisor
+
+    @property
+    def kept(self) -> int:
+        """Number of kept units."""
+        return int(self.mask.count_nonzero())
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Gradient of the parameter: of w before `pull_back`, of θ after it."""
+        return self.weight.parameter.grad
+
+    @property
+    def required_grad(self) -> Tensor:
+        """The gradient, where there must be one."""
+        assert self.grad is not None
+        return self.grad
+
+    def magnitudes(self) -> Tensor:
+        """Return the sum of |θ| over each unit, in float32 or float64."""
+        return self.pattern.pool(wide(self.theta).abs(), self.weight)
+
+    def scores(self) -> Tensor:
+        """Return the score of each unit, in float32 or float64."""
+        pooled = self.magnitudes()
+        return pooled if self.scale == 1.0 else pooled * self.scale
+
+    def soft_mask(self) -> Tensor:
+        """Return the soft mask of each unit, at the latent weights it was solved for."""
+        if self.dual is not None:
+            return self.dual.mask(self.scores())
+        return self.tensors["soft"]
+
+    def spread(self, units: Tensor) -> Tensor:
+        """Repeat unit values over the weight's shape."""
+        return self.pattern.spread(units, self.weight)
+
+    def pool_product(self, x: Tensor) -> Tensor:
+        """Sum x · θ over each unit, in float32 or float64."""
+        return self.pattern.pool(wide(x) * self.latent, self.weight)

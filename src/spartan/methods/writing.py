@@ -1,0 +1,74 @@
+"""θ → w: writing parameters, latent copies and masks of many sites at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from spartan import kernels
+from spartan.kernels import Dual
+from spartan.methods.sites import Site
+
+
+def write_kept(sites: Sequence[Site]) -> None:
+    """Write w = θ, or θ · m for sites with a dual variable, where the mask keeps it."""
+    for alike in _alike([site for site in sites if site.elementwise]):
+        _commit(alike, project(alike))
+    write_given(
+        [site for site in sites if not site.elementwise],
+        lambda site: torch.where(site.spread(site.mask), site.theta, 0.0),
+    )
+
+
+def write_given(sites: Sequence[Site], materialize: Callable[[Site], Tensor]) -> None:
+    """Write what `materialize` returns, site by site."""
+    for site in sites:
+        weight = materialize(site)
+        if site.stepping:
+            site.latent.copy_(site.theta)
+        site.weight.parameter.copy_(weight)
+
+
+def project(sites: Sequence[Site], into: Sequence[Tensor] | None = None) -> list[Dual] | None:
+    """Write the weights of elementwise sites that are alike in what they have.
+
+    Args:
+        sites: All with a choice or all without, all with a soft mask or all without, all inside a
+            step or all outside.
+        into: Tensors to write to instead of the parameters. θ and masks then stay as they are.
+
+    Returns:
+        The dual variables that were used, if any.
+    """
+    choices = [site.choice for site in sites if site.choice is not None]
+    duals = [c.dual for c in choices] if choices else [site.dual for site in sites]
+    used = [dual for dual in duals if dual is not None]
+    stepping = sites[0].stepping and into is None
+    kernels.project(
+        [site.theta for site in sites],
+        [site.latent for site in sites] if stepping else [],
+        [site.parameter for site in sites] if into is None else into,
+        [site.mask for site in sites],
+        [site.scale for site in sites],
+        [(c.threshold, c.stop) for c in choices] or None,
+        used or None,
+    )
+    return used or None
+
+
+def _commit(sites: Sequence[Site], duals: list[Dual] | None) -> None:
+    for i, site in enumerate(sites):
+        site.choice = None
+        site.dual = duals[i] if duals else None
+
+
+def _alike(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    def kind(site: Site) -> tuple[bool, bool, bool]:
+        dual = site.choice.dual if site.choice else site.dual
+        return site.stepping, site.choice is not None, dual is not None
+
+    for _, run in groupby(sorted(sites, key=kind), key=kind):
+        yield list(run)
