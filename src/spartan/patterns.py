@@ -1,7 +1,8 @@
 """How a weight divides into units that live or die together.
 
-A pattern pools a weight-shaped tensor into one number per unit and spreads unit values back over
-the weight. Everything that selects or counts works on units and never looks at the pattern.
+A pattern says how a weight is cut into units. With that, a weight-shaped tensor is pooled into one
+number per unit, and unit values are spread back over the weight. Everything that selects or counts
+works on units and never looks at the pattern.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spartan.errors import PatternError
+from spartan.kernels import units
+from spartan.kernels.units import Grid
 from spartan.prunable import Prunable
 
 
@@ -32,12 +35,16 @@ class Pattern(ABC):
         """Return the number of weights in each unit."""
 
     @abstractmethod
+    def grid(self, weight: Prunable) -> Grid:
+        """Return how the weight divides into units, and where their values lie."""
+
     def pool(self, x: Tensor, weight: Prunable) -> Tensor:
         """Sum `x` (shape of the weight) over each unit; returns `unit_shape`."""
+        return units.pool(x, self.grid(weight), self.unit_shape(weight))
 
-    @abstractmethod
-    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
+    def spread(self, values: Tensor, weight: Prunable) -> Tensor:
         """Repeat each unit's value over its weights; returns the weight's shape."""
+        return units.spread(values, self.grid(weight), weight.shape)
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,14 @@ class Unstructured(Pattern):
     def unit_numel(self, weight: Prunable) -> int:
         return 1
 
+    def grid(self, weight: Prunable) -> Grid:
+        return Grid((1, 1, weight.parameter.numel()), (1, 1, 1), (0, 0, 1))
+
     def pool(self, x: Tensor, weight: Prunable) -> Tensor:
         return x
 
-    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
-        return units
+    def spread(self, values: Tensor, weight: Prunable) -> Tensor:
+        return values
 
     def __str__(self) -> str:
         return "unstructured"
@@ -88,15 +98,10 @@ class Block(Pattern):
     def unit_numel(self, weight: Prunable) -> int:
         return self.rows * self.cols
 
-    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
-        out, inputs, *kernel = self.unit_shape(weight)
-        blocks = weight.oriented(x).reshape(out, self.rows, inputs, self.cols, *kernel)
-        return blocks.sum(dim=(1, 3))
-
-    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
-        out, inputs, *kernel = units.shape
-        blocks = units[:, None, :, None].expand(out, self.rows, inputs, self.cols, *kernel)
-        return weight.oriented(blocks.reshape(weight.oriented_shape))
+    def grid(self, weight: Prunable) -> Grid:
+        kernel = weight.kernel_numel
+        inputs = weight.oriented_shape[1] // self.cols
+        return _grid(weight, (self.rows, self.cols, 1), (inputs * kernel, kernel, 1))
 
     def __str__(self) -> str:
         return f"block:{self.rows}x{self.cols}"
@@ -128,12 +133,9 @@ class NM(Pattern):
     def unit_numel(self, weight: Prunable) -> int:
         return 1
 
-    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
-        return weight.oriented(x).movedim(1, -1).reshape(-1, self.m)
-
-    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
-        out, inputs, *kernel = weight.oriented_shape
-        return weight.oriented(units.reshape(out, *kernel, inputs).movedim(-1, 1))
+    def grid(self, weight: Prunable) -> Grid:
+        inputs, kernel = weight.oriented_shape[1], weight.kernel_numel
+        return _grid(weight, (1, 1, 1), (inputs * kernel, 1, inputs))
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -149,15 +151,19 @@ class Channel(Pattern):
     def unit_numel(self, weight: Prunable) -> int:
         return weight.parameter.numel() // weight.oriented_shape[0]
 
-    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
-        return weight.oriented(x).flatten(1).sum(dim=1)
-
-    def spread(self, units: Tensor, weight: Prunable) -> Tensor:
-        shape = weight.oriented_shape
-        return weight.oriented(units.reshape(-1, *[1] * (len(shape) - 1)).expand(shape))
+    def grid(self, weight: Prunable) -> Grid:
+        block = (1, weight.oriented_shape[1], weight.kernel_numel)
+        return _grid(weight, block, (1, 0, 0))
 
     def __str__(self) -> str:
         return "channel"
+
+
+def _grid(weight: Prunable, block: tuple[int, int, int], strides: tuple[int, int, int]) -> Grid:
+    """Turn a division of (out, in, kernel position) into one of the weight as stored."""
+    out, inputs = weight.oriented_shape[:2]
+    grid = Grid((out, inputs, weight.kernel_numel), block, strides)
+    return grid.transposed() if weight.input_first else grid
 
 
 def parse_pattern(text: str) -> Pattern:

@@ -8,6 +8,7 @@ layers, the projections of multi-head attention (also the fused `in_proj_weight`
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -41,15 +42,16 @@ class Prunable:
         """Shape as stored."""
         return self.parameter.shape
 
-    def oriented(self, x: Tensor) -> Tensor:
-        """Return `x` as a view with dimensions (out, in, …); it is its own inverse."""
-        return x.transpose(0, 1) if self.input_first else x
-
     @property
     def oriented_shape(self) -> tuple[int, ...]:
         """Shape as (out, in, …)."""
         out, inputs, *rest = self.shape
         return (inputs, out, *rest) if self.input_first else (out, inputs, *rest)
+
+    @property
+    def kernel_numel(self) -> int:
+        """Number of kernel positions of a convolution; 1 for a matrix."""
+        return math.prod(self.shape[2:])
 
 
 def find_prunable(

@@ -28,10 +28,10 @@ from spartan.budget import Budget, Share
 from spartan.errors import NonFiniteError, ScheduleError, StateError
 from spartan.kernels import Dual, finite
 from spartan.methods.base import Method
-from spartan.methods.groups import Group
+from spartan.methods.groups import Group, require_finite
 from spartan.methods.sites import Site
 from spartan.optimizer_steps import skips_step, wrap_closure
-from spartan.patterns import NM, Pattern, Unstructured
+from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable, find_prunable
 from spartan.state import STATE_VERSION, check_state
 from spartan.summary import LayerSummary, summarize_masks
@@ -264,12 +264,14 @@ class Sparsifier:
         completes = self._completes_step(optimizer)
         moves = completes and self.method.moves_masks(self.step + 1, self._horizon)
         try:
-            if not (moves and self._scans):
-                self._require_finite(sites)
+            if not (moves and self.method.checks_weights):
+                require_finite(sites)
             if moves:
                 self.method.select(self.groups, self.step + 1, self._horizon)
-        except BaseException:
+        except BaseException as error:
             self._leave_step()
+            if isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"Step {self.step + 1}: {error}") from None
             raise
         self._writer.write(self.sites if moves else sites)
         self._end_step()
@@ -319,14 +321,6 @@ class Sparsifier:
             site.weight.parameter.copy_(site.latent)
             site.stepping = True
 
-    def _require_finite(self, sites: list[Site]) -> None:
-        for site, ok in zip(sites, finite([s.theta for s in sites]), strict=True):
-            if not ok:
-                raise NonFiniteError(
-                    f"Step {self.step + 1} made the weight {site.name!r} NaN or infinite; the "
-                    "prunable weights are as before it. Lower the learning rate or clip."
-                )
-
     def _warn_dead(self) -> None:
         """Say once, when the budget is first reached, which layers keep nothing."""
         if self._checked_dead or self.method.progress(self.step, self._horizon) < 1.0:
@@ -366,11 +360,6 @@ class Sparsifier:
         self._guards = []
 
     # Small parts --------------------------------------------------------------------------------
-
-    @property
-    def _scans(self) -> bool:
-        """Whether the method's look at the weights of a GPU notices broken ones."""
-        return all(s.latent.is_cuda for s in self.sites) and not isinstance(self.pattern, NM)
 
     @property
     def _horizon(self) -> int:

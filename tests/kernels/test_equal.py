@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spartan import Block, Budget, Sparsifier, hard_topk, kernels
-from spartan.kernels import Dual, Request, Scores, scan
+from spartan import NM, Block, Budget, Channel, Sparsifier, hard_topk, kernels
+from spartan.kernels import Dual, Request, Scores, scan, units
+from spartan.kernels.units import Grid
 from spartan.methods import DualAveraging, Magnitude, Method, Spartan
 from spartan.patterns import Pattern, Unstructured
 from spartan.selection.soft import DualSearch, solve_all
 
 native = pytest.importorskip("spartan.kernels._native", reason="no native kernels here")
 SETS = native.instruction_sets()
+
+pytestmark = pytest.mark.filterwarnings("ignore:Nothing is kept")
 
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 tied = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40, -1e-40, 3.4e38])
@@ -175,9 +179,9 @@ def test_broken_numbers_are_found_wherever_they_are(name: str) -> None:
 
 def train(method: Method, pattern: Pattern, allocation: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 32))
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ConvTranspose2d(8, 16, 3), nn.Linear(64, 32))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    budget = Budget(density=0.3, allocation=allocation)
+    budget = Budget(density=0.5, allocation=allocation)
     sparsifier = Sparsifier(model, optimizer, method, budget, 12, pattern=pattern)
     for step in range(10):
         for i, p in enumerate(model.parameters()):
@@ -189,7 +193,7 @@ def train(method: Method, pattern: Pattern, allocation: str) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("method", [Spartan(), DualAveraging(backward_density=0.6), Magnitude()])
-@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 8), Channel(), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_training_is_the_same(method: Method, pattern: Pattern, allocation: str) -> None:
     with kernels.using("torch"):
@@ -201,6 +205,44 @@ def test_training_is_the_same(method: Method, pattern: Pattern, allocation: str)
             assert torch.equal(found[key], tensor)
         else:
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
+
+
+UNITS = [
+    Grid((12, 40, 1), (4, 8, 1), (5, 1, 1)),
+    Grid((6, 10, 9), (3, 5, 1), (18, 9, 1)),
+    Grid((300, 7, 9), (1, 7, 9), (1, 0, 0)),
+    Grid((50, 30, 4), (50, 1, 4), (0, 1, 0)),
+    Grid((10, 6, 9), (5, 3, 1), (9, 18, 1)),
+    Grid((20, 8, 9), (1, 1, 1), (72, 1, 8)),
+]
+
+
+@each_set
+@pytest.mark.parametrize("grid", UNITS, ids=lambda grid: "x".join(map(str, grid.block)))
+def test_units_agree(name: str, grid: Grid) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(grid.shape, generator=generator)
+    y = torch.randn(grid.shape, generator=generator)
+    x[::2, 1::3] = 0.0
+    count = math.prod(grid.units)
+    m, term = torch.rand(2, count, generator=generator)
+    m[::3] = 0.0
+    results = []
+    for backend in ("torch", name):
+        weight, grad, latent = x.clone(), y.clone(), torch.empty_like(x)
+        with kernels.using(backend):
+            pooled = units.pool_magnitudes(x, grid, (count,))
+            products = units.pool_products(x, y, grid, (count,))
+            units.pull_back_units(grad, x, m, term, grid)
+            units.scale(weight, m, latent, weight, grid)
+        assert torch.equal(latent, x)
+        assert not bool(torch.signbit(weight[weight == 0]).any())
+        results.append((pooled, weight, grad, products))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][1], x * units.spread(m, grid, grid.shape))
 
 
 @pytest.mark.parametrize("make", [

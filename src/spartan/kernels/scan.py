@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spartan.kernels.finite import largest, native_finite
+from spartan.kernels.backend import native_for
+from spartan.kernels.finite import finite, largest
 from spartan.kernels.scores import Scores
-from spartan.kernels.selection import Cut, boundary, native_cut, stops_of, trivial_cut
+from spartan.kernels.selection import Cut, boundary, stops_of, trivial_cut
 from spartan.kernels.soft import Dual, Mass, mass_on_device, native_mass
 
 
@@ -64,18 +65,27 @@ def scan(requests: Sequence[Request]) -> list[Result]:
 
 
 def _native(request: Request) -> Result | None:
-    scores = request.scores
-    cut = trivial_cut(scores, request.budget)
-    cut = cut or native_cut(scores, request.budget, request.bracket)
-    ok = native_finite(scores.tensors)
-    if cut is None or ok is None:
+    scores, dual = request.scores, request.dual
+    native, costs = native_for(scores.tensors), scores.plain_costs
+    if native is None or costs is None:
         return None
-    mass = None
-    if request.dual is not None:
-        mass = native_mass(scores, request.dual, request.dropped)
-        if mass is None:
-            return None
-    return Result(all(ok), cut, mass)
+    cut = trivial_cut(scores, request.budget)
+    if cut is not None:
+        mass = None if dual is None else native_mass(scores, dual, request.dropped)
+        return Result(all(finite(scores.tensors)), cut, mass)
+    ok, threshold, stops, sums = native.scan(
+        [x.data_ptr() for x in scores.tensors],
+        scores.numels,
+        scores.scales,
+        costs,
+        scores.absolute,
+        request.budget,
+        request.bracket,
+        None if dual is None else dual.astuple(),
+        request.dropped,
+        torch.get_num_threads(),
+    )
+    return Result(ok, Cut(threshold, stops), None if dual is None else Mass(*sums))
 
 
 def _on_device(request: Request) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spartan.kernels.backend import native_for
 from spartan.kernels.scores import Scores
 
 _DIGIT = 16
@@ -41,30 +40,6 @@ def trivial_cut(scores: Scores, budget: float) -> Cut | None:
     if budget >= scores.total * (1 - SLACK):
         return Cut(-math.inf, scores.numels)
     return Cut(math.inf, [0] * len(scores.tensors)) if budget <= 0 else None
-
-
-def native_cut(scores: Scores, budget: float, bracket: tuple[float, float]) -> Cut | None:
-    """Find the cut of a budget natively; None if the native kernels do not serve these tensors.
-
-    Args:
-        scores: What competes.
-        budget: More than nothing, less than everything.
-        bracket: Where the threshold is expected, or (0, 0). A wrong bracket costs time only.
-    """
-    native, costs = native_for(scores.tensors), scores.plain_costs
-    if native is None or costs is None:
-        return None
-    threshold, stops, _ = native.cut(
-        [x.data_ptr() for x in scores.tensors],
-        scores.numels,
-        scores.scales,
-        costs,
-        scores.absolute,
-        budget,
-        bracket,
-        torch.get_num_threads(),
-    )
-    return Cut(threshold, stops)
 
 
 def boundary(scores: Scores, budget: float) -> Tensor:
@@ -133,26 +108,29 @@ def kept(u: Tensor, threshold: float, stop: int) -> Tensor:
 def _histogram(scores: Scores, shift: int, prefix: Tensor | None) -> Tensor:
     """Return the cost per digit of the keys that begin with `prefix`, float64."""
     total = torch.zeros(_BINS, dtype=torch.float64, device=scores.device)
+    waits = scores.device.type == "cpu"
     for u, cost in scores.pieces():
         key = _to_key(u)
         digit = (key >> shift) & (_BINS - 1)
         if prefix is None:
             # The top digit carries the sign: shift it up to count from zero.
-            total += _count(digit ^ (_BINS // 2), None, cost)
+            total += _count(digit ^ (_BINS // 2), None, cost, waits)
         else:
-            total += _count(digit, (key >> (shift + _DIGIT)) == prefix, cost)
+            total += _count(digit, (key >> (shift + _DIGIT)) == prefix, cost, waits)
     return total
 
 
-def _count(digit: Tensor, hit: Tensor | None, cost: float | Tensor) -> Tensor:
-    """Return the cost of each digit over the entries that are hit."""
+def _count(digit: Tensor, hit: Tensor | None, cost: float | Tensor, waits: bool) -> Tensor:
+    """Return the cost of each digit over the entries that are hit.
+
+    Where it costs nothing to wait for a result, only those entries are counted.
+    """
     weights = cost.double() if isinstance(cost, Tensor) else None
-    if digit.device.type == "cpu":
+    if waits:
         if hit is not None:
             digit, weights = digit[hit], None if weights is None else weights[hit]
         counts = torch.bincount(digit, weights, minlength=_BINS)
     else:
-        # Neither bincount nor a boolean index: both wait for the device.
         if weights is None:
             weights = torch.ones_like(digit) if hit is None else hit.long()
         elif hit is not None:

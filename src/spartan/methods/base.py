@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from spartan import kernels
+from spartan.kernels.scores import wide
 from spartan.methods.groups import Group
 from spartan.methods.sites import Site
 from spartan.methods.writing import write_given, write_kept
@@ -32,6 +33,7 @@ class Method(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are the settings."""
 
     scheduled: ClassVar[bool] = True  # whether it needs to know the length of the run
+    checks_weights: ClassVar[bool] = False  # whether `select` refuses weights that are not finite
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
@@ -87,7 +89,9 @@ class Method(ABC):
 
 def mask_gradients(sites: Sequence[Site], masks: Sequence[Tensor]) -> None:
     """Zero the gradients outside the masks (one boolean per unit), in place."""
-    kernels.mask_(
-        [site.required_grad for site in sites],
-        [site.spread(mask) for site, mask in zip(sites, masks, strict=True)],
-    )
+    if all(site.elementwise for site in sites):
+        kernels.mask_([site.required_grad for site in sites], masks)
+        return
+    for site, mask in zip(sites, masks, strict=True):
+        grad = site.required_grad
+        kernels.units.scale(grad, mask.to(wide(grad[:0]).dtype), None, grad, site.grid)

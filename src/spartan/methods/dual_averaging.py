@@ -50,6 +50,7 @@ class DualAveraging(Method):
     finetune: float = 0.2
     annealing: Literal["linear", "cosine"] = "linear"
 
+    checks_weights: ClassVar[bool] = True
     name: ClassVar[str] = "dual-averaging"
     summary: ClassVar[str] = "hard top-k forward, straight-through gradients (Top-KAST)"
     paper: ClassVar[str] = "Jayakumar et al., NeurIPS 2020"

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from spartan.budget import Share
 from spartan.errors import NonFiniteError
-from spartan.kernels import Cut, Dual, Request, Result, Scores, masks_of, scan
+from spartan.kernels import Cut, Dual, Request, Result, Scores, finite, masks_of, scan
 from spartan.methods.forecast import bracket, remember
 from spartan.methods.sites import Choice, Site
 from spartan.selection.hard import select_rows
@@ -117,6 +116,7 @@ def keep_largest(contests: Sequence[Contest]) -> None:
     """Keep the units of largest mean |θ| that fit each budget."""
     rows = [contest for contest in contests if contest.group.share.rows]
     for contest in rows:
+        require_finite(contest.sites)
         for site in contest.sites:
             site.mask = select_rows(site.magnitudes(), round(contest.budget))
     others = [contest for contest in contests if not contest.group.share.rows]
@@ -144,9 +144,17 @@ def look(contests: Sequence[Contest], requests: Sequence[Request]) -> list[Resul
     results = scan(requests)
     for contest, result in zip(contests, results, strict=True):
         if not result.finite:
-            broken = [s.name for s in contest.sites if not bool(torch.isfinite(s.theta).all())]
-            raise NonFiniteError(
-                f"The last step made {', '.join(map(repr, broken))} NaN or infinite; the prunable "
-                "weights are as before it. Lower the learning rate or clip."
-            )
+            require_finite(contest.sites)
     return results
+
+
+def require_finite(sites: Sequence[Site]) -> None:
+    """Raise `NonFiniteError` if θ of a site holds NaN or infinity."""
+    broken = [
+        s.name for s, ok in zip(sites, finite([s.theta for s in sites]), strict=True) if not ok
+    ]
+    if broken:
+        raise NonFiniteError(
+            f"{', '.join(map(repr, broken))} became NaN or infinite; the prunable weights are as "
+            "before the step. Lower the learning rate or clip."
+        )

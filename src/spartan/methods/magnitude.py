@@ -42,6 +42,7 @@ class Magnitude(Method):
     end: float = 0.5
     finetune: float = 0.2
 
+    checks_weights: ClassVar[bool] = True
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "the classic baseline; gradual or one-shot"
     paper: ClassVar[str] = "Zhu and Gupta, 2017"

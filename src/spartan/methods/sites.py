@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
-from spartan.kernels import Dual
+from spartan.kernels import Dual, units
 from spartan.kernels.scores import wide
+from spartan.kernels.units import Grid
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import Prunable
 
@@ -78,6 +80,11 @@ class Site:
         """Whether every weight is a unit, in the shape of the parameter."""
         return isinstance(self.pattern, Unstructured)
 
+    @cached_property
+    def grid(self) -> Grid:
+        """How the weight divides into units."""
+        return self.pattern.grid(self.weight)
+
     @property
     def scale(self) -> float:
         """What the pooled |θ| of a unit is multiplied by to be its score."""
@@ -101,7 +108,9 @@ class Site:
 
     def magnitudes(self) -> Tensor:
         """Return the sum of |θ| over each unit, in float32 or float64."""
-        return self.pattern.pool(wide(self.theta).abs(), self.weight)
+        if self.elementwise:
+            return wide(self.theta).abs()
+        return units.pool_magnitudes(self.theta, self.grid, self.mask.shape)
 
     def scores(self) -> Tensor:
         """Return the score of each unit, in float32 or float64."""
@@ -120,4 +129,4 @@ class Site:
 
     def pool_product(self, x: Tensor) -> Tensor:
         """Sum x · θ over each unit, in float32 or float64."""
-        return self.pattern.pool(wide(x) * self.latent, self.weight)
+        return units.pool_products(x, self.latent, self.grid, self.mask.shape)

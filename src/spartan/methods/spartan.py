@@ -35,12 +35,12 @@ from torch import Tensor
 
 from spartan import kernels
 from spartan.errors import MethodError
-from spartan.kernels import Request
+from spartan.kernels import Request, units
 from spartan.methods.base import Method
 from spartan.methods.forecast import bracket, forecast, remember
 from spartan.methods.groups import Contest, Group, contests_of, find_cuts, keep_largest, look
 from spartan.methods.sites import Site
-from spartan.methods.writing import project, write_given, write_kept
+from spartan.methods.writing import project, write_kept, write_scaled
 from spartan.schedules import check_annealing, check_fraction, check_order, interpolate, progress
 from spartan.selection import soft
 from spartan.selection.soft import DualSearch
@@ -76,6 +76,7 @@ class Spartan(Method):
     finetune: float = 0.2
     annealing: Literal["linear", "cosine"] = "linear"
 
+    checks_weights: ClassVar[bool] = True
     name: ClassVar[str] = "spartan"
     summary: ClassVar[str] = "soft masks, dense gradients; robust up to high sparsities"
     paper: ClassVar[str] = "Tai et al., NeurIPS 2022"
@@ -176,9 +177,11 @@ class Spartan(Method):
             )
 
     def write(self, sites: Sequence[Site]) -> None:
-        stored = [site for site in sites if "soft" in site.tensors]
         write_kept([site for site in sites if "soft" not in site.tensors])
-        write_given([site for site in stored if not site.elementwise], self.materialize)
+        stored = [site for site in sites if "soft" in site.tensors]
+        for site in stored:
+            if not site.elementwise:
+                write_scaled(site, torch.where(site.mask, site.tensors["soft"], 0.0))
         fixed = [site for site in stored if site.elementwise]
         if fixed:
             write_kept(fixed)
@@ -196,9 +199,7 @@ class Spartan(Method):
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         if step >= self._last_update(total_steps):
-            grads = [site.required_grad for site in sites]
-            masks = [site.spread(site.tensors["soft"]) for site in sites]
-            torch._foreach_mul_(grads, [m.to(g.dtype) for m, g in zip(masks, grads, strict=True)])
+            _scale_gradients(sites)
         elif all(site.dual is not None for site in sites):
             kernels.pull_back(
                 [site.required_grad for site in sites],
@@ -253,6 +254,17 @@ def _fix(site: Site) -> None:
     site.choice, site.dual = None, None
 
 
+def _scale_gradients(sites: Sequence[Site]) -> None:
+    """Multiply gradients by masks that are fixed."""
+    if all(site.elementwise for site in sites):
+        grads = [site.required_grad for site in sites]
+        torch._foreach_mul_(grads, [site.tensors["soft"] for site in sites])
+        return
+    for site in sites:
+        grad = site.required_grad
+        units.scale(grad, site.tensors["soft"], None, grad, site.grid)
+
+
 def _pull_back_units(group: Group, sites: Sequence[Site]) -> None:
     """Pull back where a unit has many weights, or a budget of its own for each row."""
     soft_masks = [site.tensors["soft"] for site in sites]
@@ -263,8 +275,6 @@ def _pull_back_units(group: Group, sites: Sequence[Site]) -> None:
         terms = [soft.pull_back_rows(s, q, beta) for s, q in zip(spreads, upstream, strict=True)]
     else:
         terms = soft.pull_back(spreads, upstream, [site.cost for site in sites], beta)
-    for site, soft_mask, term in zip(sites, soft_masks, terms, strict=True):
-        per_weight = site.spread(term * (site.cost / site.divisor))
-        grad = site.required_grad
-        grad.mul_(site.spread(soft_mask).to(grad.dtype))
-        grad.add_((per_weight * site.latent.sign()).to(grad.dtype))
+    for site, m, term in zip(sites, soft_masks, terms, strict=True):
+        term.mul_(site.cost / site.divisor)
+        units.pull_back_units(site.required_grad, site.latent, m, term, site.grid)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from spartan import kernels
-from spartan.kernels import Dual
+from spartan.kernels import Dual, units
+from spartan.kernels.scores import wide
 from spartan.methods.sites import Site
 
 
@@ -17,10 +17,16 @@ def write_kept(sites: Sequence[Site]) -> None:
     """Write w = θ, or θ · m for sites with a dual variable, where the mask keeps it."""
     for alike in _alike([site for site in sites if site.elementwise]):
         _commit(alike, project(alike))
-    write_given(
-        [site for site in sites if not site.elementwise],
-        lambda site: torch.where(site.spread(site.mask), site.theta, 0.0),
-    )
+    for site in sites:
+        if not site.elementwise:
+            write_scaled(site, site.mask)
+
+
+def write_scaled(site: Site, factors: Tensor) -> None:
+    """Write w = θ times a factor for each unit, a number or a boolean."""
+    latent = site.latent if site.stepping else None
+    factors = factors.to(wide(site.latent[:0]).dtype)
+    units.scale(site.theta, factors, latent, site.parameter, site.grid)
 
 
 def write_given(sites: Sequence[Site], materialize: Callable[[Site], Tensor]) -> None:

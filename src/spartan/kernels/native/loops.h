@@ -37,6 +37,14 @@ struct Gate {
   const bool* mask;        // if given, decides instead
 };
 
+// A row of inputs x kernel positions, cut into units of `cols` inputs and `depth` positions.
+struct Row {
+  std::int64_t inputs, kernel, cols, depth;
+
+  std::int64_t size() const { return inputs * kernel; }
+  std::int64_t units() const { return inputs / cols * (kernel / depth); }
+};
+
 struct Loops {
   const char* name;
 
@@ -62,6 +70,15 @@ struct Loops {
                     float cost, float price);
   // g <- 0 where not kept.
   void (*cut)(float* grad, const bool* mask, std::int64_t n);
+
+  // For units of several weights. Sums |x|, or x y, of one row over units into `sums`.
+  void (*pool_row)(const float* x, const float* y, const Row&, double* sums);
+  // latent <- theta, weight <- theta factor.
+  void (*scale_row)(const float* theta, const float* factor, float* latent, float* weight,
+                    std::int64_t n);
+  // g <- m g + sign(theta) term.
+  void (*pull_back_row)(float* grad, const float* theta, const float* m, const float* term,
+                        std::int64_t n);
 };
 
 const Loops& baseline_loops();

@@ -7,6 +7,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -16,6 +18,7 @@
 #include "parallel.h"
 #include "selection.h"
 #include "tensors.h"
+#include "units.h"
 
 namespace nb = nanobind;
 
@@ -25,6 +28,7 @@ namespace {
 using Sizes = std::vector<std::int64_t>;
 using Bracket = std::tuple<float, float>;
 using DualTuple = std::tuple<float, float, float>;
+using MassTuple = std::tuple<double, double, double>;
 using Release = nb::call_guard<nb::gil_scoped_release>;
 
 std::vector<const Loops*> supported() {
@@ -77,33 +81,38 @@ std::vector<bool> finite(const Pointers& tensors, const Sizes& sizes, int thread
   return result;
 }
 
-std::tuple<float, Sizes, bool> cut(const Pointers& tensors, const Sizes& sizes,
-                                   const std::vector<float>& scales,
-                                   const std::vector<double>& costs, bool absolute, double budget,
-                                   Bracket bracket, int threads) {
-  const Request request{tensors, sizes, scales, costs, absolute, budget, threads};
-  Cut found = find_cut(*current(), request, std::get<0>(bracket), std::get<1>(bracket));
-  return {found.threshold, std::move(found.stops), found.warm};
+MassTuple tuple_of(const Mass& mass) { return {mass.mass, mass.slope, mass.curve}; }
+
+std::tuple<bool, float, Sizes, MassTuple> scan(
+    const Pointers& tensors, const Sizes& sizes, const std::vector<float>& scales,
+    const std::vector<double>& costs, bool absolute, double budget, Bracket bracket,
+    const std::optional<DualTuple>& dual, bool dropped, int threads) {
+  const Dual wanted = dual ? dual_of(*dual) : Dual{};
+  const Request request{tensors,
+                        sizes,
+                        scales,
+                        costs,
+                        absolute,
+                        budget,
+                        std::get<0>(bracket),
+                        std::get<1>(bracket),
+                        dual ? &wanted : nullptr,
+                        dropped,
+                        threads};
+  Cut cut = find_cut(*current(), request);
+  return {cut.finite, cut.threshold, std::move(cut.stops), tuple_of(cut.mass)};
 }
 
-std::tuple<double, double, double> mass(const Pointers& tensors, const Sizes& sizes,
-                                        const std::vector<float>& scales,
-                                        const std::vector<double>& costs, bool absolute,
-                                        DualTuple dual, bool dropped, int threads) {
+MassTuple mass(const Pointers& tensors, const Sizes& sizes, const std::vector<float>& scales,
+               const std::vector<double>& costs, bool absolute, DualTuple dual, bool dropped,
+               int threads) {
   const auto chunks = chunks_of(sizes);
   std::vector<Mass> parts(chunks.size());
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
     parts[c] = current()->mass(at<const float>(tensors, chunks[c]), chunks[c].size,
                                {scales[chunks[c].tensor], absolute}, dual_of(dual), dropped);
   });
-  Mass total;
-  for (std::size_t c = 0; c < chunks.size(); ++c) {
-    const double cost = costs[chunks[c].tensor];
-    total.mass += cost * parts[c].mass;
-    total.slope += cost * parts[c].slope;
-    total.curve += cost * parts[c].curve;
-  }
-  return {total.mass, total.slope, total.curve};
+  return tuple_of(total(parts, chunks, costs));
 }
 
 // The smallest key kept in [begin, end): entries equal to the threshold count before `stop` only.
@@ -180,6 +189,39 @@ void mask(const Pointers& tensors, const Pointers& masks, const Sizes& sizes, in
   });
 }
 
+// Shape, block and strides, one after the other.
+Grid grid_of(const std::vector<std::int64_t>& numbers) {
+  if (numbers.size() != 9) throw std::invalid_argument("a grid has nine numbers");
+  Grid grid;
+  std::copy_n(numbers.begin(), 3, grid.shape);
+  std::copy_n(numbers.begin() + 3, 3, grid.block);
+  std::copy_n(numbers.begin() + 6, 3, grid.strides);
+  return grid;
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void pool_units(const Sizes& grid, std::uintptr_t x, std::uintptr_t y, std::uintptr_t units,
+                int threads) {
+  pool(*current(), grid_of(grid), pointer<const float>(x), pointer<const float>(y),
+       pointer<float>(units), threads);
+}
+
+void scale_by_units(const Sizes& grid, std::uintptr_t theta, std::uintptr_t factors,
+                    std::uintptr_t latent, std::uintptr_t weight, int threads) {
+  scale(*current(), grid_of(grid), pointer<const float>(theta), pointer<const float>(factors),
+        pointer<float>(latent), pointer<float>(weight), threads);
+}
+
+void pull_back_by_units(const Sizes& grid, std::uintptr_t grad, std::uintptr_t theta,
+                        std::uintptr_t m, std::uintptr_t terms, int threads) {
+  pull_back_units(*current(), grid_of(grid), pointer<float>(grad), pointer<const float>(theta),
+                  pointer<const float>(m), pointer<const float>(terms), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -187,12 +229,15 @@ NB_MODULE(_native, m) {
   m.def("use_instruction_set", &use_instruction_set);
   m.def("use_runner", [](std::uintptr_t address) { runner() = reinterpret_cast<Runner>(address); });
   m.def("finite", &finite, Release());
-  m.def("cut", &cut, Release());
+  m.def("scan", &scan, Release());
   m.def("mass", &mass, Release());
   m.def("project", &project, Release());
   m.def("earn", &earn, Release());
   m.def("pull_back", &pull_back, Release());
   m.def("mask", &mask, Release());
+  m.def("pool_units", &pool_units, Release());
+  m.def("scale_by_units", &scale_by_units, Release());
+  m.def("pull_back_by_units", &pull_back_by_units, Release());
 }
 
 }  // namespace spartan

@@ -37,20 +37,24 @@ struct Boundary {
 class Search {
  public:
   Search(const Loops& loops, const Request& request)
-      : loops_(loops), request_(request), chunks_(chunks_of(request.sizes)) {}
+      : loops_(loops), request_(request), chunks_(chunks_of(request.sizes)),
+        finite_(chunks_.size()), masses_(chunks_.size()) {}
 
   // Looks among the entries whose score lies in the bracket. False if the boundary is not there.
-  bool from_bracket(float low, float high, Boundary& boundary) const {
-    const std::int32_t low_key = key_of(low), high_key = key_of(high);
+  bool from_bracket(Boundary& boundary) {
+    const std::int32_t low = key_of(request_.low), high = key_of(request_.high);
     std::vector<std::int64_t> offsets(chunks_.size() + 1, 0);
     for (std::size_t c = 0; c < chunks_.size(); ++c)
       offsets[c + 1] = offsets[c] + std::max<std::int64_t>(chunks_[c].size / 32, kSmall);
     const std::unique_ptr<std::int32_t[]> found(new std::int32_t[offsets.back()]);
     std::vector<Near> near(chunks_.size());
     parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
-      near[c] = loops_.near(data(c), chunks_[c].size, scores(c), low_key, high_key,
+      visit(c);
+      near[c] = loops_.near(data(c), chunks_[c].size, scores(c), low, high,
                             found.get() + offsets[c], offsets[c + 1] - offsets[c]);
     });
+
+    visited_ = true;
 
     std::vector<std::int64_t> above(request_.sizes.size(), 0);
     std::vector<Candidate> candidates;
@@ -66,11 +70,13 @@ class Search {
   }
 
   // Histograms of the keys' upper halves, then of the lower halves of those at the boundary.
-  Boundary from_histograms() const {
+  Boundary from_histograms() {
     double spent = 0;
     const std::vector<double> upper = histogram([&](std::int64_t c, std::uint32_t* bins) {
+      if (!visited_) visit(c);
       loops_.histogram_high(data(c), chunks_[c].size, scores(c), bins);
     });
+    visited_ = true;
     const int high = walk(upper, spent) - kBins / 2;
     const std::vector<double> lower = histogram([&](std::int64_t c, std::uint32_t* bins) {
       loops_.histogram_low(data(c), chunks_[c].size, scores(c), high, bins);
@@ -102,6 +108,12 @@ class Search {
     return stops;
   }
 
+  bool finite() const {
+    return std::all_of(finite_.begin(), finite_.end(), [](char ok) { return ok; });
+  }
+
+  Mass mass() const { return total(masses_, chunks_, request_.costs); }
+
  private:
   using Candidate = std::pair<std::int32_t, double>;  // key, cost
   static constexpr std::int64_t kSmall = 256;
@@ -111,6 +123,14 @@ class Search {
     return {request_.scales[chunks_[c].tensor], request_.absolute};
   }
   bool reaches(double spent) const { return spent >= request_.budget * (1 - kSlack); }
+
+  // What is wanted of each chunk besides the boundary, while it is in the cache.
+  void visit(std::int64_t c) {
+    finite_[c] = loops_.finite(data(c), chunks_[c].size);
+    if (request_.dual)
+      masses_[c] = loops_.mass(data(c), chunks_[c].size, scores(c), *request_.dual,
+                               request_.dropped);
+  }
 
   // Quickselect by cost: splits at the median until one key is left.
   bool among(std::vector<Candidate>& candidates, double spent, Boundary& boundary) const {
@@ -182,16 +202,19 @@ class Search {
   const Loops& loops_;
   const Request& request_;
   const std::vector<Chunk> chunks_;
+  std::vector<char> finite_;
+  std::vector<Mass> masses_;
+  bool visited_ = false;
 };
 
 }  // namespace
 
-Cut find_cut(const Loops& loops, const Request& request, float low, float high) {
-  const Search search(loops, request);
+Cut find_cut(const Loops& loops, const Request& request) {
+  Search search(loops, request);
   Boundary boundary{};
-  const bool warm = low < high && search.from_bracket(low, high, boundary);
-  if (!warm) boundary = search.from_histograms();
-  return {score_of(boundary.key), search.stops(boundary), warm};
+  if (request.low >= request.high || !search.from_bracket(boundary))
+    boundary = search.from_histograms();
+  return {search.finite(), score_of(boundary.key), search.stops(boundary), search.mass()};
 }
 
 }  // namespace spartan

@@ -1,5 +1,5 @@
 // Exact selection without a sort: the entry, in order of decreasing score and then of position, at
-// which a budget is used up.
+// which a budget is used up. The same pass over the memory checks and sums the entries.
 
 #pragma once
 
@@ -18,18 +18,21 @@ struct Request {
   std::vector<double> costs;
   bool absolute;
   double budget;
+  float low, high;  // the threshold is expected between them, if low < high
+  const Dual* dual;  // if given, its soft mass is summed on the way
+  bool dropped;
   int threads;
 };
 
 struct Cut {
+  bool finite;                      // whether all entries are; nothing else means anything if not
   float threshold;                  // entries above it are kept
   std::vector<std::int64_t> stops;  // of those equal to it, the ones at positions before this
-  bool warm;                        // whether the bracket held the threshold
+  Mass mass;
 };
 
-// `low` and `high` bracket the threshold if low < high; a wrong bracket costs time only. The
-// budget must lie above 0 and below the total cost. The entries near the threshold are collected in
-// at most 1/32 of the memory of the tensors.
-Cut find_cut(const Loops& loops, const Request& request, float low, float high);
+// The budget must lie above 0 and below the total cost. A wrong bracket costs time only. The entries
+// in it are collected in at most 1/32 of the memory of the tensors.
+Cut find_cut(const Loops& loops, const Request& request);
 
 }  // namespace spartan

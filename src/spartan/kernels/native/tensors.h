@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "loops.h"
+
 namespace spartan {
 
 constexpr std::int64_t kChunk = 1 << 14;
@@ -29,6 +31,19 @@ using Pointers = std::vector<std::uintptr_t>;
 template <class T>
 T* at(const Pointers& pointers, const Chunk& chunk) {
   return reinterpret_cast<T*>(pointers[chunk.tensor]) + chunk.begin;
+}
+
+// Adds up the parts of all chunks, in order.
+inline Mass total(const std::vector<Mass>& parts, const std::vector<Chunk>& chunks,
+                  const std::vector<double>& costs) {
+  Mass sum;
+  for (std::size_t c = 0; c < chunks.size(); ++c) {
+    const double cost = costs[chunks[c].tensor];
+    sum.mass += cost * parts[c].mass;
+    sum.slope += cost * parts[c].slope;
+    sum.curve += cost * parts[c].curve;
+  }
+  return sum;
 }
 
 }  // namespace spartan
