@@ -1,28 +1,35 @@
-"""Cost of one Spartan mask update against the optimizer's step and against sort + Sinkhorn.
+"""Cost of one Spartan mask update against the optimizer's step, sort + Sinkhorn, kthvalue and topk.
 
     python benchmarks/mask_update.py
 
-One weight matrix of n float32 weights at 5 % density, β at its end value, steady state. Times are
-medians over repeats in one process; ratios come first. "Update" is everything the sparsifier adds
-to a step: pull-back, latent copies, exact selection, soft masks, write.
+float32 weights at 5 % density, β at its end value, steady state: the warm starts of the last step
+are used, as in training. Times are medians in one process; ratios come first. "Update" is
+everything the sparsifier adds to a step: pull-back, latent copies, exact selection, soft masks,
+write. SPARTAN_KERNELS=torch measures the torch versions of the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from spartan import Budget, Sparsifier
+from spartan import Budget, Sparsifier, kernels
+from spartan.kernels import Request, Scores, scan
 from spartan.methods import Spartan
 
 DENSITY = 0.05
-SIZES = (10**5, 10**6, 10**7, 3 * 10**7)
+SIZES = (10**5, 10**6, 10**7, 25 * 10**6, 10**8)
+HEADLINE = 25 * 10**6
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
@@ -34,68 +41,139 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-class OneWeight(nn.Module):
-    def __init__(self, n: int) -> None:
+class Weights(nn.Module):
+    """Matrices of 1,000 inputs, n weights together."""
+
+    def __init__(self, n: int, count: int = 1) -> None:
         super().__init__()
-        self.layer = nn.Linear(1000, n // 1000, bias=False)
+        rows = n // 1000 // count
+        self.layers = nn.ModuleList(nn.Linear(1000, rows, bias=False) for _ in range(count))
 
 
-def optimizer_steps(n: int, repeats: int) -> tuple[float, float]:
-    """Seconds of a fused AdamW step without and with the sparsifier's hooks."""
-    results = []
-    for sparse in (False, True):
-        torch.manual_seed(0)
-        model = OneWeight(n)
-        weight = model.layer.weight
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        if sparse:
-            Sparsifier(model, optimizer, Spartan(warmup=0.0), Budget(density=DENSITY), 10**6)
-        weight.grad = torch.randn_like(weight)
-        for _ in range(2):
-            optimizer.step()
-        results.append(seconds(optimizer.step, repeats))
-    return results[0], results[1]
+def make_step(n: int, count: int, sparse: bool) -> Callable[[], object]:
+    torch.manual_seed(0)
+    model = Weights(n, count)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if sparse:
+        Sparsifier(model, optimizer, Spartan(warmup=0.0), Budget(density=DENSITY), 10**6)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    return optimizer.step
+
+
+def optimizer_steps(n: int, repeats: int, count: int = 1) -> tuple[float, float]:
+    """Seconds of a fused AdamW step, and of what the sparsifier's hooks add to it."""
+    dense = seconds(make_step(n, count, sparse=False), repeats)
+    return dense, seconds(make_step(n, count, sparse=True), repeats) - dense
 
 
 def sort_and_sinkhorn(weight: Tensor, grad: Tensor, budget: float, beta: float) -> Tensor:
-    """Sort all weights, then iterate the fixed point 100 times; forward and backward.
+    """Sort all weights, iterate Sinkhorn until the objective moves by 1 %; forward and backward.
 
-    The iteration μ ← μ + log k - log Σ sigmoid(β(u - τ) + μ) is what Sinkhorn with two sinks does.
+    One iteration is μ ← μ + log k - log Σ sigmoid(β(u - τ) + μ). Nothing is carried between steps.
     """
     u = weight.abs().flatten()
     ordered = u.sort(descending=True).values
-    z = beta * (u - ordered[round(budget)])
-    mu = torch.zeros(())
+    threshold = ordered[round(budget)]
+    z = beta * (u - threshold)
+    mu, before = torch.zeros(()), torch.tensor(torch.inf)
     for _ in range(100):
-        mass = torch.sigmoid(z + mu).sum()
-        mu = mu + torch.log(torch.tensor(budget)) - torch.log(mass)
+        mask = torch.sigmoid(z + mu)
+        mu = mu + torch.log(torch.tensor(budget)) - torch.log(mask.sum())
+        objective = torch.dot(u, mask)
+        if abs(objective - before) <= 1e-2 * abs(before):
+            break
+        before = objective
     mask = torch.sigmoid(z + mu).view_as(weight)
-    forward = weight * mask * (weight.abs() >= ordered[round(budget)])
+    forward = weight * mask * (weight.abs() >= threshold)
     spread = mask * (1 - mask)
     price = (grad * weight * spread).sum() / spread.sum()
     return forward + mask * grad + weight.sign() * beta * spread * (grad * weight - price)
 
 
+def selection(n: int, repeats: int) -> None:
+    """Print the exact k-th largest magnitude against torch's ways to find it."""
+    x = (torch.randn(n) * 0.02).abs()
+    k = round(DENSITY * n)
+    scores = Scores([x], [1.0], [1.0], absolute=True)
+    cold, warm = Request(scores, k), Request(scores, k)
+    threshold = scan([cold])[0].cut.threshold
+    assert threshold == x.kthvalue(n - k + 1).values.item()
+    # Brackets in training are as wide as the threshold moved in the last step, at most 1 %.
+    warm = Request(scores, k, (threshold * 0.998, threshold * 1.002))
+    times = {
+        "first (two histograms)": seconds(lambda: scan([cold]), repeats),
+        "warm (0.4 % bracket)": seconds(lambda: scan([warm]), repeats),
+    }
+    kth = seconds(lambda: x.kthvalue(n - k + 1), 3)
+    top = seconds(lambda: x.topk(k, sorted=False), 3)
+    print(f"\nk-th largest of {n:,}: kthvalue {1e3 * kth:.0f} ms, topk {1e3 * top:.0f} ms")
+    print("| selection | kthvalue / it | topk / it | it |")
+    print("|---|---|---|---|")
+    for name, time_taken in times.items():
+        print(
+            f"| {name} | {kth / time_taken:.1f} x | {top / time_taken:.1f} x "
+            f"| {1e3 * time_taken:.1f} ms |"
+        )
+
+
+def temporary_memory(n: int) -> float:
+    """Return how far one step raises the peak of the process's memory, over that of the weights."""
+    step = make_step(n, 1, sparse=True)
+    step()
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is there now
+
+    def kilobytes(key: str) -> int:
+        return next(int(x.split()[1]) for x in status.read_text().splitlines() if key in x)
+
+    before = kilobytes("VmRSS")
+    step()
+    return (kilobytes("VmHWM") - before) * 1024 / (4 * n)
+
+
+def temporary_memory_apart(n: int) -> str:
+    """Measure it in a process whose freed memory goes back at once, so that reuse is seen."""
+    code = f"import mask_update; print(mask_update.temporary_memory({n}))"
+    heap = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **heap}, cwd=Path(__file__).parent,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return f"{100 * float(done.stdout):.1f} %"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| weights | update / AdamW step | Sinkhorn / update | update | AdamW | Sinkhorn |")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.backend()}")
+    print("| weights | update / AdamW step | Sinkhorn / update | ns a weight | update | AdamW |")
     print("|---|---|---|---|---|---|")
     for size in args.sizes:
         n = int(size)
-        dense, sparse = optimizer_steps(n, args.repeats)
-        update = sparse - dense
-        weight = torch.randn(n // 1000, 1000) * 0.02
-        grad = torch.randn_like(weight)
-        plain = seconds(partial(sort_and_sinkhorn, weight, grad, DENSITY * n, 500.0), 1)
+        dense, update = optimizer_steps(n, args.repeats)
+        against = "not measured"
+        if n <= HEADLINE:
+            weight = torch.randn(n // 1000, 1000) * 0.02
+            grad = torch.randn_like(weight)
+            # Relative β of 20: the threshold, 1.96 standard deviations, counts as 0.2.
+            beta = 20.0 * 0.2 / (1.96 * 0.02)
+            plain = seconds(partial(sort_and_sinkhorn, weight, grad, DENSITY * n, beta), 3)
+            against = f"{plain / update:.0f} x ({1e3 * plain:.0f} ms)"
         print(
-            f"| {n:,} | {update / dense:.1f} x | {plain / update:.1f} x | {1e3 * update:.1f} ms "
-            f"| {1e3 * dense:.1f} ms | {1e3 * plain:.0f} ms |",
+            f"| {n:,} | {update / dense:.1f} x | {against} | {1e9 * update / n:.2f} "
+            f"| {1e3 * update:.1f} ms | {1e3 * dense:.1f} ms |",
             flush=True,
         )
+    n = int(max(size for size in args.sizes if size <= HEADLINE))
+    one, many = (optimizer_steps(n, args.repeats, count)[1] for count in (1, 250))
+    print(f"\n{many / one:.2f} x: {n:,} weights in 250 tensors over one tensor")
+    print(f"{temporary_memory_apart(n)} of the weights' memory is needed on top in a step")
+    selection(n, args.repeats)
 
 
 if __name__ == "__main__":

@@ -33,5 +33,7 @@ def native_finite(tensors: Sequence[Tensor]) -> list[bool] | None:
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of each tensor, NaN if it holds one; nothing is read back."""
+    if tensors[0].device.type == "cpu":  # where a norm would make a copy
+        return torch.stack([torch.stack(x.aminmax()).abs().amax().double() for x in tensors])
     norms = torch._foreach_norm(list(tensors), torch.inf)
     return torch.stack([x.double() for x in norms])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spartan.kernels.scores import Scores
+from spartan.kernels.scores import Scores, chunk_size
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
@@ -73,15 +73,19 @@ def stops_of(scores: Scores, threshold: float, left: float, ties: float) -> list
         return scores.numels
     stops = [0] * len(scores.tensors)
     for i, (x, cost) in enumerate(zip(scores.tensors, scores.costs, strict=True)):
-        tied = (scores.of(x.flatten(), i) == threshold).nonzero()[:, 0]
-        each = cost.flatten()[tied] if isinstance(cost, Tensor) else torch.full_like(tied, 1)
-        spent = each.double().cumsum(0) * (1.0 if isinstance(cost, Tensor) else cost)
-        fitting = int(torch.count_nonzero(spent <= left * (1 + SLACK)))
-        stops[i] = x.numel()
-        if fitting < len(tied):
-            stops[i] = int(tied[fitting])
-            break
-        left -= float(spent[-1]) if fitting else 0.0
+        size = chunk_size(x, x.numel())
+        parts = x.flatten().split(size)
+        each = cost.flatten().split(size) if isinstance(cost, Tensor) else [cost] * len(parts)
+        for part, c in zip(parts, each, strict=True):
+            tied = (scores.of(part, i) == threshold).nonzero()[:, 0]
+            costs = c[tied] if isinstance(c, Tensor) else torch.full(tied.shape, c)
+            spent = costs.to(tied.device, torch.float64).cumsum(0)
+            fitting = int(torch.count_nonzero(spent <= left * (1 + SLACK)))
+            if fitting < len(tied):
+                stops[i] += int(tied[fitting])
+                return stops
+            left -= float(spent[-1]) if fitting else 0.0
+            stops[i] += part.numel()
     return stops
 
 

@@ -23,6 +23,11 @@ struct Near {
   std::int64_t found;  // entries with low <= key < high; -1 if they did not fit
 };
 
+// Some bits of a key. Keys are made unsigned first, which keeps their order.
+struct Digit {
+  int shift, bits;
+};
+
 struct Mass {
   double mass = 0, slope = 0, curve = 0;
 };
@@ -52,9 +57,9 @@ struct Loops {
   std::int64_t (*count)(const float* x, std::int64_t n, Scores, std::int32_t key);
   Near (*near)(const float* x, std::int64_t n, Scores, std::int32_t low, std::int32_t high,
                std::int32_t* found, std::int64_t capacity);
-  void (*histogram_high)(const float* x, std::int64_t n, Scores, std::uint32_t* bins);
-  void (*histogram_low)(const float* x, std::int64_t n, Scores, std::int32_t high_digit,
-                        std::uint32_t* bins);
+  // Counts the digits at `shift` of the unsigned keys that begin with `prefix`.
+  void (*histogram)(const float* x, std::int64_t n, Scores, Digit, std::uint32_t prefix,
+                    std::uint32_t* bins);
 
   // Sums of sigmoid(x), of s = m (1 - m) and of s (1 - 2 m); with `dropped`, of sigmoid(-x).
   Mass (*mass)(const float* x, std::int64_t n, Scores, Dual, bool dropped);

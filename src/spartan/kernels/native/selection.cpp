@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "parallel.h"
@@ -12,7 +13,10 @@ namespace {
 
 // Kept costs are compared with this relative slack, so that a sum such as 3 x 0.1 still fits 0.3.
 constexpr double kSlack = 1e-12;
-constexpr int kBins = 1 << 16;
+// Two wide digits are fewest passes; many bins are much work for few entries.
+constexpr Digit kWide[] = {{16, 16}, {0, 16}};
+constexpr Digit kNarrow[] = {{21, 11}, {10, 11}, {0, 10}};
+constexpr std::int64_t kMany = 1 << 20;
 
 std::int32_t key_of(float score) {
   std::int32_t bits;
@@ -69,20 +73,12 @@ class Search {
     return !reaches(spent) && among(candidates, spent, boundary);
   }
 
-  // Histograms of the keys' upper halves, then of the lower halves of those at the boundary.
+  // Digit by digit, from the top: a histogram of those that share the digits found so far.
   Boundary from_histograms() {
-    double spent = 0;
-    const std::vector<double> upper = histogram([&](std::int64_t c, std::uint32_t* bins) {
-      if (!visited_) visit(c);
-      loops_.histogram_high(data(c), chunks_[c].size, scores(c), bins);
-    });
-    visited_ = true;
-    const int high = walk(upper, spent) - kBins / 2;
-    const std::vector<double> lower = histogram([&](std::int64_t c, std::uint32_t* bins) {
-      loops_.histogram_low(data(c), chunks_[c].size, scores(c), high, bins);
-    });
-    const int low = walk(lower, spent);
-    return {high * kBins + low, request_.budget - spent, lower[low]};
+    std::int64_t entries = 0;
+    for (std::int64_t size : request_.sizes) entries += size;
+    return entries < kMany ? by_digits(std::begin(kNarrow), std::end(kNarrow))
+                           : by_digits(std::begin(kWide), std::end(kWide));
   }
 
   // Distributes what is left over the entries at the boundary, by position.
@@ -169,31 +165,47 @@ class Search {
     return chunks_[c].size;
   }
 
+  Boundary by_digits(const Digit* digit, const Digit* end) {
+    std::uint32_t prefix = 0;
+    double spent = 0, ties = 0;
+    for (; digit != end; ++digit) {
+      const std::vector<double> bins = histogram(*digit, prefix);
+      const std::size_t bin = walk(bins, spent);
+      prefix = prefix << digit->bits | static_cast<std::uint32_t>(bin);
+      ties = bins[bin];
+      visited_ = true;
+    }
+    return {static_cast<std::int32_t>(prefix ^ 0x80000000u), request_.budget - spent, ties};
+  }
+
   // Cost per bin. Counts are summed for each cost apart: integers, whatever the order.
-  template <class Fill>
-  std::vector<double> histogram(Fill fill) const {
+  std::vector<double> histogram(Digit digit, std::uint32_t prefix) {
     std::vector<double> costs = request_.costs;
     std::sort(costs.begin(), costs.end());
     costs.erase(std::unique(costs.begin(), costs.end()), costs.end());
-    std::vector<double> total(kBins, 0.0);
+    const std::size_t size = std::size_t{1} << digit.bits;
+    std::vector<double> total(size, 0.0);
     for (double cost : costs) {
       std::vector<std::int64_t> members;
       for (std::size_t c = 0; c < chunks_.size(); ++c)
         if (request_.costs[chunks_[c].tensor] == cost) members.push_back(c);
       const int workers =
           static_cast<int>(std::min<std::int64_t>(request_.threads, members.size()));
-      std::vector<std::uint32_t> bins(static_cast<std::size_t>(kBins) * std::max(workers, 1), 0);
+      std::vector<std::uint32_t> bins(size * std::max(workers, 1), 0);
       parallel(members.size(), workers, [&](int worker, std::int64_t i) {
-        fill(members[i], bins.data() + static_cast<std::size_t>(kBins) * worker);
+        const std::int64_t c = members[i];
+        if (!visited_) visit(c);
+        loops_.histogram(data(c), chunks_[c].size, scores(c), digit, prefix,
+                         bins.data() + size * worker);
       });
-      for (std::size_t i = 0; i < bins.size(); ++i) total[i % kBins] += cost * bins[i];
+      for (std::size_t i = 0; i < bins.size(); ++i) total[i % size] += cost * bins[i];
     }
     return total;
   }
 
   // The first bin, from the top, at which the budget is reached; adds the cost above it to spent.
-  int walk(const std::vector<double>& bins, double& spent) const {
-    int bin = kBins - 1, lowest = 0;
+  std::size_t walk(const std::vector<double>& bins, double& spent) const {
+    std::size_t bin = bins.size() - 1, lowest = 0;
     while (bins[lowest] == 0) ++lowest;
     for (; bin > lowest && !reaches(spent + bins[bin]); --bin) spent += bins[bin];
     return bin;
