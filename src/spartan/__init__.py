@@ -1,6 +1,6 @@
 """Train, prune and ship PyTorch networks at exactly the sparsity asked for."""
 
-from spartan import methods
+from spartan import kernels, methods
 from spartan.budget import Budget
 from spartan.errors import SpartanError
 from spartan.freezing import freeze
@@ -20,6 +20,7 @@ __all__ = [
     "Unstructured",
     "freeze",
     "hard_topk",
+    "kernels",
     "methods",
     "soft_topk",
 ]

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from spartan import kernels
-from spartan.kernels import Dual, Request, Scores
-from spartan.kernels import scan as scan_function
-from spartan.kernels.scan import _on_device
+from spartan.kernels import Dual, Request, Scores, scan
+from spartan.kernels.scanning import _on_device
 from spartan.kernels.selection import _BINS, _count
 
 
@@ -71,5 +70,5 @@ def test_many_requests_are_read_back_together(monkeypatch: pytest.MonkeyPatch) -
     original = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: reads.append(1) or original(self))
     requests = [Request(scores_on("cpu", torch.float32), b) for b in (10.0, 1000.0, 50_000.0)]
-    assert len(scan_function(requests)) == 3
+    assert len(scan(requests)) == 3
     assert len(reads) == 1

@@ -2,13 +2,14 @@
 
 The native kernels serve contiguous float32 tensors on the CPU. Everything else (CUDA, other dtypes,
 machines without a compiler) runs the torch version: the same hard masks bit for bit, the same soft
-masks to 1e-6. `backend()` says which one is in use.
+masks to 1e-6. `backend()` says which one is in use; the environment variable `SPARTAN_KERNELS`
+forces one.
 """
 
-from spartan.kernels.backend import Backend, backend, using
-from spartan.kernels.finite import finite
+from spartan.kernels.dispatch import Backend, backend, using
+from spartan.kernels.finiteness import finite
 from spartan.kernels.projection import mask_, project
-from spartan.kernels.scan import Request, Result, scan
+from spartan.kernels.scanning import Request, Result, scan
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cut, kept, masks_of
 from spartan.kernels.soft import Dual, Mass, masses, pull_back

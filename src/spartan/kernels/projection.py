@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spartan.kernels.backend import native_for
+from spartan.kernels.dispatch import native_for
 from spartan.kernels.scores import flat_pieces, wide
 from spartan.kernels.selection import kept
 from spartan.kernels.soft import Dual

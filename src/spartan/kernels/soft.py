@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spartan.kernels.backend import native_for
+from spartan.kernels.dispatch import native_for
 from spartan.kernels.scores import Scores, flat_pieces, wide
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spartan.kernels.backend import native_for
+from spartan.kernels.dispatch import native_for
 from spartan.kernels.scores import chunk_size, wide
 
 

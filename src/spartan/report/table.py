@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from spartan import kernels
 from spartan.report.facts import read_facts
 from spartan.report.inspection import FileFacts
 from spartan.training.run import Run
@@ -60,6 +61,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
     fixed = max(s for s in range(total + 1) if method.moves_masks(s, total))
     settings = ", ".join(f"{k}={v}" for k, v in method.settings().items() if k != "name")
     console.print(
+        f"kernels {kernels.backend()}\n"
         f"method  {method.name} ({method.paper}; {method.summary})\n        {settings}\n"
         f"steps   {total:,} ({trainer.config.epochs} epochs of {trainer.steps_per_epoch:,}); masks "
         f"fixed from step {fixed:,} on",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spartan.kernels.backend import native_for
+from spartan.kernels.dispatch import native_for
 
 
 def finite(tensors: Sequence[Tensor]) -> list[bool]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spartan.kernels.backend import native_for
-from spartan.kernels.finite import finite, largest
+from spartan.kernels.dispatch import native_for
+from spartan.kernels.finiteness import finite, largest
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cut, boundary, stops_of, trivial_cut
 from spartan.kernels.soft import Dual, Mass, mass_on_device, native_mass

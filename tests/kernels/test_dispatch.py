@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from typing import Any
@@ -12,9 +11,7 @@ import torch
 
 from spartan import kernels
 from spartan.errors import KernelError
-
-# The function of this name hides the module.
-module = importlib.import_module("spartan.kernels.backend")
+from spartan.kernels import dispatch
 
 
 def chosen_by(variable: str | None) -> subprocess.CompletedProcess[str]:
@@ -48,7 +45,7 @@ def test_an_unknown_one_is_refused_with_what_there_is() -> None:
 
 def test_without_the_extension_torch_serves_and_says_why(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "spartan.kernels._native", None)
-    monkeypatch.setattr(module, "_choice", None)
+    monkeypatch.setattr(dispatch, "_choice", None)
     monkeypatch.delenv("SPARTAN_KERNELS", raising=False)
     assert kernels.backend().name == "torch"
     assert "not built" in kernels.backend().reason
@@ -74,4 +71,4 @@ def test_native_threads_are_those_of_torch() -> None:
         pytest.skip("reads the dynamic section with ldd")
     linked = subprocess.run(["ldd", native.__file__], capture_output=True, text=True, check=True)
     assert "omp" not in linked.stdout
-    assert module._address_of_torch_openmp() != 0
+    assert dispatch._address_of_torch_openmp() != 0
