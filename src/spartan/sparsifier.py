@@ -24,11 +24,11 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from spartan.budget import Budget, Share
+from spartan.budget import Budget
 from spartan.errors import NonFiniteError, ScheduleError, StateError
 from spartan.kernels import Dual, finite
 from spartan.methods.base import Method
-from spartan.methods.groups import Group, require_finite
+from spartan.methods.groups import make_group, require_finite
 from spartan.methods.sites import Site
 from spartan.optimizer_steps import skips_step, wrap_closure
 from spartan.patterns import Pattern, Unstructured
@@ -95,7 +95,7 @@ class Sparsifier:
             if not bool(torch.isfinite(weight.parameter).all()):
                 raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")
 
-        self.groups = [_make_group(share, weights, self.pattern) for share in shares]
+        self.groups = [make_group(share, weights, self.pattern) for share in shares]
         by_name = {site.name: site for group in self.groups for site in group.sites}
         self.sites = [by_name[weight.name] for weight in weights]
         self._writer = WeightWriter(method, self.sites)
@@ -415,30 +415,6 @@ class Sparsifier:
             "total_steps": self.total_steps,
             "budgets": [[g.share.kept, g.share.total, *g.share.costs] for g in self.groups],
         }
-
-
-def _make_group(share: Share, weights: list[Prunable], pattern: Pattern) -> Group:
-    members = [weights[i] for i in share.members]
-    shapes = [pattern.unit_shape(w) for w in members]
-    units = sum(torch.Size(shape).numel() for shape in shapes)
-    mean_numel = sum(w.parameter.numel() for w in members) / units
-    if len({weight.parameter.device for weight in members}) > 1:
-        raise StateError(
-            "The prunable weights lie on several devices, and a budget is solved on one: use "
-            "allocation='uniform', or put the model on one device."
-        )
-    sites = [
-        Site(
-            weight=weight,
-            pattern=pattern,
-            cost=cost,
-            divisor=cost * mean_numel,
-            latent=weight.parameter.detach().clone(),
-            mask=torch.ones(shape, dtype=torch.bool, device=weight.parameter.device),
-        )
-        for weight, cost, shape in zip(members, share.costs, shapes, strict=True)
-    ]
-    return Group(sites, share)
 
 
 def _as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:

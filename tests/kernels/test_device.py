@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from spartan import kernels
-from spartan.kernels import Dual, Request, Scores, scan
+from spartan.kernels import Dual, Request, Scores, scan, units
 from spartan.kernels.scanning import _on_device
 from spartan.kernels.selection import _BINS, _count
+from spartan.kernels.units import Grid
+from spartan.selection import soft
+from spartan.selection.hard import select_rows
+from spartan.selection.soft import soft_rows
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +76,24 @@ def test_many_requests_are_read_back_together(monkeypatch: pytest.MonkeyPatch) -
     requests = [Request(scores_on("cpu", torch.float32), b) for b in (10.0, 1000.0, 50_000.0)]
     assert len(scan(requests)) == 3
     assert len(reads) == 1
+
+
+def test_rows_and_units_wait_for_nothing() -> None:
+    scores = torch.empty(100, 8, device="meta")
+    assert soft_rows(scores, 3.0, 12.0, scores.amax(1, keepdim=True)).shape == (100, 8)
+    assert select_rows(scores, 3).shape == (100, 8)
+    grid = Grid((16, 32, 9), (4, 8, 1), (36, 9, 1))
+    x, values = torch.empty(16, 32, 9, device="meta"), torch.empty(4, 4, 9, device="meta")
+    assert units.pool_magnitudes(x, grid, (4, 4, 9)).shape == (4, 4, 9)
+    units.scale(x, values, torch.empty_like(x), x, grid)
+    units.pull_back_units(x, x, values, values, grid)
+
+
+def test_rows_are_solved_in_the_passes_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.rand(2000, 16, generator=torch.Generator().manual_seed(0)) * 3
+    for beta in (1.0, 100.0, 1e5):
+        thresholds = scores.sort(descending=True).values[:, 3:4]
+        expected = soft_rows(scores, 4, beta, thresholds)
+        monkeypatch.setattr(soft, "_MAX_PASSES", soft._ROW_PASSES)
+        torch.testing.assert_close(soft_rows(scores, 4, beta, thresholds), expected)
+        monkeypatch.undo()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from spartan.budget import Share
-from spartan.errors import NonFiniteError
+from spartan.errors import NonFiniteError, StateError
 from spartan.kernels import Cut, Dual, Request, Result, Scores, finite, masks_of, scan
 from spartan.methods.forecast import bracket, remember
 from spartan.methods.sites import Choice, Site
+from spartan.patterns import Pattern
+from spartan.prunable import Prunable
 from spartan.selection.hard import select_rows
 
 
@@ -53,6 +57,40 @@ class Group:
         if self.share.rows:
             return max(float(site.mask.sum(dim=1).max()) for site in self.sites)
         return sum(site.cost * site.kept for site in self.sites)
+
+
+def make_group(share: Share, weights: Sequence[Prunable], pattern: Pattern) -> Group:
+    """Make the group of a share, everything kept.
+
+    Args:
+        share: The budget.
+        weights: All prunable weights, of which the share names its members.
+        pattern: How they divide into units.
+
+    Raises:
+        StateError: The members lie on several devices.
+    """
+    members = [weights[i] for i in share.members]
+    shapes = [pattern.unit_shape(w) for w in members]
+    units = sum(math.prod(shape) for shape in shapes)
+    mean_numel = sum(w.parameter.numel() for w in members) / units
+    if len({weight.parameter.device for weight in members}) > 1:
+        raise StateError(
+            "The prunable weights lie on several devices, and a budget is solved on one: use "
+            "allocation='uniform', or put the model on one device."
+        )
+    sites = [
+        Site(
+            weight=weight,
+            pattern=pattern,
+            cost=cost,
+            divisor=cost * mean_numel,
+            latent=weight.parameter.detach().clone(),
+            mask=torch.ones(shape, dtype=torch.bool, device=weight.parameter.device),
+        )
+        for weight, cost, shape in zip(members, share.costs, shapes, strict=True)
+    ]
+    return Group(sites, share)
 
 
 @dataclass(frozen=True)
@@ -115,8 +153,8 @@ def contests_of(groups: Sequence[Group], progress: float) -> list[Contest]:
 def keep_largest(contests: Sequence[Contest]) -> None:
     """Keep the units of largest mean |θ| that fit each budget."""
     rows = [contest for contest in contests if contest.group.share.rows]
+    require_finite([site for contest in rows for site in contest.sites])
     for contest in rows:
-        require_finite(contest.sites)
         for site in contest.sites:
             site.mask = select_rows(site.magnitudes(), round(contest.budget))
     others = [contest for contest in contests if not contest.group.share.rows]

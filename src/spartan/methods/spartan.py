@@ -101,9 +101,7 @@ class Spartan(Method):
 
     def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
         contests = contests_of(groups, self.progress(step, total_steps))
-        for contest in contests:
-            if contest.group.share.rows:
-                self._select_rows(contest, step, total_steps)
+        self._select_rows([c for c in contests if c.group.share.rows], step, total_steps)
         self._select_units([c for c in contests if not c.group.share.rows], step, total_steps)
         if step >= self._last_update(total_steps):
             for group in groups:
@@ -159,22 +157,21 @@ class Spartan(Method):
         start = 0.0 if expected is None else beta * (reference - expected)
         return DualSearch(contest.scores, contest.budget, beta, reference, start)
 
-    def _select_rows(self, contest: Contest, step: int, total_steps: int) -> None:
+    def _select_rows(self, contests: Sequence[Contest], step: int, total_steps: int) -> None:
         """Find the masks of N:M patterns, where each row is a group of its own."""
-        keep_largest([contest])
-        numbers = contest.group.numbers
-        if self.beta_scale == "relative":
-            tops = [_row_thresholds(site) for site in contest.sites]
-            numbers["scale"] = _scale(contest, float(torch.cat(tops).double().mean()))
-        numbers["beta"] = self._beta(contest, step, total_steps)
-        for site in contest.sites:
-            site.tensors["soft"] = (
-                soft.soft_rows(
-                    site.scores(), round(contest.budget), numbers["beta"], _row_thresholds(site)
+        keep_largest(contests)
+        tops = [[_row_thresholds(site) for site in contest.sites] for contest in contests]
+        if self.beta_scale == "relative" and contests:
+            means = torch.stack([torch.cat(top).double().mean() for top in tops]).tolist()
+            for contest, mean in zip(contests, means, strict=True):
+                contest.group.numbers["scale"] = _scale(contest, mean)
+        for contest, thresholds in zip(contests, tops, strict=True):
+            beta = self._beta(contest, step, total_steps)
+            contest.group.numbers["beta"] = beta
+            for site, threshold in zip(contest.sites, thresholds, strict=True):
+                site.tensors["soft"] = soft.soft_rows(
+                    site.scores(), round(contest.budget), beta, threshold
                 )
-                if contest.budget < site.mask.shape[1]
-                else torch.ones_like(site.scores())
-            )
 
     def write(self, sites: Sequence[Site]) -> None:
         write_kept([site for site in sites if "soft" not in site.tensors])
