@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 # A bracket reaches at least and at most this far from its middle, relative to the number.
-_NARROWEST, _WIDEST = 2e-4, 1e-2
+_NARROWEST, _WIDEST = 2e-4, 5e-3
 
 
 def remember(numbers: dict[str, float], key: str, value: float) -> None:

@@ -49,7 +49,7 @@ class Search {
     const std::int32_t low = key_of(request_.low), high = key_of(request_.high);
     std::vector<std::int64_t> offsets(chunks_.size() + 1, 0);
     for (std::size_t c = 0; c < chunks_.size(); ++c)
-      offsets[c + 1] = offsets[c] + std::max<std::int64_t>(chunks_[c].size / 32, kSmall);
+      offsets[c + 1] = offsets[c] + std::max(chunks_[c].size / 64, kSmall);
     const std::unique_ptr<std::int32_t[]> found(new std::int32_t[offsets.back()]);
     std::vector<Near> near(chunks_.size());
     parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
@@ -66,7 +66,7 @@ class Search {
       if (near[c].found < 0) return false;
       above[chunks_[c].tensor] += near[c].above;
       for (std::int64_t i = 0; i < near[c].found; ++i)
-        candidates.emplace_back(found[offsets[c] + i], request_.costs[chunks_[c].tensor]);
+        candidates.push_back({found[offsets[c] + i], static_cast<std::int32_t>(chunks_[c].tensor)});
     }
     double spent = 0;
     for (std::size_t t = 0; t < above.size(); ++t) spent += request_.costs[t] * above[t];
@@ -111,7 +111,9 @@ class Search {
   Mass mass() const { return total(masses_, chunks_, request_.costs); }
 
  private:
-  using Candidate = std::pair<std::int32_t, double>;  // key, cost
+  struct Candidate {
+    std::int32_t key, tensor;
+  };
   static constexpr std::int64_t kSmall = 256;
 
   const float* data(std::int64_t c) const { return at<const float>(request_.tensors, chunks_[c]); }
@@ -130,9 +132,9 @@ class Search {
 
   // Quickselect by cost: splits at the median until one key is left.
   bool among(std::vector<Candidate>& candidates, double spent, Boundary& boundary) const {
-    const auto cost = [](auto begin, auto end) {
+    const auto cost = [&](auto begin, auto end) {
       double total = 0;
-      for (; begin != end; ++begin) total += begin->second;
+      for (; begin != end; ++begin) total += request_.costs[begin->tensor];
       return total;
     };
     auto begin = candidates.begin(), end = candidates.end();
@@ -140,10 +142,10 @@ class Search {
     while (begin != end) {
       const auto middle = begin + (end - begin) / 2;
       std::nth_element(begin, middle, end,
-                       [](const auto& a, const auto& b) { return a.first > b.first; });
-      const std::int32_t key = middle->first;
-      const auto ties = std::partition(begin, end, [&](const auto& c) { return c.first > key; });
-      const auto rest = std::partition(ties, end, [&](const auto& c) { return c.first == key; });
+                       [](const auto& a, const auto& b) { return a.key > b.key; });
+      const std::int32_t key = middle->key;
+      const auto ties = std::partition(begin, end, [&](const auto& c) { return c.key > key; });
+      const auto rest = std::partition(ties, end, [&](const auto& c) { return c.key == key; });
       const double larger = cost(begin, ties), equal = cost(ties, rest);
       if (reaches(spent + larger)) {
         end = ties;
