@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# What needs a new installation: settings, and the sources of the native kernels.
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt \
+	$(wildcard src/spartan/kernels/native/*)
 
 .PHONY: demo test lint clean
 
@@ -27,10 +30,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.cli: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.cli: $(BUILT_FROM) | $(VENV)/bin/python
 	$(PIP) -e '.[cli]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: $(BUILT_FROM) | $(VENV)/bin/python
 	$(PIP) -e '.[cli,data,test,lint]'
 	touch $@

@@ -8,6 +8,7 @@ from torch import nn
 
 from spartan import NM, Block, Channel, Unstructured
 from spartan.errors import PatternError
+from spartan.kernels.units import pool_magnitudes, pool_products
 from spartan.patterns import Pattern, parse_pattern
 from spartan.prunable import Prunable
 
@@ -27,17 +28,19 @@ PATTERNS = [Unstructured(), Block(2, 4), Block(4, 1), NM(1, 4), NM(2, 4), Channe
 def test_units_partition_the_weight(weight: Prunable, pattern: Pattern) -> None:
     shape = pattern.unit_shape(weight)
     ones = torch.ones(weight.shape)
-    assert pattern.pool(ones, weight).shape == shape
-    assert bool((pattern.pool(ones, weight) == pattern.unit_numel(weight)).all())
+    pooled = pool_magnitudes(-ones, pattern.grid(weight), shape)
+    assert pooled.shape == shape
+    assert bool((pooled == pattern.unit_numel(weight)).all())
     numbers = torch.arange(float(torch.Size(shape).numel())).view(shape)
     spread = pattern.spread(numbers, weight)
     assert spread.shape == weight.shape
     values, counts = spread.unique(return_counts=True)
     assert torch.equal(values, numbers.flatten())
     assert bool((counts == pattern.unit_numel(weight)).all())
-    # pool is the adjoint of spread: <pool(x), y> = <x, spread(y)>.
-    x, y = torch.randn(weight.shape), torch.randn(shape)
-    left, right = (pattern.pool(x, weight) * y).sum(), (x * pattern.spread(y, weight)).sum()
+    # Pooling is the adjoint of spreading: <pool(x z), y> = <x z, spread(y)>.
+    x, z, y = torch.randn(weight.shape), torch.randn(weight.shape), torch.randn(shape)
+    left = (pool_products(x, z, pattern.grid(weight), shape) * y).sum()
+    right = (x * z * pattern.spread(y, weight)).sum()
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 

@@ -628,3 +628,105 @@ def test_weights_in_no_optimizer_keep_mask_and_values(make_net: Make) -> None:
     sparsifier.finalize()
     kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
     assert kept == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+
+
+def test_a_state_is_loaded_in_place_of_a_broken_step(make_net: Make) -> None:
+    class Failing(torch.optim.SGD):
+        broken = False
+
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            if self.broken:
+                raise RuntimeError("out of memory")
+
+    model = make_net()
+    optimizer = Failing(model.parameters(), lr=1.0)
+    sparsifier = attach(model, optimizer)
+    state, weights = copy.deepcopy((sparsifier.state_dict(), model.state_dict()))
+    optimizer.broken = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_step(model, optimizer, 0)
+    sparsifier.load_state_dict(state)
+    for site in sparsifier.sites:
+        assert torch.equal(site.latent, state["sites"][site.name]["latent"])
+        assert torch.equal(site.weight.parameter, weights[site.name])
+
+
+def test_a_run_goes_back_from_fixed_masks_to_moving_ones(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    saved = copy.deepcopy((sparsifier.state_dict(), optimizer.state_dict(), model.state_dict()))
+    losses = []
+    for _ in range(2):
+        model.load_state_dict(saved[2])
+        optimizer.load_state_dict(saved[1])
+        sparsifier.load_state_dict(saved[0])
+        losses.append([train_step(model, optimizer, step) for step in range(10)])
+        optimizer.state.clear()
+    assert losses[0] == losses[1]
+
+
+def test_a_stored_soft_mask_of_another_shape_is_refused(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    for step in range(9):
+        train_step(model, optimizer, step)
+    state = copy.deepcopy(sparsifier.state_dict())
+    state["sites"]["fc1.weight"]["soft"] = torch.ones(3)
+    with pytest.raises(StateError, match=r"\(3,\) float32 as soft of 'fc1.weight'"):
+        sparsifier.load_state_dict(state)
+
+
+def test_units_that_are_read_before_they_are_written_are_the_new_ones(make_net: Make) -> None:
+    class Halved(Magnitude):
+        def materialize(self, site: Any) -> Tensor:
+            return torch.where(site.spread(site.mask), site.theta * 0.5, 0.0)
+
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer, method=Halved(schedule="one-shot"))
+    assert sparsifier.density == pytest.approx(0.2, abs=1e-3)
+    train_step(model, optimizer, 0)
+    sparsifier.finalize()
+    for site in sparsifier.sites:
+        assert int(site.weight.parameter.count_nonzero()) == site.kept
+
+
+def test_no_hook_is_left_after_closures_that_raise(make_net: Make) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+
+    def closure() -> float:
+        raise RuntimeError("no data")
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no data"):
+            optimizer.step(closure)
+    with pytest.warns(UserWarning, match="finalize"):
+        sparsifier.finalize()
+    assert not model._forward_pre_hooks
+    assert not model._state_dict_pre_hooks
+
+
+def test_weights_of_two_precisions_share_a_budget_exactly() -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.ModuleList([nn.Linear(50, 40), nn.Linear(40, 50).double()])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        budget = Budget(density=0.3, cost={"0": 1.0, "1": 3.0})
+        sparsifier = Sparsifier(model, optimizer, Spartan(warmup=0.0), budget, 10)
+        first, second = (site.kept for site in sparsifier.sites)
+        assert 0.3 * 8000 - 3 < first + 3 * second <= 0.3 * 8000
+
+
+def test_tiny_weights_stay_finite(make_net: Make) -> None:
+    model = make_net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-39)
+    sparsifier = attach(model, sgd(model), method=Spartan(warmup=0.0))
+    assert sparsifier.density == pytest.approx(0.2, abs=1e-3)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())

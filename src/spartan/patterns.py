@@ -38,10 +38,6 @@ class Pattern(ABC):
     def grid(self, weight: Prunable) -> Grid:
         """Return how the weight divides into units, and where their values lie."""
 
-    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
-        """Sum `x` (shape of the weight) over each unit; returns `unit_shape`."""
-        return units.pool(x, self.grid(weight), self.unit_shape(weight))
-
     def spread(self, values: Tensor, weight: Prunable) -> Tensor:
         """Repeat each unit's value over its weights; returns the weight's shape."""
         return units.spread(values, self.grid(weight), weight.shape)
@@ -59,9 +55,6 @@ class Unstructured(Pattern):
 
     def grid(self, weight: Prunable) -> Grid:
         return Grid((1, 1, weight.parameter.numel()), (1, 1, 1), (0, 0, 1))
-
-    def pool(self, x: Tensor, weight: Prunable) -> Tensor:
-        return x
 
     def spread(self, values: Tensor, weight: Prunable) -> Tensor:
         return values

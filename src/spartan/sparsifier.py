@@ -155,6 +155,7 @@ class Sparsifier:
             )
             self.method.select(self.groups, self._horizon, self._horizon)
         self._writer.write(self.sites)
+        self._end_step()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -273,9 +274,10 @@ class Sparsifier:
             if isinstance(error, NonFiniteError):
                 raise NonFiniteError(f"Step {self.step + 1}: {error}") from None
             raise
+        # From here on, whatever interrupts leaves the step as a step that was done.
+        self.step += completes
         self._writer.write(self.sites if moves else sites)
         self._end_step()
-        self.step += completes
         if moves:
             self._warn_dead()
 
@@ -338,23 +340,29 @@ class Sparsifier:
     def _leave_step(self) -> None:
         """Restore w where a step was begun and did not end, by an exception or a skip."""
         if self._inside:
-            for site in self.sites:
-                site.stepping, site.choice = False, None
-            self._writer.write(self._inside)
+            inside = self._inside
             self._end_step()
+            self._writer.write(inside)
 
     def _guard_model(self) -> None:
         """Heal the model before it is used, should the step that begins now never end.
 
         The hooks are there during a step only, where nobody runs or saves the model.
         """
+        self._remove_guards()
         self._guards = [
             self.model.register_forward_pre_hook(lambda *_: self._leave_step()),
             self.model.register_state_dict_pre_hook(lambda *_: self._leave_step()),
         ]
 
     def _end_step(self) -> None:
+        """Forget the step that is under way, if one is, and what was selected in it."""
         self._inside = []
+        for site in self.sites:
+            site.stepping, site.choice = False, None
+        self._remove_guards()
+
+    def _remove_guards(self) -> None:
         for guard in self._guards:
             guard.remove()
         self._guards = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spartan.errors import StateError
@@ -41,20 +42,28 @@ def check_state(
     if other:
         raise StateError(f"The state is of another model; it differs in {', '.join(other)}.")
     for site in sites:
-        for key, mine in _tensors(site).items():
-            theirs = saved[site.name].get(key)
-            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                raise StateError(
-                    f"The state holds {_describe(theirs)} as {key} of {site.name!r}, this model "
-                    f"needs {_describe(mine)}."
-                )
+        theirs = dict(saved[site.name])
+        for key in ("latent", "mask", "dual", "active"):
+            if key not in theirs:
+                raise StateError(f"The state holds no {key} of {site.name!r}.")
+        _check_tensor("latent", theirs.pop("latent"), site.latent.shape, site.latent.dtype, site)
+        for key, value in theirs.items():
+            if isinstance(value, Tensor):
+                dtype = torch.bool if key == "mask" else value.dtype
+                _check_tensor(key, value, site.mask.shape, dtype, site)
 
 
-def _tensors(site: Site) -> dict[str, Tensor]:
-    return {"latent": site.latent, "mask": site.mask, **site.tensors}
+def _check_tensor(
+    key: str, found: object, shape: torch.Size, dtype: torch.dtype, site: Site
+) -> None:
+    if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
+        return
+    given = _describe(found.shape, found.dtype) if isinstance(found, Tensor) else repr(found)
+    raise StateError(
+        f"The state holds {given} as {key} of {site.name!r}, this model needs "
+        f"{_describe(shape, dtype)}."
+    )
 
 
-def _describe(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "nothing"
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+def _describe(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"

@@ -39,7 +39,7 @@ def scores_on(device: str, dtype: torch.dtype, absolute: bool = True) -> Scores:
 def test_a_scan_waits_for_nothing_until_its_one_read_back(dtype: torch.dtype) -> None:
     scores = scores_on("meta", dtype)
     row = _on_device(Request(scores, 20_000.0, dual=Dual(20.0, 0.5, 0.1)))
-    assert row.shape == (7,)
+    assert row.shape == (8,)
     assert row.device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
         row.tolist()
@@ -63,10 +63,10 @@ def test_writing_and_pulling_back_wait_for_nothing() -> None:
 def test_counting_without_waiting_counts_the_same(weighted: bool, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     digit = torch.randint(0, _BINS, (10_000,), generator=generator, dtype=torch.int32)
-    cost: float | Tensor = torch.rand(10_000, generator=generator) if weighted else 0.5
+    weights = torch.rand(10_000, generator=generator).double() if weighted else None
     hit = torch.rand(10_000, generator=generator) < 0.3 if masked else None
-    expected = _count(digit, hit, cost, waits=False)
-    torch.testing.assert_close(_count(digit, hit, cost, waits=True), expected)
+    expected = _count(digit, hit, weights, waits=True)
+    torch.testing.assert_close(_count(digit, hit, weights, waits=False), expected)
 
 
 def test_many_requests_are_read_back_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +76,10 @@ def test_many_requests_are_read_back_together(monkeypatch: pytest.MonkeyPatch) -
     requests = [Request(scores_on("cpu", torch.float32), b) for b in (10.0, 1000.0, 50_000.0)]
     assert len(scan(requests)) == 3
     assert len(reads) == 1
+    # Where the budget ends among equal scores: how many there are, and where they stop to fit.
+    equal = Scores([torch.ones(500_000)], [1.0], [1.0], absolute=True)
+    assert scan([Request(equal, 123_456.0)])[0].cut.stops == [123_456]
+    assert len(reads) == 3
 
 
 def test_rows_and_units_wait_for_nothing() -> None:

@@ -93,7 +93,7 @@ def test_ties_everywhere_are_taken_by_position(name: str, value: float) -> None:
 @given(st.integers(0, 1000), st.floats(0.01, 0.99), st.sampled_from([1.0, 30.0, 1e4]))
 def test_soft_masks_agree_to_1e_6(name: str, seed: int, density: float, beta: float) -> None:
     tensors = uneven(seed, 3)
-    scores = Scores(tensors, [1.0, 2.0, 1.0], [1.0, 0.5, 1.0], absolute=True)
+    scores = Scores(tensors, [1.0, 0.7, 1.0], [1.0, 0.5, 1.0], absolute=True)
     budget = density * scores.total
     masks = {}
     for backend in ("torch", name):
@@ -101,14 +101,16 @@ def test_soft_masks_agree_to_1e_6(name: str, seed: int, density: float, beta: fl
             threshold = scan([Request(scores, budget)])[0].cut.threshold
             search = DualSearch(scores, budget, beta, threshold * 1.001, 0.1)
             solve_all([search])
-        weights = [torch.empty_like(x) for x in tensors]
+        shown = [x.clone() for x in tensors]
         everything = [torch.ones(x.shape, dtype=torch.bool) for x in tensors]
         with kernels.using(backend):
-            kernels.project(
-                [torch.ones_like(x) for x in tensors], [], weights, everything,
-                list(scores.scales), None, [search.dual] * 3,
-            )  # fmt: skip
-        masks[backend] = [search.dual.mask(scores.of(x, i)) for i, x in enumerate(tensors)]
+            duals = [search.dual] * 3
+            kernels.project(tensors, [], shown, everything, list(scores.scales), None, duals)
+        # w = θ m shows m where θ is not tiny.
+        masks[backend] = [
+            torch.where(x.abs() > 1e-30, w / x, search.dual.mask(scores.of(x, i)))
+            for i, (x, w) in enumerate(zip(tensors, shown, strict=True))
+        ]
         mass = sum(
             float(m.double().sum()) * c for m, c in zip(masks[backend], scores.costs, strict=True)
         )
@@ -268,3 +270,14 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    x, grid = torch.randn(32, 32, 1), Grid((32, 32, 1), (4, 4, 1), (8, 1, 1))
+    expected = units.pool_magnitudes(x, grid, (8, 8))
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(units.pool_magnitudes(x, grid, (8, 8)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

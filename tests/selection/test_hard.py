@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spartan import hard_topk
+from spartan import hard_topk, kernels
 from spartan.errors import BudgetError
 from spartan.kernels import Scores, masks_of
 from spartan.selection.hard import find_cut, select_rows
@@ -143,3 +143,26 @@ def test_ties_in_tensors_that_are_not_contiguous() -> None:
     ):
         mask = hard_topk(values, 5)
         assert mask.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("backend", ["torch", kernels.backend().name])
+def test_costs_use_a_budget_up_exactly(backend: str) -> None:
+    """Where the greedy prefix meets the budget to the last unit, none is lost to rounding."""
+    met = 0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = [torch.randn(60_000, generator=generator) for _ in range(2)]
+        scores = Scores(tensors, [1.0, 0.5], [0.1, 0.2], absolute=True)
+        every = torch.cat([scores.of(x, i) for i, x in enumerate(tensors)])
+        tenths = torch.tensor([1, 2]).repeat_interleave(60_000)
+        order = every.sort(descending=True, stable=True).indices
+        spent = tenths[order].cumsum(0)
+        budget = 45_000
+        count = int((spent <= budget).sum())
+        met += int(spent[count - 1]) == budget
+        expected = torch.zeros(120_000, dtype=torch.bool)
+        expected[order[:count]] = True
+        with kernels.using(backend):
+            masks = masks_of(scores, find_cut(scores, 0.1 * budget))
+        assert torch.equal(torch.cat(masks), expected)
+    assert met

@@ -94,7 +94,7 @@ def _choose(wanted: str) -> tuple[Backend, Any]:
         return Backend("torch", reason="asked for"), None
     try:
         native = importlib.import_module("spartan.kernels._native")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         if wanted:
             raise KernelError(
                 f"{VARIABLE}={wanted} asks for the native kernels, which are not installed "
@@ -102,6 +102,10 @@ def _choose(wanted: str) -> tuple[Backend, Any]:
             ) from error
         reason = "the native kernels were not built: no working C++ compiler when installed"
         return Backend("torch", reason=reason), None
+    except ImportError as error:
+        if wanted:
+            raise KernelError(f"The native kernels cannot be loaded: {error}") from error
+        return Backend("torch", reason=f"the native kernels cannot be loaded: {error}"), None
     known = native.instruction_sets()
     instructions = known[-1] if wanted in ("", "native") else wanted
     if instructions not in known:

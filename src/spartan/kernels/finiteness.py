@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
+from spartan.kernels.readback import read_back
 
 
 def finite(tensors: Sequence[Tensor]) -> list[bool]:
@@ -16,7 +18,7 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
         return []
     found = native_finite(tensors)
     if found is None:
-        found = torch.isfinite(largest(tensors)).tolist()
+        found = [math.isfinite(row[0]) for row in read_back([largest([x]) for x in tensors])]
     return found
 
 
@@ -32,8 +34,16 @@ def native_finite(tensors: Sequence[Tensor]) -> list[bool] | None:
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the largest magnitude of each tensor, NaN if it holds one; nothing is read back."""
-    if tensors[0].device.type == "cpu":  # where a norm would make a copy
-        return torch.stack([torch.stack(x.aminmax()).abs().amax().double() for x in tensors])
-    norms = torch._foreach_norm(list(tensors), torch.inf)
-    return torch.stack([x.double() for x in norms])
+    """Return the largest magnitude in all tensors, NaN if there is one; nothing is read back.
+
+    Returns:
+        One float64 number, shape (1,).
+    """
+    filled = [x for x in tensors if x.numel()]
+    if not filled:
+        return torch.zeros(1, dtype=torch.float64)
+    if filled[0].device.type == "cpu":  # where a norm would make a copy
+        extremes = [torch.stack(x.aminmax()).abs().amax() for x in filled]
+    else:
+        extremes = list(torch._foreach_norm(filled, torch.inf))
+    return torch.stack([x.double() for x in extremes]).amax().reshape(1)

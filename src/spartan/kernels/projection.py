@@ -34,7 +34,7 @@ def project(
         duals: Dual variable of each tensor's soft mask m, or None for m = 1.
     """
     native = native_for(thetas, latents, weights)
-    if native is None or not all(mask.is_contiguous() for mask in masks):
+    if native is None or not _fit(masks, thetas):
         _project(thetas, latents, weights, masks, scales, cuts, duals)
         return
     native.project(
@@ -56,7 +56,7 @@ def project(
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Write exact zeros where a boolean mask is False, in place."""
     native = native_for(tensors)
-    if native is None or not all(mask.is_contiguous() for mask in masks):
+    if native is None or not _fit(masks, tensors):
         for tensor, mask in zip(tensors, masks, strict=True):
             for x, keep in flat_pieces(tensor, mask):
                 x.masked_fill_(~keep, 0.0)
@@ -65,6 +65,14 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     native.mask(_addresses(tensors), _addresses(masks), sizes, torch.get_num_threads())
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
+
+
+def _fit(masks: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether the native kernels can use the masks; the torch version says what is wrong."""
+    return all(
+        mask.dtype is torch.bool and mask.is_cpu and mask.is_contiguous() and mask.shape == x.shape
+        for mask, x in zip(masks, tensors, strict=True)
+    )
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

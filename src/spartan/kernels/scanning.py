@@ -1,6 +1,7 @@
 """The first look at new weights: broken numbers, the hard cut and the soft mass.
 
-All requests together read back once from a GPU.
+All requests together read back once from a GPU; and twice more for one whose budget ends among
+entries of equal score.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
 from spartan.kernels.finiteness import finite, largest
+from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cut, boundary, stops_of, trivial_cut
 from spartan.kernels.soft import Dual, Mass, mass_on_device, native_mass
@@ -29,6 +31,7 @@ class Request:
         bracket: Where the threshold is expected; a wrong guess costs time only.
         dual: If given, the soft mass at this dual variable is wanted too.
         dropped: Whether that is the mass of what is dropped.
+        threshold_only: Whether the stops of the cut are not wanted.
     """
 
     scores: Scores
@@ -36,6 +39,7 @@ class Request:
     bracket: tuple[float, float] = (0.0, 0.0)
     dual: Dual | None = None
     dropped: bool = False
+    threshold_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,11 @@ class Result:
 
 
 def scan(requests: Sequence[Request]) -> list[Result]:
-    """Answer requests, with one read-back for all of them."""
+    """Answer requests; on a GPU with one read-back for all of them, but for ties."""
     answers = [_native(request) for request in requests]
     waiting = [i for i, answer in enumerate(answers) if answer is None]
     if waiting:
-        rows = torch.stack([_on_device(requests[i]) for i in waiting]).tolist()
+        rows = read_back([_on_device(requests[i]) for i in waiting])
         for i, row in zip(waiting, rows, strict=True):
             answers[i] = _read(requests[i], row)
     return [answer for answer in answers if answer is not None]
@@ -91,20 +95,25 @@ def _native(request: Request) -> Result | None:
 def _on_device(request: Request) -> Tensor:
     """Return everything as one row of numbers."""
     scores = request.scores
-    row = torch.zeros(7, dtype=torch.float64, device=scores.device)
+    row = torch.zeros(8, dtype=torch.float64, device=scores.device)
     row[0] = largest(scores.tensors).amax()
     if trivial_cut(scores, request.budget) is None:
-        row[1:4] = boundary(scores, request.budget)
+        row[1:5] = boundary(scores, request.budget)
     if request.dual is not None:
-        row[4:] = mass_on_device(scores, request.dual, request.dropped)
+        row[5:] = mass_on_device(scores, request.dual, request.dropped)
     return row
 
 
 def _read(request: Request, row: list[float]) -> Result:
-    largest_entry, threshold, left, ties, *sums = row
+    largest_entry, threshold, left, ties, number, *sums = row
     finite = math.isfinite(largest_entry)
     cut = trivial_cut(request.scores, request.budget)
     if cut is None:
-        stops = stops_of(request.scores, threshold, left, ties) if finite else []
+        wanted = finite and not request.threshold_only
+        stops = (
+            stops_of(request.scores, request.budget, threshold, left, ties, number)
+            if wanted
+            else []
+        )
         cut = Cut(threshold, stops)
     return Result(finite, cut, None if request.dual is None else Mass(*sums))

@@ -42,7 +42,8 @@ class Scores:
     Attributes:
         tensors: x, floating point, any shapes, one device.
         scales: One positive factor for each tensor.
-        costs: For each tensor the cost of an entry: one number, or a tensor of its shape.
+        costs: For each tensor the cost of an entry; for a single tensor perhaps a tensor of its
+            shape.
         absolute: Whether scores are magnitudes.
         dtype: What scores are formed in: float64 if any tensor is, else float32.
         total: Cost of all entries.
@@ -83,9 +84,9 @@ class Scores:
     def of(self, x: Tensor, index: int) -> Tensor:
         """Return the scores of (a part of) one tensor, without negative zeros."""
         u = x.to(self.dtype)
-        scale = self.scales[index]
-        u = u.abs() if self.absolute else u + 0.0
-        return u if scale == 1.0 else u * scale
+        u = u.abs() if self.absolute else u
+        u = u if self.scales[index] == 1.0 else u * self.scales[index]
+        return u if self.absolute else u + 0.0
 
     def pieces(self) -> Iterator[tuple[Tensor, float | Tensor]]:
         """Yield flat scores and the cost of their entries, chunk by chunk.

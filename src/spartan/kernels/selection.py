@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, chunk_size
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
-# Kept costs are compared with this relative slack, so that a sum such as 3 x 0.1 still fits 0.3.
+# Kept costs are compared with this slack, relative to the budget, so that 3 x 0.1 still fits 0.3.
 SLACK = 1e-12
 
 
@@ -43,50 +44,81 @@ def trivial_cut(scores: Scores, budget: float) -> Cut | None:
 
 
 def boundary(scores: Scores, budget: float) -> Tensor:
-    """Return threshold, budget left for the entries that tie with it, and what all those cost.
+    """Return threshold, budget left for the entries that tie with it, their cost and number.
 
-    Stays on the device: nothing is read back.
+    Entries are counted apart for each distinct cost: integers, so that sums have no order. Stays on
+    the device: nothing is read back.
 
     Returns:
-        Three float64 numbers.
+        Four float64 numbers; the last is infinite where every entry has a cost of its own.
     """
     bits = torch.finfo(scores.dtype).bits
-    spent = torch.zeros((), dtype=torch.float64, device=scores.device)
+    costs = torch.tensor(_distinct(scores), dtype=torch.float64).to(scores.device)[:, None]
+    above: Tensor | None = None
     prefix: Tensor | None = None
-    ties = spent
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        from_top = _histogram(scores, shift, prefix).flip(0).cumsum(0)
+        counts = _histogram(scores, shift, prefix)
+        above = torch.zeros_like(counts[:, :1]) if above is None else above
+        reached = counts.flip(1).cumsum(1) + above
+        spent = (costs * reached).sum(0)
         # The first digit, from the top, at which the budget is reached.
-        wanted = torch.stack((budget * (1 - SLACK) - spent, from_top[-1]))
-        place = torch.searchsorted(from_top, wanted).amin()
-        below = torch.where(place > 0, from_top.take((place - 1).clamp_(min=0)), 0.0)
-        spent, ties = spent + below, from_top.take(place) - below
+        wanted = torch.stack((spent.new_full((), budget * (1 - SLACK)), spent[-1]))
+        place = torch.searchsorted(spent.contiguous(), wanted).amin().reshape(1)
+        before = reached.index_select(1, (place - 1).clamp_(min=0))
+        above = torch.where(place > 0, before, above)
+        ties = reached.index_select(1, place) - above
         digit = _BINS - 1 - place
         prefix = digit - _BINS // 2 if prefix is None else (prefix << _DIGIT) + digit
     assert prefix is not None
-    return torch.stack((_from_key(prefix, scores.dtype), budget - spent, ties))
+    assert above is not None
+    left = budget - (costs * above).sum()
+    number = ties.sum().double() if scores.plain_costs else torch.full_like(left, math.inf)
+    rest = torch.stack((left, (costs * ties).sum(), number))
+    return torch.cat((_from_key(prefix, scores.dtype), rest))
 
 
-def stops_of(scores: Scores, threshold: float, left: float, ties: float) -> list[int]:
-    """Distribute the budget left over the entries at the threshold, by position."""
-    if ties <= left * (1 + SLACK):
+def stops_of(
+    scores: Scores, budget: float, threshold: float, left: float, ties: float, number: float
+) -> list[int]:
+    """Distribute the budget left over the entries at the threshold, by position.
+
+    Where not all of them fit, two more things are read back: how many each chunk has, and where in
+    one chunk they stop to fit.
+    """
+    left += SLACK * budget
+    if ties <= left:
         return scores.numels
+    if number == 1:
+        return [0] * len(scores.tensors)
+    costs = scores.plain_costs
+    if costs is None:
+        return [_stop_by_entry(scores, threshold, left)]
+    pieces = [
+        (i, x)
+        for i, tensor in enumerate(scores.tensors)
+        for x in tensor.flatten().split(chunk_size(tensor, sum(scores.numels)))
+    ]
+    counts = read_back([(scores.of(x, i) == threshold).sum().reshape(1) for i, x in pieces])
     stops = [0] * len(scores.tensors)
-    for i, (x, cost) in enumerate(zip(scores.tensors, scores.costs, strict=True)):
-        size = chunk_size(x, x.numel())
-        parts = x.flatten().split(size)
-        each = cost.flatten().split(size) if isinstance(cost, Tensor) else [cost] * len(parts)
-        for part, c in zip(parts, each, strict=True):
-            tied = (scores.of(part, i) == threshold).nonzero()[:, 0]
-            costs = c[tied] if isinstance(c, Tensor) else torch.full(tied.shape, c)
-            spent = costs.to(tied.device, torch.float64).cumsum(0)
-            fitting = int(torch.count_nonzero(spent <= left * (1 + SLACK)))
-            if fitting < len(tied):
-                stops[i] += int(tied[fitting])
-                return stops
-            left -= float(spent[-1]) if fitting else 0.0
-            stops[i] += part.numel()
+    taken = dict.fromkeys(sorted(set(costs)), 0)
+    for (i, x), (count,) in zip(pieces, counts, strict=True):
+        spent = sum(cost * number for cost, number in taken.items())
+        fitting = math.floor((left - spent) / costs[i])
+        if fitting < count:
+            stops[i] += int((scores.of(x, i) == threshold).nonzero()[fitting, 0])
+            break
+        taken[costs[i]] += int(count)
+        stops[i] += x.numel()
     return stops
+
+
+def _stop_by_entry(scores: Scores, threshold: float, left: float) -> int:
+    """Do so for one tensor whose entries have costs of their own."""
+    (x,), (cost,) = scores.tensors, scores.costs
+    assert isinstance(cost, Tensor)
+    tied = (scores.of(x.flatten(), 0) == threshold).nonzero()[:, 0]
+    fitting = int(torch.count_nonzero(cost.flatten()[tied].double().cumsum(0) <= left))
+    return int(tied[fitting]) if fitting < len(tied) else x.numel()
 
 
 def masks_of(scores: Scores, cut: Cut) -> list[Tensor]:
@@ -109,39 +141,44 @@ def kept(u: Tensor, threshold: float, stop: int) -> Tensor:
     return mask
 
 
+def _distinct(scores: Scores) -> list[float]:
+    """Return the distinct costs; where every entry has its own, entries are counted by cost."""
+    costs = scores.plain_costs
+    return [1.0] if costs is None else sorted(set(costs))
+
+
 def _histogram(scores: Scores, shift: int, prefix: Tensor | None) -> Tensor:
-    """Return the cost per digit of the keys that begin with `prefix`, float64."""
-    total = torch.zeros(_BINS, dtype=torch.float64, device=scores.device)
+    """Count the digits of the keys that begin with `prefix`, a row for each distinct cost."""
+    kinds = {cost: k for k, cost in enumerate(_distinct(scores))}
+    counted = torch.int64 if scores.plain_costs is not None else torch.float64
+    counts = torch.zeros((len(kinds), _BINS), dtype=counted, device=scores.device)
     waits = scores.device.type == "cpu"
     for u, cost in scores.pieces():
         key = _to_key(u)
         digit = (key >> shift) & (_BINS - 1)
-        if prefix is None:
-            # The top digit carries the sign: shift it up to count from zero.
-            total += _count(digit ^ (_BINS // 2), None, cost, waits)
-        else:
-            total += _count(digit, (key >> (shift + _DIGIT)) == prefix, cost, waits)
-    return total
+        # The top digit carries the sign: shift it up to count from zero.
+        digit = digit ^ (_BINS // 2) if prefix is None else digit
+        hit = None if prefix is None else (key >> (shift + _DIGIT)) == prefix
+        weights = cost.double() if isinstance(cost, Tensor) else None
+        counts[0 if isinstance(cost, Tensor) else kinds[cost]] += _count(digit, hit, weights, waits)
+    return counts
 
 
-def _count(digit: Tensor, hit: Tensor | None, cost: float | Tensor, waits: bool) -> Tensor:
-    """Return the cost of each digit over the entries that are hit.
+def _count(digit: Tensor, hit: Tensor | None, weights: Tensor | None, waits: bool) -> Tensor:
+    """Return how many entries that are hit have each digit, or the sum of their weights.
 
-    Where it costs nothing to wait for a result, only those entries are counted.
+    Where it costs nothing to wait for a result, only those entries are looked at.
     """
-    weights = cost.double() if isinstance(cost, Tensor) else None
     if waits:
         if hit is not None:
             digit, weights = digit[hit], None if weights is None else weights[hit]
-        counts = torch.bincount(digit, weights, minlength=_BINS)
-    else:
-        if weights is None:
-            weights = torch.ones_like(digit) if hit is None else hit.long()
-        elif hit is not None:
-            weights = weights * hit
-        counts = torch.zeros(_BINS, dtype=weights.dtype, device=digit.device)
-        counts.index_add_(0, digit, weights)
-    return counts.double() if isinstance(cost, Tensor) else counts * float(cost)
+        return torch.bincount(digit, weights, minlength=_BINS)
+    if weights is None:
+        weights = torch.ones_like(digit, dtype=torch.int64) if hit is None else hit.long()
+    elif hit is not None:
+        weights = weights * hit
+    counts = torch.zeros(_BINS, dtype=weights.dtype, device=digit.device)
+    return counts.index_add_(0, digit, weights)
 
 
 def _to_key(score: Tensor) -> Tensor:

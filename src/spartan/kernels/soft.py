@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
+from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, flat_pieces, wide
 
 
@@ -115,7 +116,7 @@ def masses(queries: Sequence[tuple[Scores, Dual, bool]]) -> list[Mass]:
     found = [native_mass(*query) for query in queries]
     waiting = [i for i, mass in enumerate(found) if mass is None]
     if waiting:
-        rows = torch.stack([mass_on_device(*queries[i]) for i in waiting]).tolist()
+        rows = read_back([mass_on_device(*queries[i]) for i in waiting])
         for i, row in zip(waiting, rows, strict=True):
             found[i] = Mass(*row)
     return [mass for mass in found if mass is not None]

@@ -1,7 +1,7 @@
 """Units of several weights: pooling over them, and spreading their values.
 
-Sums are taken in double precision, where their order shows in no bit of a float: scores, and with
-them masks, come out the same from both versions.
+Sums are taken in double precision and rounded to a float once, so that the order of summation
+practically never shows: scores, and with them masks, come out the same from both versions.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Grid:
         a, b, k = (n // size for n, size in zip(self.shape, self.block, strict=True))
         return a, b, k
 
+    @property
+    def count(self) -> int:
+        """Number of units."""
+        return math.prod(self.units)
+
     def transposed(self) -> Grid:
         """Exchange A and B."""
 
@@ -51,21 +56,12 @@ class Grid:
         return [*self.shape, *self.block, *self.strides]
 
 
-def pool(x: Tensor, grid: Grid, unit_shape: Sequence[int]) -> Tensor:
-    """Sum `x` over each unit.
-
-    Returns:
-        Shape `unit_shape`, in float32 or float64.
-    """
-    return _collect(lambda part: part, grid, unit_shape, x)
-
-
 def pool_magnitudes(x: Tensor, grid: Grid, unit_shape: Sequence[int]) -> Tensor:
     """Sum |x| over each unit; returns `unit_shape`, in float32 or float64."""
     native = native_for([x])
     if native is None:
         return _collect(torch.abs, grid, unit_shape, x)
-    units = torch.empty(unit_shape)
+    units = x.new_empty(tuple(unit_shape))
     native.pool_units(grid.numbers(), x.data_ptr(), 0, units.data_ptr(), torch.get_num_threads())
     return units
 
@@ -75,7 +71,7 @@ def pool_products(x: Tensor, y: Tensor, grid: Grid, unit_shape: Sequence[int]) -
     native = native_for([x], [y])
     if native is None:
         return _collect(torch.mul, grid, unit_shape, x, y)
-    units = torch.empty(unit_shape)
+    units = x.new_empty(tuple(unit_shape))
     threads = torch.get_num_threads()
     native.pool_units(grid.numbers(), x.data_ptr(), y.data_ptr(), units.data_ptr(), threads)
     return units
@@ -100,7 +96,7 @@ def scale(
     """
     copies = [] if latent is None else [latent]
     native = native_for([theta, weight, *copies], [factors])
-    if native is not None:
+    if native is not None and factors.numel() == grid.count:
         latent_address = 0 if latent is None else latent.data_ptr()
         native.scale_by_units(
             grid.numbers(),
@@ -128,7 +124,7 @@ def scale(
 def pull_back_units(grad: Tensor, theta: Tensor, m: Tensor, terms: Tensor, grid: Grid) -> None:
     """Write g ← m g + sign(θ) term, with `m` and `terms` one per unit, in place."""
     native = native_for([grad, theta], [m, terms])
-    if native is not None:
+    if native is not None and m.numel() == terms.numel() == grid.count:
         native.pull_back_by_units(
             grid.numbers(),
             grad.data_ptr(),

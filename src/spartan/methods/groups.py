@@ -13,6 +13,7 @@ from torch import Tensor
 from spartan.budget import Share
 from spartan.errors import NonFiniteError, StateError
 from spartan.kernels import Cut, Dual, Request, Result, Scores, finite, masks_of, scan
+from spartan.kernels.scores import wide
 from spartan.methods.forecast import bracket, remember
 from spartan.methods.sites import Choice, Site
 from spartan.patterns import Pattern
@@ -86,7 +87,7 @@ def make_group(share: Share, weights: Sequence[Prunable], pattern: Pattern) -> G
             cost=cost,
             divisor=cost * mean_numel,
             latent=weight.parameter.detach().clone(),
-            mask=torch.ones(shape, dtype=torch.bool, device=weight.parameter.device),
+            stored_mask=torch.ones(shape, dtype=torch.bool, device=weight.parameter.device),
         )
         for weight, cost, shape in zip(members, share.costs, shapes, strict=True)
     ]
@@ -112,13 +113,16 @@ class Contest:
     @cached_property
     def scores(self) -> Scores:
         """The score of each unit: mean |θ| per relative cost."""
-        elementwise = all(site.elementwise for site in self.sites)
         return Scores(
-            [site.theta if elementwise else site.magnitudes() for site in self.sites],
+            [site.theta if self._elementwise else site.magnitudes() for site in self.sites],
             [site.scale for site in self.sites],
             [site.cost for site in self.sites],
             absolute=True,
         )
+
+    @property
+    def _elementwise(self) -> bool:
+        return all(site.elementwise for site in self.sites)
 
     def masks(self, cut: Cut) -> list[Tensor]:
         """Return which units a cut keeps."""
@@ -127,20 +131,24 @@ class Contest:
     @property
     def mean_unit_numel(self) -> float:
         """Weights per unit, on average."""
-        return sum(s.latent.numel() for s in self.sites) / sum(s.mask.numel() for s in self.sites)
+        return sum(s.latent.numel() for s in self.sites) / sum(
+            s.stored_mask.numel() for s in self.sites
+        )
 
     def keep(self, cut: Cut, dual: Dual | None = None) -> None:
         """Choose what a cut keeps, with the soft mask of `dual` if there is one.
 
-        Where every weight is a unit, masks follow when the weights are next written, in one pass.
+        Where every weight is a unit, masks follow when the weights are next written, in one pass,
+        or when they are next read.
         """
-        if all(site.elementwise for site in self.sites):
+        if self._elementwise and len({wide(site.latent[:0]).dtype for site in self.sites}) == 1:
             for site, stop in zip(self.sites, cut.stops, strict=True):
                 site.choice = Choice(cut.threshold, stop, dual)
             return
         for i, (site, mask) in enumerate(zip(self.sites, self.masks(cut), strict=True)):
             site.mask = mask
-            if dual is not None:
+            site.dual = dual if self._elementwise else None
+            if dual is not None and not self._elementwise:
                 site.tensors["soft"] = dual.mask(self.scores.of(self.scores.tensors[i], i))
 
 

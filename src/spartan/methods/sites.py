@@ -7,9 +7,9 @@ from functools import cached_property
 
 from torch import Tensor
 
-from spartan.kernels import Dual, units
+from spartan.kernels import Dual, kept
 from spartan.kernels.scores import wide
-from spartan.kernels.units import Grid
+from spartan.kernels.units import Grid, pool_magnitudes, pool_products
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import Prunable
 
@@ -40,12 +40,13 @@ class Site:
         divisor: What the pooled |θ| of a unit is divided by to be its score: the mean |θ| of the
             unit, per relative cost of a weight.
         latent: θ, dense, in the shape and dtype of the parameter.
-        mask: Kept units, boolean, in the pattern's unit shape.
+        stored_mask: The mask as last written; see `mask`.
         dual: Dual variable of the soft mask, for methods that have one and do not store the mask.
         tensors: What the method keeps per weight (soft masks, …), saved with the state.
         active: Whether the parameter had a gradient in the current step.
         stepping: Whether the parameter holds θ: inside a step.
         choice: What was selected and is not written yet.
+        counted: Number of kept units, once it was asked for.
     """
 
     weight: Prunable
@@ -53,12 +54,33 @@ class Site:
     cost: float
     divisor: float
     latent: Tensor
-    mask: Tensor
+    stored_mask: Tensor
     dual: Dual | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     active: bool = True
     stepping: bool = False
     choice: Choice | None = None
+    counted: int | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Kept units, boolean, in the pattern's unit shape."""
+        self.resolve()
+        return self.stored_mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self.stored_mask, self.choice, self.counted = mask, None, None
+
+    def resolve(self) -> None:
+        """Let a choice take effect now, instead of when the weight is next written."""
+        if self.choice is not None:
+            self.stored_mask = kept(self.scores(), self.choice.threshold, self.choice.stop)
+            self.settle(self.choice.dual)
+
+    def settle(self, dual: Dual | None) -> None:
+        """Take note that the choice, with the soft mask of `dual`, is in effect."""
+        self.choice, self.dual, self.counted = None, dual, None
 
     @property
     def name(self) -> str:
@@ -86,6 +108,11 @@ class Site:
         return self.pattern.grid(self.weight)
 
     @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.stored_mask.numel()
+
+    @property
     def scale(self) -> float:
         """What the pooled |θ| of a unit is multiplied by to be its score."""
         return 1.0 / self.divisor
@@ -93,7 +120,10 @@ class Site:
     @property
     def kept(self) -> int:
         """Number of kept units."""
-        return int(self.mask.count_nonzero())
+        mask = self.mask
+        if self.counted is None:
+            self.counted = int(mask.count_nonzero())
+        return self.counted
 
     @property
     def grad(self) -> Tensor | None:
@@ -110,7 +140,7 @@ class Site:
         """Return the sum of |θ| over each unit, in float32 or float64."""
         if self.elementwise:
             return wide(self.theta).abs()
-        return units.pool_magnitudes(self.theta, self.grid, self.mask.shape)
+        return pool_magnitudes(self.theta, self.grid, self.stored_mask.shape)
 
     def scores(self) -> Tensor:
         """Return the score of each unit, in float32 or float64."""
@@ -129,4 +159,4 @@ class Site:
 
     def pool_product(self, x: Tensor) -> Tensor:
         """Sum x · θ over each unit, in float32 or float64."""
-        return units.pool_products(x, self.latent, self.grid, self.mask.shape)
+        return pool_products(x, self.latent, self.grid, self.stored_mask.shape)

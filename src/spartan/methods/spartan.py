@@ -36,6 +36,7 @@ from torch import Tensor
 from spartan import kernels
 from spartan.errors import MethodError
 from spartan.kernels import Request, units
+from spartan.kernels.readback import read_back
 from spartan.methods.base import Method
 from spartan.methods.forecast import bracket, forecast, remember
 from spartan.methods.groups import Contest, Group, contests_of, find_cuts, keep_largest, look
@@ -47,6 +48,8 @@ from spartan.selection.soft import DualSearch
 
 # Where relative β puts the hard threshold at the target density.
 _THRESHOLD = 0.2
+# Below, a threshold counts as zero: β, which grows as it falls, must stay within float32.
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,8 @@ class Spartan(Method):
         keep_largest(contests)
         tops = [[_row_thresholds(site) for site in contest.sites] for contest in contests]
         if self.beta_scale == "relative" and contests:
-            means = torch.stack([torch.cat(top).double().mean() for top in tops]).tolist()
-            for contest, mean in zip(contests, means, strict=True):
+            means = read_back([torch.cat(top).double().mean().reshape(1) for top in tops])
+            for contest, (mean,) in zip(contests, means, strict=True):
                 contest.group.numbers["scale"] = _scale(contest, mean)
         for contest, thresholds in zip(contests, tops, strict=True):
             beta = self._beta(contest, step, total_steps)
@@ -187,6 +190,7 @@ class Spartan(Method):
 
     def materialize(self, site: Site) -> Tensor:
         if "soft" not in site.tensors:
+            site.resolve()
             weight = torch.empty_like(site.latent)
             project([site], [weight])
             return weight
@@ -225,15 +229,18 @@ class Spartan(Method):
 def _at_target(contest: Contest) -> Request:
     """Ask for the threshold at the target density."""
     group = contest.group
-    return Request(contest.scores, group.share.kept, bracket(group.numbers, "target"))
+    expected = bracket(group.numbers, "target")
+    return Request(contest.scores, group.share.kept, expected, threshold_only=True)
 
 
 def _scale(contest: Contest, threshold: float) -> float:
     """Return what scores are divided by; the mean score stands in for a threshold of zero."""
-    if not (math.isfinite(threshold) and threshold > 0):
+    if not _TINY < threshold < math.inf:
         sums = [site.scores().sum(dtype=torch.float64) for site in contest.sites]
-        threshold = float(torch.stack(sums).sum()) / sum(s.mask.numel() for s in contest.sites)
-    return (threshold or 1.0) / _THRESHOLD
+        threshold = float(torch.stack(sums).sum()) / sum(
+            s.stored_mask.numel() for s in contest.sites
+        )
+    return (threshold if threshold > _TINY else 1.0) / _THRESHOLD
 
 
 def _row_thresholds(site: Site) -> Tensor:
@@ -243,12 +250,9 @@ def _row_thresholds(site: Site) -> Tensor:
 
 def _fix(site: Site) -> None:
     """Store m · h, which from now on stays what it is."""
-    choice = site.choice
-    if choice is not None:
-        site.mask = kernels.kept(site.scores(), choice.threshold, choice.stop)
-        site.dual = choice.dual
+    site.resolve()
     site.tensors["soft"] = torch.where(site.mask, site.soft_mask(), 0.0)
-    site.choice, site.dual = None, None
+    site.dual = None
 
 
 def _scale_gradients(sites: Sequence[Site]) -> None:

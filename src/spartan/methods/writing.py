@@ -16,7 +16,9 @@ from spartan.methods.sites import Site
 def write_kept(sites: Sequence[Site]) -> None:
     """Write w = θ, or θ · m for sites with a dual variable, where the mask keeps it."""
     for alike in _alike([site for site in sites if site.elementwise]):
-        _commit(alike, project(alike))
+        for site, dual in zip(alike, project(alike), strict=True):
+            if site.choice is not None:
+                site.settle(dual)
     for site in sites:
         if not site.elementwise:
             write_scaled(site, site.mask)
@@ -38,16 +40,17 @@ def write_given(sites: Sequence[Site], materialize: Callable[[Site], Tensor]) ->
         site.weight.parameter.copy_(weight)
 
 
-def project(sites: Sequence[Site], into: Sequence[Tensor] | None = None) -> list[Dual] | None:
+def project(sites: Sequence[Site], into: Sequence[Tensor] | None = None) -> Sequence[Dual | None]:
     """Write the weights of elementwise sites that are alike in what they have.
 
     Args:
         sites: All with a choice or all without, all with a soft mask or all without, all inside a
             step or all outside.
-        into: Tensors to write to instead of the parameters. θ and masks then stay as they are.
+        into: Tensors to write to instead of the parameters, of sites without a choice. θ then stays
+            where it is.
 
     Returns:
-        The dual variables that were used, if any.
+        The dual variable of each site's soft mask, None without one.
     """
     choices = [site.choice for site in sites if site.choice is not None]
     duals = [c.dual for c in choices] if choices else [site.dual for site in sites]
@@ -57,18 +60,12 @@ def project(sites: Sequence[Site], into: Sequence[Tensor] | None = None) -> list
         [site.theta for site in sites],
         [site.latent for site in sites] if stepping else [],
         [site.parameter for site in sites] if into is None else into,
-        [site.mask for site in sites],
+        [site.stored_mask for site in sites],
         [site.scale for site in sites],
         [(c.threshold, c.stop) for c in choices] or None,
         used or None,
     )
-    return used or None
-
-
-def _commit(sites: Sequence[Site], duals: list[Dual] | None) -> None:
-    for i, site in enumerate(sites):
-        site.choice = None
-        site.dual = duals[i] if duals else None
+    return duals
 
 
 def _alike(sites: Sequence[Site]) -> Iterator[list[Site]]:

@@ -5,18 +5,20 @@
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <numeric>
 
 #include "parallel.h"
 
 namespace spartan {
 namespace {
 
-// Kept costs are compared with this relative slack, so that a sum such as 3 x 0.1 still fits 0.3.
+// Kept costs are compared with this slack, relative to the budget, so that 3 x 0.1 still fits 0.3.
 constexpr double kSlack = 1e-12;
 // Two wide digits are fewest passes; many bins are much work for few entries.
 constexpr Digit kWide[] = {{16, 16}, {0, 16}};
 constexpr Digit kNarrow[] = {{21, 11}, {10, 11}, {0, 10}};
 constexpr std::int64_t kMany = 1 << 20;
+constexpr std::size_t kFewCosts = 8;
 
 std::int32_t key_of(float score) {
   std::int32_t bits;
@@ -32,17 +34,27 @@ float score_of(std::int32_t key) {
   return score;
 }
 
+// Numbers of entries for each distinct cost. Integers, so that sums have no order; costs are
+// multiplied in at the end.
+using Counts = std::vector<std::int64_t>;
+
 struct Boundary {
   std::int32_t key;
   double left;  // budget left for the entries with this key
   double ties;  // what all of them cost
+  std::int64_t number;
 };
 
 class Search {
  public:
   Search(const Loops& loops, const Request& request)
-      : loops_(loops), request_(request), chunks_(chunks_of(request.sizes)),
-        finite_(chunks_.size()), masses_(chunks_.size()) {}
+      : loops_(loops), request_(request), slack_(kSlack * request.budget), costs_(request.costs),
+        chunks_(chunks_of(request.sizes)), finite_(chunks_.size()), masses_(chunks_.size()) {
+    std::sort(costs_.begin(), costs_.end());
+    costs_.erase(std::unique(costs_.begin(), costs_.end()), costs_.end());
+    for (double cost : request.costs)
+      kind_.push_back(std::lower_bound(costs_.begin(), costs_.end(), cost) - costs_.begin());
+  }
 
   // Looks among the entries whose score lies in the bracket. False if the boundary is not there.
   bool from_bracket(Boundary& boundary) {
@@ -57,48 +69,47 @@ class Search {
       near[c] = loops_.near(data(c), chunks_[c].size, scores(c), low, high,
                             found.get() + offsets[c], offsets[c + 1] - offsets[c]);
     });
-
     visited_ = true;
 
-    std::vector<std::int64_t> above(request_.sizes.size(), 0);
+    Counts above(costs_.size(), 0);
     std::vector<Candidate> candidates;
     for (std::size_t c = 0; c < chunks_.size(); ++c) {
       if (near[c].found < 0) return false;
-      above[chunks_[c].tensor] += near[c].above;
+      above[kind(c)] += near[c].above;
       for (std::int64_t i = 0; i < near[c].found; ++i)
-        candidates.push_back({found[offsets[c] + i], static_cast<std::int32_t>(chunks_[c].tensor)});
+        candidates.push_back({found[offsets[c] + i], static_cast<std::int32_t>(kind(c))});
     }
-    double spent = 0;
-    for (std::size_t t = 0; t < above.size(); ++t) spent += request_.costs[t] * above[t];
-    return !reaches(spent) && among(candidates, spent, boundary);
+    return !reaches(above) && among(candidates, above, boundary);
   }
 
   // Digit by digit, from the top: a histogram of those that share the digits found so far.
   Boundary from_histograms() {
     std::int64_t entries = 0;
     for (std::int64_t size : request_.sizes) entries += size;
-    return entries < kMany ? by_digits(std::begin(kNarrow), std::end(kNarrow))
-                           : by_digits(std::begin(kWide), std::end(kWide));
+    return entries < kMany || costs_.size() > kFewCosts
+               ? by_digits(std::begin(kNarrow), std::end(kNarrow))
+               : by_digits(std::begin(kWide), std::end(kWide));
   }
 
   // Distributes what is left over the entries at the boundary, by position.
-  std::vector<std::int64_t> stops(Boundary boundary) const {
-    if (boundary.ties <= boundary.left * (1 + kSlack)) return request_.sizes;
+  std::vector<std::int64_t> stops(const Boundary& boundary) const {
+    if (boundary.ties <= boundary.left + slack_) return request_.sizes;
+    std::vector<std::int64_t> stops(request_.sizes.size(), 0);
+    if (boundary.number == 1) return stops;
     std::vector<std::int64_t> counts(chunks_.size());
     parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
       counts[c] = loops_.count(data(c), chunks_[c].size, scores(c), boundary.key);
     });
-    std::vector<std::int64_t> stops(request_.sizes.size(), 0);
-    double left = boundary.left;
+    Counts taken(costs_.size(), 0);
     for (std::size_t c = 0; c < chunks_.size(); ++c) {
       const Chunk& chunk = chunks_[c];
-      const double cost = request_.costs[chunk.tensor];
-      const double fitting = std::floor(left / cost * (1 + kSlack));
+      const double left = boundary.left - cost_of(taken) + slack_;
+      const double fitting = std::floor(left / request_.costs[chunk.tensor]);
       if (fitting < static_cast<double>(counts[c])) {
         stops[chunk.tensor] = chunk.begin + position(c, boundary.key, fitting);
         return stops;
       }
-      left -= cost * counts[c];
+      taken[kind(c)] += counts[c];
       stops[chunk.tensor] = chunk.begin + chunk.size;
     }
     return stops;
@@ -112,7 +123,7 @@ class Search {
 
  private:
   struct Candidate {
-    std::int32_t key, tensor;
+    std::int32_t key, kind;
   };
   static constexpr std::int64_t kSmall = 256;
 
@@ -120,7 +131,21 @@ class Search {
   Scores scores(std::int64_t c) const {
     return {request_.scales[chunks_[c].tensor], request_.absolute};
   }
-  bool reaches(double spent) const { return spent >= request_.budget * (1 - kSlack); }
+  std::size_t kind(std::int64_t c) const { return kind_[chunks_[c].tensor]; }
+
+  double cost_of(const Counts& counts) const {
+    double cost = 0;
+    for (std::size_t k = 0; k < costs_.size(); ++k) cost += costs_[k] * counts[k];
+    return cost;
+  }
+  bool reaches(const Counts& counts) const {
+    return cost_of(counts) >= request_.budget - slack_;
+  }
+
+  Boundary boundary_at(std::int32_t key, const Counts& above, const Counts& ties) const {
+    const std::int64_t number = std::accumulate(ties.begin(), ties.end(), std::int64_t{0});
+    return {key, request_.budget - cost_of(above), cost_of(ties), number};
+  }
 
   // What is wanted of each chunk besides the boundary, while it is in the cache.
   void visit(std::int64_t c) {
@@ -131,14 +156,13 @@ class Search {
   }
 
   // Quickselect by cost: splits at the median until one key is left.
-  bool among(std::vector<Candidate>& candidates, double spent, Boundary& boundary) const {
-    const auto cost = [&](auto begin, auto end) {
-      double total = 0;
-      for (; begin != end; ++begin) total += request_.costs[begin->tensor];
-      return total;
+  bool among(std::vector<Candidate>& candidates, Counts above, Boundary& boundary) const {
+    const auto with = [&](Counts counts, auto begin, auto end) {
+      for (; begin != end; ++begin) ++counts[begin->kind];
+      return counts;
     };
     auto begin = candidates.begin(), end = candidates.end();
-    if (!reaches(spent + cost(begin, end))) return false;
+    if (!reaches(with(above, begin, end))) return false;
     while (begin != end) {
       const auto middle = begin + (end - begin) / 2;
       std::nth_element(begin, middle, end,
@@ -146,14 +170,14 @@ class Search {
       const std::int32_t key = middle->key;
       const auto ties = std::partition(begin, end, [&](const auto& c) { return c.key > key; });
       const auto rest = std::partition(ties, end, [&](const auto& c) { return c.key == key; });
-      const double larger = cost(begin, ties), equal = cost(ties, rest);
-      if (reaches(spent + larger)) {
+      const Counts larger = with(above, begin, ties), reached = with(larger, ties, rest);
+      if (reaches(larger)) {
         end = ties;
-      } else if (reaches(spent + larger + equal)) {
-        boundary = {key, request_.budget - spent - larger, equal};
+      } else if (reaches(reached)) {
+        boundary = boundary_at(key, larger, with(Counts(costs_.size(), 0), ties, rest));
         return true;
       } else {
-        spent += larger + equal;
+        above = reached;
         begin = rest;
       }
     }
@@ -169,28 +193,25 @@ class Search {
 
   Boundary by_digits(const Digit* digit, const Digit* end) {
     std::uint32_t prefix = 0;
-    double spent = 0, ties = 0;
+    Counts above(costs_.size(), 0), ties;
     for (; digit != end; ++digit) {
-      const std::vector<double> bins = histogram(*digit, prefix);
-      const std::size_t bin = walk(bins, spent);
+      const std::vector<Counts> bins = histogram(*digit, prefix);
+      const std::size_t bin = walk(bins, above);
       prefix = prefix << digit->bits | static_cast<std::uint32_t>(bin);
-      ties = bins[bin];
+      ties = at_bin(bins, bin);
       visited_ = true;
     }
-    return {static_cast<std::int32_t>(prefix ^ 0x80000000u), request_.budget - spent, ties};
+    return boundary_at(static_cast<std::int32_t>(prefix ^ 0x80000000u), above, ties);
   }
 
-  // Cost per bin. Counts are summed for each cost apart: integers, whatever the order.
-  std::vector<double> histogram(Digit digit, std::uint32_t prefix) {
-    std::vector<double> costs = request_.costs;
-    std::sort(costs.begin(), costs.end());
-    costs.erase(std::unique(costs.begin(), costs.end()), costs.end());
+  // For each distinct cost, the number of entries in each bin.
+  std::vector<Counts> histogram(Digit digit, std::uint32_t prefix) {
     const std::size_t size = std::size_t{1} << digit.bits;
-    std::vector<double> total(size, 0.0);
-    for (double cost : costs) {
+    std::vector<Counts> total(costs_.size(), Counts(size, 0));
+    for (std::size_t k = 0; k < costs_.size(); ++k) {
       std::vector<std::int64_t> members;
       for (std::size_t c = 0; c < chunks_.size(); ++c)
-        if (request_.costs[chunks_[c].tensor] == cost) members.push_back(c);
+        if (kind(c) == k) members.push_back(c);
       const int workers =
           static_cast<int>(std::min<std::int64_t>(request_.threads, members.size()));
       std::vector<std::uint32_t> bins(size * std::max(workers, 1), 0);
@@ -200,21 +221,39 @@ class Search {
         loops_.histogram(data(c), chunks_[c].size, scores(c), digit, prefix,
                          bins.data() + size * worker);
       });
-      for (std::size_t i = 0; i < bins.size(); ++i) total[i % size] += cost * bins[i];
+      for (std::size_t i = 0; i < bins.size(); ++i) total[k][i % size] += bins[i];
     }
     return total;
   }
 
-  // The first bin, from the top, at which the budget is reached; adds the cost above it to spent.
-  std::size_t walk(const std::vector<double>& bins, double& spent) const {
-    std::size_t bin = bins.size() - 1, lowest = 0;
-    while (bins[lowest] == 0) ++lowest;
-    for (; bin > lowest && !reaches(spent + bins[bin]); --bin) spent += bins[bin];
+  Counts at_bin(const std::vector<Counts>& bins, std::size_t bin) const {
+    Counts counts;
+    for (const Counts& of_cost : bins) counts.push_back(of_cost[bin]);
+    return counts;
+  }
+
+  // The first bin, from the top, at which the budget is reached; adds what lies above it.
+  std::size_t walk(const std::vector<Counts>& bins, Counts& above) const {
+    std::size_t bin = bins[0].size() - 1, lowest = 0;
+    const auto empty = [&](std::size_t i) {
+      return std::all_of(bins.begin(), bins.end(), [&](const Counts& c) { return c[i] == 0; });
+    };
+    while (empty(lowest)) ++lowest;
+    for (; bin > lowest; --bin) {
+      if (empty(bin)) continue;
+      Counts reached = above;
+      for (std::size_t k = 0; k < bins.size(); ++k) reached[k] += bins[k][bin];
+      if (reaches(reached)) break;
+      above = reached;
+    }
     return bin;
   }
 
   const Loops& loops_;
   const Request& request_;
+  const double slack_;
+  std::vector<double> costs_;      // distinct
+  std::vector<std::size_t> kind_;  // of each tensor: the place of its cost among them
   const std::vector<Chunk> chunks_;
   std::vector<char> finite_;
   std::vector<Mass> masses_;
