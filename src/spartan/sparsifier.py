@@ -200,7 +200,7 @@ class Sparsifier:
         for site in self.sites:
             saved = dict(state["sites"][site.name])
             site.latent.copy_(saved.pop("latent"))
-            site.mask = saved.pop("mask").to(site.mask.device, copy=True)
+            site.mask = torch.empty_like(site.mask).copy_(saved.pop("mask"))
             dual = saved.pop("dual")
             site.dual = None if dual is None else Dual(*dual)
             site.active = saved.pop("active")

@@ -258,6 +258,43 @@ def test_what_the_native_kernels_do_not_serve_falls_to_torch(make: Callable[[], 
     assert kernels.finite([values]) == [True]
 
 
+@pytest.mark.parametrize("method", [Spartan(), DualAveraging(backward_density=0.6), Magnitude()])
+def test_channels_last_weights_are_served_too(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = []
+    original = native.project
+    monkeypatch.setattr(native, "project", lambda *args: served.append(1) or original(*args))
+    results = []
+    for backend in ("torch", "native"):
+        torch.manual_seed(0)
+        model = nn.Conv2d(16, 32, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with kernels.using(backend):
+            sparsifier = Sparsifier(model, optimizer, method, Budget(density=0.3), 12)
+            for step in range(12):
+                x = torch.sin(torch.arange(2 * 16 * 64.0) + step).view(2, 16, 8, 8)
+                model(x.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert sparsifier.sites[0].mask.stride() == model.weight.stride()
+        sparsifier.finalize()
+        assert int(model.weight.count_nonzero()) == round(0.3 * model.weight.numel())
+        results.append(model.weight.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+    assert len(served) > 12
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_ties_of_channels_last_tensors_are_taken_in_the_order_of_memory(backend: str) -> None:
+    values = torch.full((4, 3, 5, 5), 0.1).contiguous(memory_format=torch.channels_last)
+    scores = Scores([values], [1.0], [1.0], absolute=True)
+    with kernels.using(backend):
+        (mask,) = kernels.masks_of(scores, scan([Request(scores, 70.0)])[0].cut)
+    assert mask.stride() == values.stride()
+    assert mask.permute(0, 2, 3, 1).flatten().nonzero().flatten().tolist() == list(range(70))
+
+
 def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     tensors = uneven(7)
     scores = Scores(tensors, [1.0] * 5, [1.0] * 5, absolute=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spartan.errors import KernelError
+from spartan.kernels.memory import alike
 
 VARIABLE = "SPARTAN_KERNELS"
 
@@ -63,7 +64,11 @@ def using(name: str) -> Iterator[None]:
 
 
 def native_for(*lists: Sequence[Tensor]) -> Any:
-    """Return the native module if it serves all these tensors, else None."""
+    """Return the native module if it serves all these tensors, else None.
+
+    Args:
+        lists: Lists of tensors. Those at one place of several lists must have one memory order.
+    """
     native = _chosen()[1]
     if native is None:
         return None
@@ -73,10 +78,9 @@ def native_for(*lists: Sequence[Tensor]) -> Any:
                 tensor.dtype is not torch.float32
                 or tensor.device.type != "cpu"
                 or type(tensor) not in (Tensor, nn.Parameter)
-                or not tensor.is_contiguous()
             ):
                 return None
-    return native
+    return native if all(map(alike, zip(*lists, strict=False))) else None
 
 
 _choice: tuple[Backend, Any] | None = None

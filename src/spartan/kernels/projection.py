@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
+from spartan.kernels.memory import alike, flat, unflat
 from spartan.kernels.scores import flat_pieces, wide
 from spartan.kernels.selection import kept
 from spartan.kernels.soft import Dual
@@ -70,7 +71,7 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 def _fit(masks: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     """Whether the native kernels can use the masks; the torch version says what is wrong."""
     return all(
-        mask.dtype is torch.bool and mask.is_cpu and mask.is_contiguous() and mask.shape == x.shape
+        mask.dtype is torch.bool and mask.is_cpu and mask.shape == x.shape and alike((mask, x))
         for mask, x in zip(masks, tensors, strict=True)
     )
 
@@ -92,13 +93,13 @@ def _project(
         copies = (latents[i],) if latents else ()
         begin = 0
         for x, w, keep, *latent in flat_pieces(theta, weight, mask, *copies):
-            u = wide(x).abs()
+            u = wide(flat(x)).abs()
             u = u if scales[i] == 1.0 else u * scales[i]
             if cuts is not None:
                 threshold, stop = cuts[i]
-                keep.copy_(kept(u, threshold, max(stop - begin, 0)))
+                keep.copy_(unflat(kept(u, threshold, max(stop - begin, 0)), x))
             begin += x.numel()
-            product = x if duals is None else duals[i].mask(u).mul_(x)
+            product = x if duals is None else unflat(duals[i].mask(u), x).mul(x)
             # Adding zero turns a kept -0.0 into 0.0.
             projected = torch.where(keep, product, 0.0).add_(0.0)
             for copy in latent:

@@ -9,6 +9,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from spartan.kernels.memory import alike, flat
+
 # Entries a CPU core handles while their temporaries stay in its cache.
 _CHUNK = 1 << 17
 
@@ -20,11 +22,11 @@ def wide(x: Tensor) -> Tensor:
 
 def flat_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield views of tensors of one shape, part by part, small enough for cheap temporaries."""
-    if not all(x.is_contiguous() for x in tensors):
+    if not alike(tensors):
         yield tensors
         return
     size = chunk_size(tensors[0], tensors[0].numel())
-    yield from zip(*(x.view(-1).split(size) for x in tensors), strict=True)
+    yield from zip(*(flat(x).split(size) for x in tensors), strict=True)
 
 
 def chunk_size(like: Tensor, total: int) -> int:
@@ -110,8 +112,8 @@ class Scores:
 
     def _split(self, i: int, size: int) -> Iterator[tuple[Tensor, float | Tensor]]:
         cost = self.costs[i]
-        parts = self.tensors[i].flatten().split(size)
-        costs = cost.flatten().split(size) if isinstance(cost, Tensor) else [cost] * len(parts)
+        parts = flat(self.tensors[i]).split(size)
+        costs = flat(cost).split(size) if isinstance(cost, Tensor) else [cost] * len(parts)
         for x, c in zip(parts, costs, strict=True):
             yield self.of(x, i), c
 
@@ -122,6 +124,6 @@ class Scores:
             if length + self.tensors[i].numel() > size and batch:
                 yield self.of(torch.cat(batch), run[0]), self.costs[run[0]]
                 batch, length = [], 0
-            batch.append(self.tensors[i].flatten().to(self.dtype))
+            batch.append(flat(self.tensors[i]).to(self.dtype))
             length += self.tensors[i].numel()
         yield self.of(torch.cat(batch), run[0]), self.costs[run[0]]

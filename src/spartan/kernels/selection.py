@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spartan.kernels.memory import flat, unflat
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, chunk_size
 
@@ -28,8 +29,8 @@ class Cut:
 
     Attributes:
         threshold: Entries with a larger score are kept. -inf keeps all, inf none.
-        stops: For each tensor: of the entries whose score is the threshold, those at flat
-            positions before this are kept.
+        stops: For each tensor: of the entries whose score is the threshold, those at positions
+            before this, counted in the order of memory, are kept.
     """
 
     threshold: float
@@ -96,7 +97,7 @@ def stops_of(
     pieces = [
         (i, x)
         for i, tensor in enumerate(scores.tensors)
-        for x in tensor.flatten().split(chunk_size(tensor, sum(scores.numels)))
+        for x in flat(tensor).split(chunk_size(tensor, sum(scores.numels)))
     ]
     counts = read_back([(scores.of(x, i) == threshold).sum().reshape(1) for i, x in pieces])
     stops = [0] * len(scores.tensors)
@@ -116,28 +117,26 @@ def _stop_by_entry(scores: Scores, threshold: float, left: float) -> int:
     """Do so for one tensor whose entries have costs of their own."""
     (x,), (cost,) = scores.tensors, scores.costs
     assert isinstance(cost, Tensor)
-    tied = (scores.of(x.flatten(), 0) == threshold).nonzero()[:, 0]
-    fitting = int(torch.count_nonzero(cost.flatten()[tied].double().cumsum(0) <= left))
+    tied = (scores.of(flat(x), 0) == threshold).nonzero()[:, 0]
+    fitting = int(torch.count_nonzero(flat(cost)[tied].double().cumsum(0) <= left))
     return int(tied[fitting]) if fitting < len(tied) else x.numel()
 
 
 def masks_of(scores: Scores, cut: Cut) -> list[Tensor]:
     """Return the boolean mask of each tensor, True where kept."""
     return [
-        kept(scores.of(x, i), cut.threshold, stop)
+        unflat(kept(scores.of(flat(x), i), cut.threshold, stop), x)
         for i, (x, stop) in enumerate(zip(scores.tensors, cut.stops, strict=True))
     ]
 
 
 def kept(u: Tensor, threshold: float, stop: int) -> Tensor:
-    """Return which scores are kept, for the `stop` of their tensor."""
+    """Return which of the flat scores of a tensor are kept, for its stop."""
     if stop >= u.numel():
         return u >= threshold
     mask = u > threshold
     if stop > 0:
-        tied = torch.zeros_like(mask).flatten()
-        tied[:stop] = u.flatten()[:stop] == threshold
-        mask |= tied.view_as(mask)
+        mask[:stop] |= u[:stop] == threshold
     return mask
 
 

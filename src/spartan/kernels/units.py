@@ -58,7 +58,7 @@ class Grid:
 
 def pool_magnitudes(x: Tensor, grid: Grid, unit_shape: Sequence[int]) -> Tensor:
     """Sum |x| over each unit; returns `unit_shape`, in float32 or float64."""
-    native = native_for([x])
+    native = native_for([x]) if x.is_contiguous() else None
     if native is None:
         return _collect(torch.abs, grid, unit_shape, x)
     units = x.new_empty(tuple(unit_shape))
@@ -68,7 +68,7 @@ def pool_magnitudes(x: Tensor, grid: Grid, unit_shape: Sequence[int]) -> Tensor:
 
 def pool_products(x: Tensor, y: Tensor, grid: Grid, unit_shape: Sequence[int]) -> Tensor:
     """Sum x · y over each unit; returns `unit_shape`, in float32 or float64."""
-    native = native_for([x], [y])
+    native = native_for([x], [y]) if x.is_contiguous() else None
     if native is None:
         return _collect(torch.mul, grid, unit_shape, x, y)
     units = x.new_empty(tuple(unit_shape))
@@ -95,7 +95,8 @@ def scale(
         grid: Division into units.
     """
     copies = [] if latent is None else [latent]
-    native = native_for([theta, weight, *copies], [factors])
+    contiguous = all(x.is_contiguous() for x in (theta, weight, *copies, factors))
+    native = native_for([theta, weight, *copies, factors]) if contiguous else None
     if native is not None and factors.numel() == grid.count:
         latent_address = 0 if latent is None else latent.data_ptr()
         native.scale_by_units(
@@ -108,7 +109,7 @@ def scale(
         )
         torch.autograd.graph.increment_version(weight)
         return
-    if not all(x.is_contiguous() for x in (theta, weight, *copies)):
+    if not contiguous:
         product = (wide(theta) * spread(factors, grid, theta.shape)).add_(0.0)
         for copy in copies:
             copy.copy_(theta)
@@ -123,7 +124,8 @@ def scale(
 
 def pull_back_units(grad: Tensor, theta: Tensor, m: Tensor, terms: Tensor, grid: Grid) -> None:
     """Write g ← m g + sign(θ) term, with `m` and `terms` one per unit, in place."""
-    native = native_for([grad, theta], [m, terms])
+    contiguous = all(x.is_contiguous() for x in (grad, theta, m, terms))
+    native = native_for([grad, theta, m, terms]) if contiguous else None
     if native is not None and m.numel() == terms.numel() == grid.count:
         native.pull_back_by_units(
             grid.numbers(),
@@ -135,7 +137,7 @@ def pull_back_units(grad: Tensor, theta: Tensor, m: Tensor, terms: Tensor, grid:
         )
         torch.autograd.graph.increment_version(grad)
         return
-    if not (grad.is_contiguous() and theta.is_contiguous()):
+    if not contiguous:
         directed = wide(theta).sign() * spread(terms, grid, theta.shape)
         grad.copy_(directed.add_(spread(m, grid, theta.shape) * grad))
         return

@@ -87,11 +87,18 @@ def make_group(share: Share, weights: Sequence[Prunable], pattern: Pattern) -> G
             cost=cost,
             divisor=cost * mean_numel,
             latent=weight.parameter.detach().clone(),
-            stored_mask=torch.ones(shape, dtype=torch.bool, device=weight.parameter.device),
+            stored_mask=_everything(weight.parameter, shape),
         )
         for weight, cost, shape in zip(members, share.costs, shapes, strict=True)
     ]
     return Group(sites, share)
+
+
+def _everything(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a mask that keeps all units, in the memory order of the weight if it has its shape."""
+    if shape == parameter.shape:
+        return torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+    return torch.ones(shape, dtype=torch.bool, device=parameter.device)
 
 
 @dataclass(frozen=True)

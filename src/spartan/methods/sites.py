@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from spartan.kernels import Dual, kept
+from spartan.kernels.memory import flat, unflat
 from spartan.kernels.scores import wide
 from spartan.kernels.units import Grid, pool_magnitudes, pool_products
 from spartan.patterns import Pattern, Unstructured
@@ -75,7 +76,9 @@ class Site:
     def resolve(self) -> None:
         """Let a choice take effect now, instead of when the weight is next written."""
         if self.choice is not None:
-            self.stored_mask = kept(self.scores(), self.choice.threshold, self.choice.stop)
+            scores = wide(flat(self.theta)).abs() * self.scale
+            mask = kept(scores, self.choice.threshold, self.choice.stop)
+            self.stored_mask = unflat(mask, self.theta)
             self.settle(self.choice.dual)
 
     def settle(self, dual: Dual | None) -> None:

@@ -51,8 +51,10 @@ def select_rows(scores: Tensor, kept: int) -> Tensor:
 
 def unit_scores(values: Tensor, costs: Tensor | None) -> Scores:
     """Return the scores values / costs of one tensor."""
+    values = values.contiguous()
     if costs is None:
         return Scores([values], [1.0], [1.0], absolute=False)
+    costs = costs.contiguous()
     u = values if values.dtype == torch.float64 else values.float()
     return Scores([u / costs.to(u.dtype)], [1.0], [costs], absolute=False)
 
