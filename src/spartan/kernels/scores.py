@@ -33,8 +33,8 @@ def chunk_size(like: Tensor, total: int) -> int:
     """Return how many entries to work on at a time, of `total` on the device of `like`."""
     if like.device.type == "cpu":
         return _CHUNK
-    # Temporaries of a few chunks stay below a twentieth of the tensors.
-    return max(1 << 16, total // 64)
+    # The temporaries of a chunk, at most six floats an entry, stay below a twentieth of the tensors.
+    return max(1 << 16, total // 128)
 
 
 @dataclass(frozen=True)
