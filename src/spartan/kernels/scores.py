@@ -33,7 +33,7 @@ def chunk_size(like: Tensor, total: int) -> int:
     """Return how many entries to work on at a time, of `total` on the device of `like`."""
     if like.device.type == "cpu":
         return _CHUNK
-    # The temporaries of a chunk, at most six floats an entry, stay below a twentieth of the tensors.
+    # The temporaries of a chunk, at most six floats an entry, stay below 5 % of the tensors.
     return max(1 << 16, total // 128)
 
 
