@@ -295,6 +295,15 @@ def test_ties_of_channels_last_tensors_are_taken_in_the_order_of_memory(backend:
     assert mask.permute(0, 2, 3, 1).flatten().nonzero().flatten().tolist() == list(range(70))
 
 
+def test_strided_weights_are_projected_as_any_other() -> None:
+    base = torch.randn(60, 40)
+    theta, mask = base.clone().t(), torch.rand(40, 60) < 0.5
+    assert not theta.is_contiguous()
+    with kernels.using("native"):
+        kernels.project([theta], [], [theta], [mask], [1.0], None, None)
+    assert torch.equal(theta, torch.where(mask, base.t(), 0.0))
+
+
 def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     tensors = uneven(7)
     scores = Scores(tensors, [1.0] * 5, [1.0] * 5, absolute=True)

@@ -67,7 +67,8 @@ def native_for(*lists: Sequence[Tensor]) -> Any:
     """Return the native module if it serves all these tensors, else None.
 
     Args:
-        lists: Lists of tensors. Those at one place of several lists must have one memory order.
+        lists: Lists of tensors, of one length or empty. Those at one place must be dense and have
+            one memory order.
     """
     native = _chosen()[1]
     if native is None:
@@ -80,7 +81,8 @@ def native_for(*lists: Sequence[Tensor]) -> Any:
                 or type(tensor) not in (Tensor, nn.Parameter)
             ):
                 return None
-    return native if all(map(alike, zip(*lists, strict=False))) else None
+    given = [tensors for tensors in lists if tensors]
+    return native if all(map(alike, zip(*given, strict=True))) else None
 
 
 _choice: tuple[Backend, Any] | None = None

@@ -106,14 +106,11 @@ def _on_device(request: Request) -> Tensor:
 
 def _read(request: Request, row: list[float]) -> Result:
     largest_entry, threshold, left, ties, number, *sums = row
-    finite = math.isfinite(largest_entry)
+    ok = math.isfinite(largest_entry)
     cut = trivial_cut(request.scores, request.budget)
     if cut is None:
-        wanted = finite and not request.threshold_only
-        stops = (
-            stops_of(request.scores, request.budget, threshold, left, ties, number)
-            if wanted
-            else []
-        )
+        stops: list[int] = []
+        if ok and not request.threshold_only:
+            stops = stops_of(request.scores, request.budget, threshold, left, ties, number)
         cut = Cut(threshold, stops)
-    return Result(finite, cut, None if request.dual is None else Mass(*sums))
+    return Result(ok, cut, None if request.dual is None else Mass(*sums))
