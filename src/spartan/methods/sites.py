@@ -65,7 +65,7 @@ class Site:
 
     @property
     def mask(self) -> Tensor:
-        """Kept units, boolean, in the pattern's unit shape."""
+        """Kept units, boolean, in the pattern's unit shape; overwritten in place as masks move."""
         self.resolve()
         return self.stored_mask
 

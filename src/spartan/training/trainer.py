@@ -290,7 +290,7 @@ class Trainer:
         return row
 
     def _masks(self) -> dict[str, Tensor]:
-        return {site.name: site.mask for site in self.sparsifier.sites}
+        return {site.name: site.mask.clone() for site in self.sparsifier.sites}
 
 
 def evaluate(
