@@ -69,7 +69,7 @@ def test_train_fills_the_run_folder(run: Path) -> None:
     assert tests[-1]["density"] == pytest.approx(0.1, abs=1e-4)
     train_rows = [row for row in rows if row["split"] == "train"]
     assert {"loss", "accuracy", "density", "beta", "churn", "lr"} <= set(train_rows[0])
-    assert any(row["churn"] > 0 for row in train_rows)
+    assert sum(row["churn"] > 0 for row in train_rows) > 1
     assert any((run / "tensorboard").iterdir())
 
 
