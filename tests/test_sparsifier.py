@@ -730,3 +730,66 @@ def test_tiny_weights_stay_finite(make_net: Make) -> None:
     sparsifier = attach(model, sgd(model), method=Spartan(warmup=0.0))
     assert sparsifier.density == pytest.approx(0.2, abs=1e-3)
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("settings"), "no settings"),
+        (lambda state: state["groups"].clear(), "0 groups"),
+        (lambda state: state["sites"]["fc1.weight"].update(mask=None), "None as mask"),
+        (lambda state: state["sites"]["fc1.weight"].update(dual=[1.0]), "three numbers"),
+        (lambda state: state["sites"]["fc1.weight"].pop("active"), "no active"),
+    ],
+)
+def test_damaged_states_change_nothing(
+    damage: Callable[[Any], Any], message: str, make_net: Make
+) -> None:
+    model = make_net()
+    optimizer = sgd(model)
+    sparsifier = attach(model, optimizer)
+    state = copy.deepcopy(sparsifier.state_dict())
+    train_step(model, optimizer, 0)
+    before = copy.deepcopy(sparsifier.state_dict())
+    damage(state)
+    with pytest.raises(StateError, match=message):
+        sparsifier.load_state_dict(state)
+    assert sparsifier.step == 1
+    for site in sparsifier.sites:
+        assert torch.equal(site.latent, before["sites"][site.name]["latent"])
+
+
+def test_an_interrupted_write_is_finished(make_net: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, undisturbed = make_net(), make_net()
+    method = Magnitude(schedule="one-shot", begin=0.2)
+    pairs = []
+    for net in (model, undisturbed):
+        optimizer = sgd(net)
+        pairs.append((optimizer, attach(net, optimizer, method=method)))
+        train_step(net, optimizer, 0)
+    sparsifier = pairs[0][1]
+    write = Magnitude.write
+    interrupts = iter([True])
+
+    def interrupted(self: Magnitude, sites: Any) -> None:
+        if next(interrupts, False):
+            write(self, sites[:1])
+            raise KeyboardInterrupt
+        write(self, sites)
+
+    monkeypatch.setattr(Magnitude, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_step(model, pairs[0][0], 1)
+    assert sparsifier.step == 2
+    train_step(undisturbed, pairs[1][0], 1)
+    assert states_equal(model, undisturbed)
+    assert sparsifier.density == pytest.approx(0.2, abs=1e-3)
+
+
+def test_kept_counts_masks_that_are_edited_in_place(make_net: Make) -> None:
+    model = make_net()
+    sparsifier = attach(model, sgd(model))
+    site = sparsifier.sites[0]
+    assert site.kept > 0
+    site.mask.fill_(False)
+    assert site.kept == 0

@@ -194,7 +194,7 @@ class Sparsifier:
                 changed then.
         """
         self._require_attached()
-        check_state(state, self._settings(), self.sites)
+        check_state(state, self._settings(), self.sites, len(self.groups))
         self._end_step()
         self.step = int(state["step"])
         for site in self.sites:
@@ -276,8 +276,14 @@ class Sparsifier:
             raise
         # From here on, whatever interrupts leaves the step as a step that was done.
         self.step += completes
-        self._writer.write(self.sites if moves else sites)
-        self._end_step()
+        written = self.sites if moves else sites
+        try:
+            self._writer.write(written)
+        except BaseException:
+            self._writer.write(written)
+            raise
+        finally:
+            self._end_step()
         if moves:
             self._warn_dead()
 

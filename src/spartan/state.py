@@ -15,7 +15,7 @@ STATE_VERSION = 2
 
 
 def check_state(
-    state: Mapping[str, Any], settings: Mapping[str, Any], sites: Sequence[Site]
+    state: Mapping[str, Any], settings: Mapping[str, Any], sites: Sequence[Site], groups: int
 ) -> None:
     """Raise unless everything in `state` fits.
 
@@ -23,6 +23,7 @@ def check_state(
         state: What `Sparsifier.state_dict` returned.
         settings: The settings of the sparsifier that loads it.
         sites: Its weights.
+        groups: How many groups they form.
 
     Raises:
         StateError: The message says what differs.
@@ -31,6 +32,9 @@ def check_state(
         raise StateError(
             f"The state has version {state.get('version')!r}, this is {STATE_VERSION}."
         )
+    for key in ("settings", "step", "sites", "groups"):
+        if key not in state:
+            raise StateError(f"The state is damaged: it holds no {key}.")
     for key, value in state["settings"].items():
         if settings.get(key) != value:
             raise StateError(
@@ -41,27 +45,39 @@ def check_state(
     other = sorted(set(saved) ^ {site.name for site in sites})
     if other:
         raise StateError(f"The state is of another model; it differs in {', '.join(other)}.")
+    if len(state["groups"]) != groups:
+        raise StateError(
+            f"The state holds numbers for {len(state['groups'])} groups, this model has {groups}."
+        )
     for site in sites:
-        theirs = dict(saved[site.name])
-        for key in ("latent", "mask", "dual", "active"):
-            if key not in theirs:
-                raise StateError(f"The state holds no {key} of {site.name!r}.")
-        _check_tensor("latent", theirs.pop("latent"), site.latent.shape, site.latent.dtype, site)
-        for key, value in theirs.items():
-            if isinstance(value, Tensor):
-                dtype = torch.bool if key == "mask" else value.dtype
-                _check_tensor(key, value, site.mask.shape, dtype, site)
+        _check_site(dict(saved[site.name]), site)
+
+
+def _check_site(saved: dict[str, Any], site: Site) -> None:
+    for key in ("latent", "mask", "dual", "active"):
+        if key not in saved:
+            raise StateError(f"The state holds no {key} of {site.name!r}.")
+    _check_tensor("latent", saved.pop("latent"), [site.latent.shape], site.latent.dtype, site)
+    _check_tensor("mask", saved.pop("mask"), [site.mask.shape], torch.bool, site)
+    dual = saved.pop("dual")
+    if dual is not None and len(dual) != 3:
+        raise StateError(f"The state holds {dual!r} as dual of {site.name!r}, not three numbers.")
+    saved.pop("active")
+    for key, value in saved.items():
+        dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+        # One number a unit, or one a weight.
+        _check_tensor(key, value, [site.mask.shape, site.latent.shape], dtype, site)
 
 
 def _check_tensor(
-    key: str, found: object, shape: torch.Size, dtype: torch.dtype, site: Site
+    key: str, found: object, shapes: Sequence[torch.Size], dtype: torch.dtype, site: Site
 ) -> None:
-    if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
+    if isinstance(found, Tensor) and found.shape in shapes and found.dtype == dtype:
         return
     given = _describe(found.shape, found.dtype) if isinstance(found, Tensor) else repr(found)
     raise StateError(
         f"The state holds {given} as {key} of {site.name!r}, this model needs "
-        f"{_describe(shape, dtype)}."
+        f"{_describe(shapes[0], dtype)}."
     )
 
 

@@ -28,10 +28,12 @@ class WeightWriter:
 
     @torch.no_grad()
     def write(self, sites: Sequence[Site]) -> None:
-        """Write w; sites inside a step keep the new θ in their latent weights."""
+        """Write w; sites inside a step keep the new θ in their latent weights, and leave it.
+
+        A write that was interrupted may be done again.
+        """
         self._method.write(sites)
         for site in sites:
-            site.stepping = False
             self._versions[id(site)] = site.weight.parameter._version
 
     def was_overwritten(self, site: Site) -> bool:

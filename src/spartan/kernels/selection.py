@@ -104,7 +104,7 @@ def stops_of(
     taken = dict.fromkeys(sorted(set(costs)), 0)
     for (i, x), (count,) in zip(pieces, counts, strict=True):
         spent = sum(cost * number for cost, number in taken.items())
-        fitting = math.floor((left - spent) / costs[i])
+        fitting = max(math.floor((left - spent) / costs[i]), 0)
         if fitting < count:
             stops[i] += int((scores.of(x, i) == threshold).nonzero()[fitting, 0])
             break

@@ -47,7 +47,7 @@ class Site:
         active: Whether the parameter had a gradient in the current step.
         stepping: Whether the parameter holds θ: inside a step.
         choice: What was selected and is not written yet.
-        counted: Number of kept units, once it was asked for.
+        counted: Version of the mask and number of its kept units, once that was asked for.
     """
 
     weight: Prunable
@@ -61,7 +61,7 @@ class Site:
     active: bool = True
     stepping: bool = False
     choice: Choice | None = None
-    counted: int | None = None
+    counted: tuple[int, int] | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -124,9 +124,9 @@ class Site:
     def kept(self) -> int:
         """Number of kept units."""
         mask = self.mask
-        if self.counted is None:
-            self.counted = int(mask.count_nonzero())
-        return self.counted
+        if self.counted is None or self.counted[0] != mask._version:
+            self.counted = mask._version, int(mask.count_nonzero())
+        return self.counted[1]
 
     @property
     def grad(self) -> Tensor | None:

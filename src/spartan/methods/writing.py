@@ -17,6 +17,7 @@ def write_kept(sites: Sequence[Site]) -> None:
     """Write w = θ, or θ · m for sites with a dual variable, where the mask keeps it."""
     for alike in _alike([site for site in sites if site.elementwise]):
         for site, dual in zip(alike, project(alike), strict=True):
+            site.stepping = False
             if site.choice is not None:
                 site.settle(dual)
     for site in sites:
@@ -29,6 +30,7 @@ def write_scaled(site: Site, factors: Tensor) -> None:
     latent = site.latent if site.stepping else None
     factors = factors.to(wide(site.latent[:0]).dtype)
     units.scale(site.theta, factors, latent, site.parameter, site.grid)
+    site.stepping = False
 
 
 def write_given(sites: Sequence[Site], materialize: Callable[[Site], Tensor]) -> None:
@@ -38,6 +40,7 @@ def write_given(sites: Sequence[Site], materialize: Callable[[Site], Tensor]) ->
         if site.stepping:
             site.latent.copy_(site.theta)
         site.weight.parameter.copy_(weight)
+        site.stepping = False
 
 
 def project(sites: Sequence[Site], into: Sequence[Tensor] | None = None) -> Sequence[Dual | None]:

@@ -104,7 +104,7 @@ class Search {
     for (std::size_t c = 0; c < chunks_.size(); ++c) {
       const Chunk& chunk = chunks_[c];
       const double left = boundary.left - cost_of(taken) + slack_;
-      const double fitting = std::floor(left / request_.costs[chunk.tensor]);
+      const double fitting = std::max(std::floor(left / request_.costs[chunk.tensor]), 0.0);
       if (fitting < static_cast<double>(counts[c])) {
         stops[chunk.tensor] = chunk.begin + position(c, boundary.key, fitting);
         return stops;
