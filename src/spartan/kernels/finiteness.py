@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
+from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 
 
@@ -28,7 +29,7 @@ def native_finite(tensors: Sequence[Tensor]) -> list[bool] | None:
     if native is None:
         return None
     found: list[bool] = native.finite(
-        [x.data_ptr() for x in tensors], [x.numel() for x in tensors], torch.get_num_threads()
+        addresses(tensors), [x.numel() for x in tensors], torch.get_num_threads()
     )
     return found
 

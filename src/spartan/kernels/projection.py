@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
-from spartan.kernels.memory import alike, flat, unflat
+from spartan.kernels.memory import addresses, alike, flat, unflat
 from spartan.kernels.scores import flat_pieces, wide
 from spartan.kernels.selection import kept
 from spartan.kernels.soft import Dual
@@ -39,10 +39,10 @@ def project(
         _project(thetas, latents, weights, masks, scales, cuts, duals)
         return
     native.project(
-        _addresses(thetas),
-        _addresses(latents),
-        _addresses(weights),
-        _addresses(masks),
+        addresses(thetas),
+        addresses(latents),
+        addresses(weights),
+        addresses(masks),
         [x.numel() for x in thetas],
         scales,
         [] if cuts is None else [threshold for threshold, _ in cuts],
@@ -63,7 +63,7 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
                 x.masked_fill_(~keep, 0.0)
         return
     sizes = [x.numel() for x in tensors]
-    native.mask(_addresses(tensors), _addresses(masks), sizes, torch.get_num_threads())
+    native.mask(addresses(tensors), addresses(masks), sizes, torch.get_num_threads())
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
 
@@ -74,10 +74,6 @@ def _fit(masks: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         mask.dtype is torch.bool and mask.is_cpu and mask.shape == x.shape and alike((mask, x))
         for mask, x in zip(masks, tensors, strict=True)
     )
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]
 
 
 def _project(

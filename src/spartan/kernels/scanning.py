@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
 from spartan.kernels.finiteness import finite, largest
+from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cut, boundary, stops_of, trivial_cut
@@ -78,7 +79,7 @@ def _native(request: Request) -> Result | None:
         mass = None if dual is None else native_mass(scores, dual, request.dropped)
         return Result(all(finite(scores.tensors)), cut, mass)
     ok, threshold, stops, sums = native.scan(
-        [x.data_ptr() for x in scores.tensors],
+        addresses(scores.tensors),
         scores.numels,
         scores.scales,
         costs,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
+from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, flat_pieces, wide
 
@@ -75,7 +76,7 @@ def native_mass(scores: Scores, dual: Dual, dropped: bool) -> Mass | None:
         return None
     return Mass(
         *native.mass(
-            [x.data_ptr() for x in scores.tensors],
+            addresses(scores.tensors),
             scores.numels,
             scores.scales,
             costs,
@@ -145,8 +146,8 @@ def pull_back(
         _pull_back(grads, thetas, scales, costs, duals)
         return
     fixed = (
-        [g.data_ptr() for g in grads],
-        [x.data_ptr() for x in thetas],
+        addresses(grads),
+        addresses(thetas),
         [x.numel() for x in thetas],
         scales,
         costs,

@@ -138,9 +138,7 @@ class Contest:
     @property
     def mean_unit_numel(self) -> float:
         """Weights per unit, on average."""
-        return sum(s.latent.numel() for s in self.sites) / sum(
-            s.stored_mask.numel() for s in self.sites
-        )
+        return sum(s.latent.numel() for s in self.sites) / sum(s.units for s in self.sites)
 
     def keep(self, cut: Cut, dual: Dual | None = None) -> None:
         """Choose what a cut keeps, with the soft mask of `dual` if there is one.

@@ -32,9 +32,9 @@ def hard_topk(values: Tensor, budget: float, costs: Tensor | None = None) -> Ten
     return masks_of(scores, find_cut(scores, budget))[0]
 
 
-def find_cut(scores: Scores, budget: float, bracket: tuple[float, float] = (0.0, 0.0)) -> Cut:
+def find_cut(scores: Scores, budget: float) -> Cut:
     """Find which entries a budget keeps; see `spartan.kernels.Request`."""
-    return scan([Request(scores, budget, bracket)])[0].cut
+    return scan([Request(scores, budget)])[0].cut
 
 
 def select_rows(scores: Tensor, kept: int) -> Tensor:

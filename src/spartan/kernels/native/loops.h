@@ -74,7 +74,7 @@ struct Loops {
   void (*pull_back)(float* grad, const float* theta, std::int64_t n, Scores, Dual, float rate,
                     float cost, float price);
   // g <- 0 where not kept.
-  void (*cut)(float* grad, const bool* mask, std::int64_t n);
+  void (*zero_outside)(float* grad, const bool* mask, std::int64_t n);
 
   // For units of several weights. Sums |x|, or x y, of one row over units into `sums`.
   void (*pool_row)(const float* x, const float* y, const Row&, double* sums);

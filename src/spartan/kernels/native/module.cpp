@@ -8,12 +8,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "keys.h"
 #include "loops.h"
 #include "parallel.h"
 #include "selection.h"
@@ -115,15 +115,6 @@ MassTuple mass(const Pointers& tensors, const Sizes& sizes, const std::vector<fl
   return tuple_of(total(parts, chunks, costs));
 }
 
-// The smallest key kept in [begin, end): entries equal to the threshold count before `stop` only.
-std::int32_t smallest_kept(float threshold, bool ties) {
-  std::int32_t bits;
-  threshold += 0.0f;
-  std::memcpy(&bits, &threshold, sizeof bits);
-  bits ^= (bits >> 31) & 0x7fffffff;
-  return ties ? bits : bits + 1;
-}
-
 void project(const Pointers& thetas, const Pointers& latents, const Pointers& weights,
              const Pointers& masks, const Sizes& sizes, const std::vector<float>& scales,
              const std::vector<float>& thresholds, const Sizes& stops,
@@ -137,7 +128,9 @@ void project(const Pointers& thetas, const Pointers& latents, const Pointers& we
       if (begin >= end) return;
       const Chunk part = {t, begin, end - begin};
       bool* mask = at<bool>(masks, part);
-      const Gate gate = {given ? 0 : smallest_kept(thresholds[t], ties), given ? mask : nullptr};
+      // Entries equal to the threshold are kept before the stop only.
+      const std::int32_t smallest = given ? 0 : key_of(thresholds[t]) + (ties ? 0 : 1);
+      const Gate gate = {smallest, given ? mask : nullptr};
       float* latent = latents.empty() ? nullptr : at<float>(latents, part);
       current()->project(at<const float>(thetas, part), latent, at<float>(weights, part), mask,
                          part.size, {scales[t], true}, gate, duals ? &dual : nullptr);
@@ -184,7 +177,7 @@ void pull_back(const Pointers& grads, const Pointers& thetas, const Sizes& sizes
 void mask(const Pointers& tensors, const Pointers& masks, const Sizes& sizes, int threads) {
   const auto chunks = chunks_of(sizes);
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
-    current()->cut(at<float>(tensors, chunks[c]), at<const bool>(masks, chunks[c]),
+    current()->zero_outside(at<float>(tensors, chunks[c]), at<const bool>(masks, chunks[c]),
                    chunks[c].size);
   });
 }

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <iterator>
 #include <memory>
 #include <numeric>
 
+#include "keys.h"
 #include "parallel.h"
 
 namespace spartan {
@@ -19,20 +19,6 @@ constexpr Digit kWide[] = {{16, 16}, {0, 16}};
 constexpr Digit kNarrow[] = {{21, 11}, {10, 11}, {0, 10}};
 constexpr std::int64_t kMany = 1 << 20;
 constexpr std::size_t kFewCosts = 8;
-
-std::int32_t key_of(float score) {
-  std::int32_t bits;
-  score += 0.0f;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-float score_of(std::int32_t key) {
-  float score;
-  key ^= (key >> 31) & 0x7fffffff;
-  std::memcpy(&score, &key, sizeof score);
-  return score;
-}
 
 // Numbers of entries for each distinct cost. Integers, so that sums have no order; costs are
 // multiplied in at the end.
