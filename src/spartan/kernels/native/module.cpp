@@ -149,8 +149,9 @@ std::tuple<double, double> earn(const Pointers& grads, const Pointers& thetas, c
   std::vector<Earned> parts(chunks.size());
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
     const std::size_t t = chunks[c].tensor;
-    parts[c] = current()->earn(at<const float>(grads, chunks[c]), at<const float>(thetas, chunks[c]),
-                               chunks[c].size, {scales[t], true}, dual_of(duals[t]));
+    parts[c] = current()->earn(at<const float>(grads, chunks[c]),
+                               at<const float>(thetas, chunks[c]), chunks[c].size,
+                               {scales[t], true}, dual_of(duals[t]));
   });
   double earned = 0, spread = 0;
   for (std::size_t c = 0; c < chunks.size(); ++c) {

@@ -2,7 +2,8 @@
 //
 // Two OpenMP runtimes in one process fight: after a parallel region the threads of each keep
 // spinning for the next one. So nothing here is compiled with OpenMP; Python looks up
-// GOMP_parallel in the library that torch itself is linked to, and passes its address. Without it, threads are started for each call.
+// GOMP_parallel in the library that torch itself is linked to, and passes its address. Without it,
+// threads are started for each call.
 
 #pragma once
 

@@ -31,8 +31,8 @@ struct Cut {
   Mass mass;
 };
 
-// The budget must lie above 0 and below the total cost. A wrong bracket costs time only. The entries
-// in it are collected in less than 1/20 of the memory of the tensors.
+// The budget must lie above 0 and below the total cost. A wrong bracket costs time only. The
+// entries in it are collected in less than 1/20 of the memory of the tensors.
 Cut find_cut(const Loops& loops, const Request& request);
 
 }  // namespace spartan

@@ -84,7 +84,7 @@ static inline Ints live(int count) {
   return lane < count;
 }
 
-// exp(x) for x <= 0, within one unit in the last place; 0 from -87 on, where floats become denormal.
+// exp(x) for x <= 0, within one unit in the last place; 0 up to -87, where floats get denormal.
 static inline Floats exp_of_negative(Floats x) {
   const Floats round = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = x * 1.44269504f + round;
