@@ -58,6 +58,10 @@ class KernelError(SpartanError, RuntimeError):
     """The kernels that were asked for are not there."""
 
 
+class DeployError(SpartanError, ValueError):
+    """A model cannot be packed, accelerated, timed or exported as asked."""
+
+
 class MissingExtraError(SpartanError, ImportError):
     """An optional dependency is needed and not installed."""
 

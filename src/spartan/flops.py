@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spartan.errors import BudgetError
 from spartan.prunable import Prunable
+from spartan.samples import run_on
 
 _MATMULS = {
     torch.ops.aten.mm.default: (0, 1),
@@ -45,12 +46,7 @@ def trace_flops(model: nn.Module, weights: Sequence[Prunable], sample_input: Any
     try:
         # With gradients on, attention layers do not take their opaque fused inference path.
         with torch.enable_grad(), counter:
-            if isinstance(sample_input, Mapping):
-                model(**sample_input)
-            elif isinstance(sample_input, tuple | list):
-                model(*sample_input)
-            else:
-                model(sample_input)
+            run_on(model, sample_input)
     finally:
         for module, flag in training.items():
             module.training = flag

@@ -70,19 +70,22 @@ def native_for(*lists: Sequence[Tensor]) -> Any:
         lists: Lists of tensors, of one length or empty. Those at one place must be dense and have
             one memory order.
     """
-    native = _chosen()[1]
-    if native is None:
-        return None
-    for tensors in lists:
-        for tensor in tensors:
-            if (
-                tensor.dtype is not torch.float32
-                or tensor.device.type != "cpu"
-                or type(tensor) not in (Tensor, nn.Parameter)
-            ):
-                return None
+    native = native_for_any_order(*(tensor for tensors in lists for tensor in tensors))
     given = [tensors for tensors in lists if tensors]
     return native if all(map(alike, zip(*given, strict=True))) else None
+
+
+def native_for_any_order(*tensors: Tensor) -> Any:
+    """Return the native module if these are float32 tensors on the CPU, else None."""
+    native = _chosen()[1]
+    for tensor in tensors:
+        if (
+            tensor.dtype is not torch.float32
+            or tensor.device.type != "cpu"
+            or type(tensor) not in (Tensor, nn.Parameter)
+        ):
+            return None
+    return native
 
 
 _choice: tuple[Backend, Any] | None = None

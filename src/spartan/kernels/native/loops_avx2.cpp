@@ -1,2 +1,3 @@
 #define SPARTAN_SET avx2
 #include "loops.inc"
+#include "products.inc"

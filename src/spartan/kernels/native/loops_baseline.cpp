@@ -1,2 +1,3 @@
 #define SPARTAN_SET baseline
 #include "loops.inc"
+#include "products.inc"

@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "instruction_sets.h"
 #include "keys.h"
 #include "loops.h"
 #include "parallel.h"
@@ -31,40 +32,6 @@ using DualTuple = std::tuple<float, float, float>;
 using MassTuple = std::tuple<double, double, double>;
 using Release = nb::call_guard<nb::gil_scoped_release>;
 
-std::vector<const Loops*> supported() {
-  std::vector<const Loops*> sets = {&baseline_loops()};
-#if defined(SPARTAN_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back(&avx2_loops());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      sets.push_back(&avx512_loops());
-  }
-#endif
-  return sets;
-}
-
-const Loops*& current() {
-  static const Loops* loops = supported().back();
-  return loops;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Loops* loops : supported()) names.emplace_back(loops->name);
-  return names;
-}
-
-void use_instruction_set(const std::string& name) {
-  for (const Loops* loops : supported())
-    if (name == loops->name) {
-      current() = loops;
-      return;
-    }
-  throw std::invalid_argument("this machine has no instruction set " + name);
-}
-
 Dual dual_of(const DualTuple& dual) {
   return {std::get<0>(dual), std::get<1>(dual), std::get<2>(dual)};
 }
@@ -73,7 +40,7 @@ std::vector<bool> finite(const Pointers& tensors, const Sizes& sizes, int thread
   const auto chunks = chunks_of(sizes);
   std::vector<char> ok(chunks.size());
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
-    ok[c] = current()->finite(at<const float>(tensors, chunks[c]), chunks[c].size);
+    ok[c] = current_set().loops->finite(at<const float>(tensors, chunks[c]), chunks[c].size);
   });
   std::vector<bool> result(sizes.size(), true);
   for (std::size_t c = 0; c < chunks.size(); ++c)
@@ -99,7 +66,7 @@ std::tuple<bool, float, Sizes, MassTuple> scan(
                         dual ? &wanted : nullptr,
                         dropped,
                         threads};
-  Cut cut = find_cut(*current(), request);
+  Cut cut = find_cut(*current_set().loops, request);
   return {cut.finite, cut.threshold, std::move(cut.stops), tuple_of(cut.mass)};
 }
 
@@ -109,7 +76,7 @@ MassTuple mass(const Pointers& tensors, const Sizes& sizes, const std::vector<fl
   const auto chunks = chunks_of(sizes);
   std::vector<Mass> parts(chunks.size());
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
-    parts[c] = current()->mass(at<const float>(tensors, chunks[c]), chunks[c].size,
+    parts[c] = current_set().loops->mass(at<const float>(tensors, chunks[c]), chunks[c].size,
                                {scales[chunks[c].tensor], absolute}, dual_of(dual), dropped);
   });
   return tuple_of(total(parts, chunks, costs));
@@ -132,7 +99,7 @@ void project(const Pointers& thetas, const Pointers& latents, const Pointers& we
       const std::int32_t smallest = given ? 0 : key_of(thresholds[t]) + (ties ? 0 : 1);
       const Gate gate = {smallest, given ? mask : nullptr};
       float* latent = latents.empty() ? nullptr : at<float>(latents, part);
-      current()->project(at<const float>(thetas, part), latent, at<float>(weights, part), mask,
+      current_set().loops->project(at<const float>(thetas, part), latent, at<float>(weights, part), mask,
                          part.size, {scales[t], true}, gate, duals ? &dual : nullptr);
     };
     const std::int64_t begin = chunks[c].begin, end = begin + chunks[c].size;
@@ -149,7 +116,7 @@ std::tuple<double, double> earn(const Pointers& grads, const Pointers& thetas, c
   std::vector<Earned> parts(chunks.size());
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
     const std::size_t t = chunks[c].tensor;
-    parts[c] = current()->earn(at<const float>(grads, chunks[c]),
+    parts[c] = current_set().loops->earn(at<const float>(grads, chunks[c]),
                                at<const float>(thetas, chunks[c]), chunks[c].size,
                                {scales[t], true}, dual_of(duals[t]));
   });
@@ -169,7 +136,7 @@ void pull_back(const Pointers& grads, const Pointers& thetas, const Sizes& sizes
     const std::size_t t = chunks[c].tensor;
     const Dual dual = dual_of(duals[t]);
     const float cost = static_cast<float>(costs[t]);
-    current()->pull_back(at<float>(grads, chunks[c]), at<const float>(thetas, chunks[c]),
+    current_set().loops->pull_back(at<float>(grads, chunks[c]), at<const float>(thetas, chunks[c]),
                          chunks[c].size, {scales[t], true}, dual, dual.beta * scales[t] * cost,
                          cost, static_cast<float>(price));
   });
@@ -178,7 +145,7 @@ void pull_back(const Pointers& grads, const Pointers& thetas, const Sizes& sizes
 void mask(const Pointers& tensors, const Pointers& masks, const Sizes& sizes, int threads) {
   const auto chunks = chunks_of(sizes);
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
-    current()->zero_outside(at<float>(tensors, chunks[c]), at<const bool>(masks, chunks[c]),
+    current_set().loops->zero_outside(at<float>(tensors, chunks[c]), at<const bool>(masks, chunks[c]),
                    chunks[c].size);
   });
 }
@@ -200,25 +167,26 @@ T* pointer(std::uintptr_t address) {
 
 void pool_units(const Sizes& grid, std::uintptr_t x, std::uintptr_t y, std::uintptr_t units,
                 int threads) {
-  pool(*current(), grid_of(grid), pointer<const float>(x), pointer<const float>(y),
+  pool(*current_set().loops, grid_of(grid), pointer<const float>(x), pointer<const float>(y),
        pointer<float>(units), threads);
 }
 
 void scale_by_units(const Sizes& grid, std::uintptr_t theta, std::uintptr_t factors,
                     std::uintptr_t latent, std::uintptr_t weight, int threads) {
-  scale(*current(), grid_of(grid), pointer<const float>(theta), pointer<const float>(factors),
+  scale(*current_set().loops, grid_of(grid), pointer<const float>(theta), pointer<const float>(factors),
         pointer<float>(latent), pointer<float>(weight), threads);
 }
 
 void pull_back_by_units(const Sizes& grid, std::uintptr_t grad, std::uintptr_t theta,
                         std::uintptr_t m, std::uintptr_t terms, int threads) {
-  pull_back_units(*current(), grid_of(grid), pointer<float>(grad), pointer<const float>(theta),
+  pull_back_units(*current_set().loops, grid_of(grid), pointer<float>(grad), pointer<const float>(theta),
                   pointer<const float>(m), pointer<const float>(terms), threads);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
+  bind_layers(m);
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &use_instruction_set);
   m.def("use_runner", [](std::uintptr_t address) { runner() = reinterpret_cast<Runner>(address); });

@@ -1,0 +1,200 @@
+"""Running a model's sparse layers on sparse kernels, where measuring shows that they win."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.deploy.graph import fuse, simplify, trace
+from spartan.deploy.layers import SparseLayer, replaceable, sparse_layer
+from spartan.deploy.plan import LayerPlan, Plan, pattern_of
+from spartan.deploy.timing import Timing, busy_warning, time_side_by_side
+from spartan.errors import DeployError
+from spartan.kernels import backend
+from spartan.kernels.bundles import best_height
+from spartan.samples import run_on
+
+# Denser than this, no sparse kernel has won except on a handful of inputs: not worth measuring.
+_TOO_DENSE, _HANDFUL = 0.6, 64
+_TOLERANCE = 1e-4  # relative error of the outputs at which the result is refused
+
+
+def accelerate(
+    model: nn.Module, example_input: Any, *, seconds: float = 0.1, verbose: bool = True
+) -> nn.Module:
+    """Return a model for inference that runs sparse where that is faster.
+
+    Each Linear and Conv2d is timed, dense and sparse, on the inputs it gets from `example_input`,
+    with the current number of threads. Batch norms are folded, and residual additions, ReLU and
+    GELU are fused into the sparse layers before them, if torch.fx can trace the model.
+
+    The given model is not changed. The result holds copies, in evaluation mode; it can be pickled
+    and deep-copied, and its state dict saved and loaded. It takes inputs of any size, but what is
+    fastest was measured on this one. Its `plan` attribute says what was measured; a deep copy of a
+    traced model has none.
+
+    Args:
+        model: The model, with zeros where it was pruned.
+        example_input: One input: a tensor, a tuple of positional or a dict of keyword arguments.
+        seconds: How long to measure each layer.
+        verbose: Print the plan.
+
+    Raises:
+        DeployError: The model does not run on the example, or the result would differ from it.
+    """
+    with torch.inference_mode():
+        reference = _reference(model, example_input)
+    # Outside inference mode: the copy's buffers are to be ordinary tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        base = copy.deepcopy(model).eval()
+        traced = trace(base, example_input)
+        if traced is not None:
+            simplify(traced)
+        work: nn.Module = base if traced is None else traced
+        warning = busy_warning()
+        layers, sparse = _choose(work, example_input, seconds)
+        for name, layer in sparse.items():
+            work.set_submodule(name, layer)
+        for module in work.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                # Its fast path reads the dense weights of its linear layers.
+                module.activation_relu_or_gelu = 0
+        if traced is not None:
+            fuse(traced)
+    with torch.inference_mode():
+        _compare(run_on(work, example_input), reference)
+        was_training = {m: m.training for m in model.modules()}
+        model.eval()
+        try:
+            dense, fast = time_side_by_side(
+                [lambda: run_on(model, example_input), lambda: run_on(work, example_input)],
+                max(5 * seconds, 0.2),
+            )
+        finally:
+            for module, flag in was_training.items():
+                module.training = flag
+    plan = Plan(
+        layers=layers,
+        dense=dense,
+        accelerated=fast,
+        threads=torch.get_num_threads(),
+        kernels=str(backend()),
+        traced=traced is not None,
+        warnings=[warning] if warning else [],
+    )
+    work.plan = plan  # type: ignore[assignment]
+    if verbose:
+        print(plan)  # noqa: T201
+    return work
+
+
+def _reference(model: nn.Module, sample: Any) -> Any:
+    copied = copy.deepcopy(model).eval()
+    try:
+        return run_on(copied, sample)
+    except Exception as error:
+        raise DeployError(
+            f"The model does not run on the example input: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _choose(
+    model: nn.Module, sample: Any, seconds: float
+) -> tuple[list[LayerPlan], dict[str, SparseLayer]]:
+    """Time every layer; return what was found, and the sparse layers that won."""
+    inputs = _inputs(model, sample)
+    plans: list[LayerPlan] = []
+    chosen: dict[str, SparseLayer] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        plan, layer = _choose_layer(name, module, inputs.get(module), seconds)
+        plans.append(plan)
+        if layer is not None:
+            chosen[name] = layer
+    return plans, chosen
+
+
+def _choose_layer(
+    name: str, module: nn.Linear | nn.Conv2d, x: Tensor | None, seconds: float
+) -> tuple[LayerPlan, SparseLayer | None]:
+    matrix = module.weight.detach().flatten(1)
+    density = int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
+    height = best_height(matrix)
+    facts = (name, tuple(module.weight.shape), density, pattern_of(matrix, height))
+    note = _why_dense(module, x, density)
+    if note or x is None:
+        return LayerPlan(*facts, "dense", note=note), None
+    candidates = [sparse_layer(module, h) for h in sorted({1, height})]
+    with torch.inference_mode():
+        calls = [lambda layer=layer: layer(x) for layer in (module, *candidates)]
+        dense, *times = time_side_by_side(calls, seconds)
+    best = min(range(len(times)), key=lambda i: times[i].median)
+    sparse: Timing = times[best]
+    wins = sparse.median < dense.median
+    rows = candidates[best].values.shape[1]
+    form = ("rows" if rows == 1 else f"rows of {rows}") if wins else "dense"
+    return LayerPlan(*facts, form, dense, sparse), candidates[best] if wins else None
+
+
+def _why_dense(module: nn.Linear | nn.Conv2d, x: Tensor | None, density: float) -> str:
+    """Return why a layer stays dense without being measured, or nothing."""
+    if x is None:
+        return "not called by itself"
+    if not replaceable(module):
+        return "grouped or padded in a way that has no kernel"
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return f"{x.dtype} on {x.device.type}".replace("torch.", "")
+    many = module.weight[0].numel() > _HANDFUL
+    return "too dense" if density > _TOO_DENSE and many else ""
+
+
+def _inputs(model: nn.Module, sample: Any) -> dict[nn.Module, Tensor]:
+    """Return the first input of each layer that is called."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and module not in seen:
+            seen[module] = args[0].clone()
+
+    handles = [
+        module.register_forward_pre_hook(note)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    try:
+        run_on(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _compare(result: Any, reference: Any) -> None:
+    ours, theirs = list(_tensors(result)), list(_tensors(reference))
+    worst = 0.0 if len(ours) == len(theirs) else float("inf")
+    for a, b in zip(ours, theirs, strict=False):
+        if a.shape != b.shape:
+            worst = float("inf")
+        elif b.is_floating_point() and b.numel():
+            error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+            worst = max(worst, float(error))
+    if not worst <= _TOLERANCE:
+        raise DeployError(
+            f"The accelerated model would differ from the given one (relative error {worst:.1e}). "
+            "Does the model compute something random in evaluation mode, or return NaN?"
+        )
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

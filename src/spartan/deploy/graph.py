@@ -1,0 +1,170 @@
+"""What follows what in a model: folding batch norms, and fusing what comes after sparse layers."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from spartan.deploy.layers import SparseLayer, SparseLinear
+from spartan.samples import run_on
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
+    """Return the model as a graph that shares its modules, or None if it cannot be traced.
+
+    Args:
+        model: In evaluation mode.
+        sample: Sample input; arguments it does not give keep their defaults.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    if isinstance(sample, Mapping):
+        given = set(sample)
+    else:
+        given = set(names[: len(sample) if isinstance(sample, tuple | list) else 1])
+    defaults = {n: p.default for n, p in parameters.items() if n not in given}
+    if any(value is inspect.Parameter.empty for value in defaults.values()):
+        return None
+    try:
+        graph = fx.Tracer().trace(model, concrete_args=defaults or None)
+        traced = fx.GraphModule(model, graph, type(model).__name__)
+        _Shapes(traced).note(sample)
+    except Exception:
+        # Tracing runs the user's code on stand-ins: whatever it raises, it cannot be traced.
+        return None
+    return traced
+
+
+def simplify(traced: fx.GraphModule) -> None:
+    """Fold batch norms into the layers before them; drop what does nothing in evaluation."""
+    calls = _calls(traced)
+    for node in list(traced.graph.nodes):
+        module = _module(traced, node)
+        if isinstance(module, _NOTHING) and not module.training:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+            continue
+        before = node.args[0] if module is not None and node.args else None
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            continue
+        layer = _module(traced, before)
+        if layer is None or calls[before.target] != 1 or not _folds(layer, module):
+            continue
+        fuse: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+        traced.set_submodule(str(before.target), fuse(layer, module))
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)
+    _clean(traced)
+
+
+def fuse(traced: fx.GraphModule) -> None:
+    """Let sparse layers take over the addition and the activation that follow them.
+
+    Between sparse linear layers, activations stay feature-major.
+    """
+    calls = _calls(traced)
+    for node in list(traced.graph.nodes):
+        layer = _module(traced, node)
+        if not isinstance(layer, SparseLayer) or calls[node.target] != 1:
+            continue
+        addition = _only_user(node)
+        addend = _addend(node, addition)
+        if addition is not None and addend is not None:
+            addition.prepend(node)  # the addend is computed by then
+            node.kwargs = {"addend": addend}
+            addition.replace_all_uses_with(node)
+            traced.graph.erase_node(addition)
+        after = _only_user(node)
+        kind = _activation(traced, after)
+        if after is not None and kind:
+            layer.activation = kind
+            after.replace_all_uses_with(node)
+            traced.graph.erase_node(after)
+        if isinstance(layer, SparseLinear):
+            users = [_module(traced, user) for user in node.users]
+            layer.feature_major = bool(users) and all(isinstance(u, SparseLinear) for u in users)
+    _clean(traced)
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape of what each node returns."""
+
+    def note(self, sample: Any) -> None:
+        names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
+        given = sample if isinstance(sample, Mapping) else None
+
+        def positional(*args: Any) -> None:
+            self.run(*args)
+
+        if given is None:
+            run_on(positional, sample)
+        else:
+            signature = inspect.signature(self.module.forward).parameters
+            self.run(*(given.get(n, signature[str(n)].default) for n in names))
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = result.shape
+        return result
+
+
+def _calls(traced: fx.GraphModule) -> Counter[Any]:
+    return Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _folds(layer: nn.Module, norm: nn.Module | None) -> bool:
+    fits = (isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)) or (
+        isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
+    )
+    return fits and not getattr(norm, "training", True) and norm.running_mean is not None  # type: ignore[union-attr]
+
+
+def _addend(node: fx.Node, addition: fx.Node | None) -> fx.Node | None:
+    """Return what is added to a node, if that is all that happens to it."""
+    if addition is None or addition.target not in _ADDITIONS or addition.kwargs:
+        return None
+    if len(addition.args) != 2:
+        return None
+    left, right = addition.args
+    other = right if left is node else left
+    if not isinstance(other, fx.Node) or other is node:
+        return None
+    same = other.meta.get("shape") == node.meta.get("shape") is not None
+    return other if same else None
+
+
+def _activation(traced: fx.GraphModule, node: fx.Node | None) -> str:
+    if node is None or len(node.args) != 1:
+        return ""
+    module = _module(traced, node)
+    if isinstance(module, nn.ReLU) or node.target in _RELUS:
+        return "relu"
+    exact = isinstance(module, nn.GELU) and module.approximate == "none"
+    return "gelu" if exact or (node.target is F.gelu and not node.kwargs) else ""
+
+
+def _clean(traced: fx.GraphModule) -> None:
+    traced.graph.lint()
+    traced.delete_all_unused_submodules()
+    traced.recompile()

@@ -1,0 +1,26 @@
+// The loops of each instruction set this machine has, and those that run.
+
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <string>
+#include <vector>
+
+#include "loops.h"
+#include "products.h"
+
+namespace spartan {
+
+struct InstructionSet {
+  const Loops* loops;
+  const ProductLoops* products;
+};
+
+const InstructionSet& current_set();
+std::vector<std::string> instruction_sets();
+void use_instruction_set(const std::string& name);
+
+void bind_layers(nanobind::module_&);
+
+}  // namespace spartan

@@ -1,0 +1,229 @@
+"""Sparse weights times dense activations: linear and convolution layers for inference."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spartan.errors import KernelError
+from spartan.kernels.bundles import Bundles
+from spartan.kernels.cutting import (
+    Cut,
+    Geometry,
+    Slices,
+    cut_convolution,
+    cut_linear,
+    lanes_for,
+    slice_rows,
+)
+from spartan.kernels.dispatch import native_for_any_order
+
+ACTIVATIONS = ("none", "relu", "gelu")
+# Above this many samples, lanes beat reading all weights once for each.
+_FEW = 4
+_CUTS_KEPT = 8
+
+_T = TypeVar("_T")
+
+
+class Product:
+    """W x + b, then an addend and an activation, for a sparse W.
+
+    The weights are cut anew for each size of input, and the last few cuts are kept. Any number of
+    threads may call at a time.
+
+    Args:
+        weights: W, on the CPU; columns of a convolution are (channel, kernel row, kernel column).
+        bias: float32, (outputs,), or None.
+        activation: `"none"`, `"relu"` or `"gelu"` (exact).
+
+    Raises:
+        KernelError: The weights contradict themselves.
+    """
+
+    def __init__(self, weights: Bundles, bias: Tensor | None, activation: str = "none") -> None:
+        _check(weights)
+        self.weights = weights
+        self.bias = bias
+        self.activation = activation
+        self._cuts: OrderedDict[Any, Any] = OrderedDict()
+        self._padded_bias = torch.zeros(weights.count * weights.height)
+        if bias is not None:
+            self._padded_bias[: weights.outputs] = bias
+
+    def linear(self, x: Tensor, addend: Tensor | None, feature_major: bool = False) -> Tensor:
+        """Apply to samples.
+
+        Args:
+            x: float32, (samples, inputs); fastest if either of its strides is 1.
+            addend: float32, (samples, outputs), or None.
+            feature_major: Return memory order (outputs, samples).
+
+        Returns:
+            (samples, outputs).
+        """
+        samples, w = x.shape[0], self.weights
+        addressable = 0 < samples and w.inputs <= 1 << 16
+        native = native_for_any_order(x, w.values) if addressable else None
+        if native is None:
+            return self._linear_by_torch(x, addend)
+        if 1 not in x.stride():
+            x = x.contiguous()
+        if feature_major:
+            y = torch.empty(w.outputs, samples).t()
+        else:
+            y = torch.empty(samples, w.outputs)
+        addend = _in_order_of(y, addend)
+        if samples <= _FEW:
+            return self._few(native, x.contiguous(), y, addend)
+        cut = self._kept(("linear", lanes_for(samples, w.height)), lambda: cut_linear(w, samples))
+        matrix = [w.inputs, samples, x.stride(1), x.stride(0)]
+        native.linear(
+            *self._described(cut, cut.bases),
+            matrix,
+            x.data_ptr(),
+            feature_major,
+            cut.lanes,
+            *self._ending(y, addend),
+        )
+        return y
+
+    def _few(self, native: Any, x: Tensor, y: Tensor, addend: Tensor | None) -> Tensor:
+        w = self.weights
+        slices: Slices = self._kept("slices", lambda: slice_rows(w))
+        bias = self._padded_bias
+        addresses = _addresses(
+            slices.values, slices.columns, slices.starts, slices.rows, self._padded_bias
+        )
+        out = y.contiguous()
+        addend = None if addend is None else addend.contiguous()
+        for i in range(len(x)):
+            native.vector(
+                addresses,
+                slices.starts.numel() - 1,
+                w.outputs,
+                x[i].data_ptr(),
+                *self._ending(out[i], None if addend is None else addend[i]),
+            )
+        return y if out is y else y.copy_(out)
+
+    def convolution(self, x: Tensor, geometry: Geometry, addend: Tensor | None) -> Tensor:
+        """Apply to images.
+
+        Args:
+            x: float32, (images, channels, rows, columns).
+            geometry: Sizes and strides, for this x.
+            addend: float32, shaped like the output, or None.
+
+        Returns:
+            (images, outputs, rows, columns); where rows are short, in the memory order (outputs,
+            rows, images, columns), in which the rows of several images fill vectors together.
+        """
+        w, g = self.weights, geometry
+        native = native_for_any_order(x, w.values) if g.height and x.numel() else None
+        if native is None:
+            return self._convolution_by_torch(x, g, addend)
+        if g.group > 1:
+            if x.stride(3) != 1 or x.stride(0) != g.columns:
+                x = x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+            y = torch.empty(w.outputs, g.out_rows, g.images, g.out_columns).permute(2, 0, 1, 3)
+        else:
+            if x.stride(3) != 1:
+                x = x.contiguous()
+            y = torch.empty(g.images, w.outputs, g.out_rows, g.out_columns)
+        addend = _in_order_of(y, addend)
+        cut = self._kept(g, lambda: cut_convolution(w, g))
+        strides = [[t.stride(1), t.stride(2), t.stride(0)] for t in (x, y)]
+        native.convolution(
+            *self._described(cut, cut.bases),
+            g.numbers(*strides),
+            x.data_ptr(),
+            cut.lanes,
+            *self._ending(y, addend),
+        )
+        return y
+
+    def _described(self, cut: Cut, bases: Tensor) -> tuple[list[int], list[int]]:
+        w = self.weights
+        addresses = _addresses(cut.values, cut.offsets, cut.starts, bases, self._padded_bias)
+        return addresses, [bases.numel(), w.count, w.outputs, w.height]
+
+    def _ending(self, y: Tensor, addend: Tensor | None) -> tuple[int, int, int, int]:
+        activation = ACTIVATIONS.index(self.activation)
+        added = 0 if addend is None else addend.data_ptr()
+        return y.data_ptr(), added, activation, torch.get_num_threads()
+
+    def _kept(self, key: Any, make: Callable[[], _T]) -> _T:
+        cut: _T | None = self._cuts.get(key)
+        if cut is None:
+            with torch.inference_mode(False):
+                cut = make()
+            self._cuts[key] = cut
+            while len(self._cuts) > _CUTS_KEPT:
+                self._cuts.popitem(last=False)
+        return cut
+
+    def _linear_by_torch(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        y = torch.sparse.mm(self._csr(x), x.t()).t()
+        return self._finish(y, addend, (-1,))
+
+    def _convolution_by_torch(self, x: Tensor, g: Geometry, addend: Tensor | None) -> Tensor:
+        patches = F.unfold(x, g.kernel, g.dilation, g.padding, g.stride)
+        images, inputs, positions = patches.shape
+        y = torch.sparse.mm(self._csr(x), patches.transpose(0, 1).reshape(inputs, -1))
+        y = y.view(-1, images, positions).transpose(0, 1)
+        y = y.reshape(images, -1, g.out_rows, g.out_columns)
+        return self._finish(y, addend, (-1, 1, 1))
+
+    def _csr(self, x: Tensor) -> Tensor:
+        def make() -> Tensor:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
+                return self.weights.dense().to(x).to_sparse_csr()
+
+        return self._kept(("csr", x.device, x.dtype), make)
+
+    def _finish(self, y: Tensor, addend: Tensor | None, bias_shape: tuple[int, ...]) -> Tensor:
+        if self.bias is not None:
+            y = y + self.bias.to(y).view(bias_shape)
+        if addend is not None:
+            y = y + addend
+        if self.activation == "none":
+            return y
+        return F.relu(y) if self.activation == "relu" else F.gelu(y)
+
+
+def _check(w: Bundles) -> None:
+    """Refuse weights that would make native code read what is not theirs."""
+    entries = w.columns.numel()
+    starts = w.starts.long()
+    sound = (
+        w.values.shape == (entries, w.height)
+        and w.count == -(-w.outputs // w.height)
+        and int(starts[0]) == 0
+        and int(starts[-1]) == entries
+        and bool((starts.diff() >= 0).all())
+        and (not entries or 0 <= int(w.columns.min()) <= int(w.columns.max()) < w.inputs)
+    )
+    if not sound:
+        raise KernelError(
+            f"These are not the weights of {w.inputs} inputs and {w.outputs} outputs: columns or "
+            "row starts are out of range."
+        )
+
+
+def _in_order_of(y: Tensor, addend: Tensor | None) -> Tensor | None:
+    """Return the addend in y's memory order."""
+    if addend is None or (addend.stride() == y.stride() and addend.shape == y.shape):
+        return addend
+    return torch.empty_strided(y.shape, y.stride()).copy_(addend)
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() if t.numel() else 0 for t in tensors]
