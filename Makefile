@@ -35,5 +35,5 @@ $(VENV)/.cli: $(BUILT_FROM) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(BUILT_FROM) | $(VENV)/bin/python
-	$(PIP) -e '.[cli,data,test,lint]'
+	$(PIP) -e '.[cli,data,onnx,test,lint]'
 	touch $@

@@ -2,6 +2,7 @@
 
 from spartan import kernels, methods
 from spartan.budget import Budget
+from spartan.deploy import accelerate, load, save
 from spartan.errors import SpartanError
 from spartan.freezing import freeze
 from spartan.patterns import NM, Block, Channel, Unstructured
@@ -18,9 +19,12 @@ __all__ = [
     "Sparsifier",
     "SpartanError",
     "Unstructured",
+    "accelerate",
     "freeze",
     "hard_topk",
     "kernels",
+    "load",
     "methods",
+    "save",
     "soft_topk",
 ]

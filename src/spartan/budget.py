@@ -14,45 +14,18 @@ from spartan.errors import BudgetError, did_you_mean
 from spartan.flops import trace_flops
 from spartan.patterns import NM, Pattern
 from spartan.prunable import Prunable
+from spartan.shares import (
+    Share,
+    erk_densities,
+    make_share,
+    refuse_dead_layers,
+    round_to_sum,
+    share_of_bytes,
+)
 
-COSTS = ("parameters", "flops")
+COSTS = ("parameters", "flops", "bytes")
 ALLOCATIONS = ("global", "uniform", "erk")
 COUNTS = ("prunable", "all")
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one group of weights may keep together.
-
-    Attributes:
-        members: Indices of the group's weights in the list of prunables.
-        costs: Cost of one unit of each member, in the currency of `total` and `kept`.
-        total: Cost of keeping everything.
-        kept: Cost that may be kept. An integer number of units when all units cost the same.
-        rows: Whether `total` and `kept` are units per row of an N:M pattern.
-    """
-
-    members: tuple[int, ...]
-    costs: tuple[float, ...]
-    total: float
-    kept: float
-    rows: bool = False
-
-    @property
-    def counted(self) -> bool:
-        """Whether all units cost the same, so that the budget is a number of units."""
-        return all(cost == 1.0 for cost in self.costs)
-
-    def at(self, progress: float) -> float:
-        """Return the budget `progress` of the way from everything (0) to `kept` (1)."""
-        if progress >= 1.0:
-            return self.kept
-        between = self.total + (self.kept - self.total) * progress
-        return round(between) if self.counted else between
-
-    def of(self, density: float) -> float:
-        """Return the budget at a density of this group."""
-        return round(density * self.total) if self.counted else density * self.total
 
 
 @dataclass(frozen=True)
@@ -63,7 +36,8 @@ class Budget:
         density: Kept fraction, in (0, 1]. Give this or `sparsity`.
         sparsity: Removed fraction, in [0, 1); density = 1 - sparsity.
         cost: What a weight takes from the budget: `"parameters"`, `"flops"` (traced with
-            `sample_input`), or a mapping from parameter name to cost per weight.
+            `sample_input`), `"bytes"` (the prunable weights in a packed file take at most density x
+            their dense size), or a mapping from parameter name to cost per weight.
         allocation: How the budget spreads over layers: `"global"` (units compete across layers),
             `"uniform"` (the same density in each), `"erk"` (Erdős-Rényi-kernel: density of a layer
             proportional to sum(shape) / prod(shape); Evci et al. 2020, section 3), or a mapping
@@ -71,6 +45,10 @@ class Budget:
         count: Which parameters the density refers to: the `"prunable"` ones, or `"all"` of the
             model (the prunable ones then carry the difference).
         sample_input: One batch for `cost="flops"`.
+        latency_ms: Instead of a density: the time that the accelerated model is to take on this
+            machine, with as many threads as torch uses now. What each weight costs is measured when
+            the sparsifier is made.
+        example_input: One batch for `latency_ms`, of the size that is to take this time.
 
     The number of kept units is exactly round(density x units), halves to even, where all units cost
     the same, per layer for per-layer allocations (`"erk"` hits the total). Otherwise the kept
@@ -87,8 +65,13 @@ class Budget:
     allocation: str | Mapping[str, float] = "global"
     count: str = "prunable"
     sample_input: Any = None
+    latency_ms: float | None = None
+    example_input: Any = None
 
     def __post_init__(self) -> None:
+        if self.latency_ms is not None:
+            self._check_latency()
+            return
         if self.density is not None and self.sparsity is not None:
             raise BudgetError("Give density or sparsity, not both.")
         per_layer = not isinstance(self.allocation, str)
@@ -109,6 +92,19 @@ class Budget:
                 "a named allocation."
             )
 
+    def _check_latency(self) -> None:
+        alone = self.density is None and self.sparsity is None and self.cost == "parameters"
+        spread = isinstance(self.allocation, str) and self.allocation in ("global", "uniform")
+        if not (alone and spread and self.count == "prunable"):
+            raise BudgetError(
+                "latency_ms= is a budget of its own: density, sparsity, cost and count do not go "
+                "with it, and it is allocated 'global' or 'uniform'."
+            )
+        if not (self.latency_ms or 0) > 0:
+            raise BudgetError(f"latency_ms={self.latency_ms} must be positive.")
+        if self.example_input is None:
+            raise BudgetError("latency_ms= needs example_input=, one batch to time the model on.")
+
     @property
     def fraction(self) -> Fraction | None:
         """The density as the exact value of the decimal that was written."""
@@ -124,6 +120,10 @@ class Budget:
             PatternError: The pattern does not fit a weight.
         """
         units = [math.prod(pattern.unit_shape(w)) for w in weights]
+        if self.latency_ms is not None:
+            return self._plan_latency(model, weights, pattern, units)
+        if self.cost == "bytes":
+            return self._plan_bytes(model, weights, pattern, units)
         costs = [
             pattern.unit_numel(w) * cost
             for w, cost in zip(weights, self.costs_per_weight(model, weights), strict=True)
@@ -132,7 +132,7 @@ class Budget:
             return self._plan_rows(weights, pattern)
         if self.allocation == "global":
             density = self._density_of_prunable(model, weights)
-            share = _share(range(len(weights)), units, costs, density)
+            share = make_share(range(len(weights)), units, costs, density)
             if share.kept == 0:
                 raise BudgetError(
                     f"A density of {float(density):g} keeps none of {sum(units):,} units; the "
@@ -142,10 +142,47 @@ class Budget:
         if self.allocation == "erk":
             return self._plan_erk(model, weights, units, costs)
         densities = self._densities(model, weights)
-        shares = [_share([i], units, costs, d) for i, d in enumerate(densities)]
+        shares = [make_share([i], units, costs, d) for i, d in enumerate(densities)]
         if isinstance(self.allocation, str):
-            _refuse_dead_layers(shares, weights, units)
+            refuse_dead_layers(shares, weights, units)
         return shares
+
+    def _plan_latency(
+        self, model: nn.Module, weights: Sequence[Prunable], pattern: Pattern, units: list[int]
+    ) -> list[Share]:
+        # Measuring needs what accelerates a model, which lies above budgets.
+        from spartan.deploy.latency import seconds_per_weight, share_for_latency
+
+        if isinstance(pattern, NM):
+            raise BudgetError(f"{pattern} fixes the density of every layer: no time can be chosen.")
+        assert self.latency_ms is not None
+        model_facts = model, weights, pattern
+        if self.allocation == "uniform":
+            share = share_for_latency(*model_facts, None, self.latency_ms, self.example_input)
+            ones = [1.0] * len(weights)
+            return [make_share([i], units, ones, Fraction(share)) for i in range(len(weights))]
+        costs = [
+            pattern.unit_numel(w) * seconds
+            for w, seconds in zip(
+                weights, seconds_per_weight(*model_facts, self.example_input), strict=True
+            )
+        ]
+        share = share_for_latency(*model_facts, costs, self.latency_ms, self.example_input)
+        return [make_share(range(len(weights)), units, costs, Fraction(share))]
+
+    def _plan_bytes(
+        self, model: nn.Module, weights: Sequence[Prunable], pattern: Pattern, units: list[int]
+    ) -> list[Share]:
+        if isinstance(pattern, NM) or self.allocation == "erk":
+            raise BudgetError(
+                "cost='bytes' goes with global, uniform or given allocations, and not with N:M "
+                "patterns, whose size is fixed."
+            )
+        if self.allocation == "global":
+            density = self._density_of_prunable(model, weights)
+            return [share_of_bytes(range(len(weights)), weights, pattern, units, density)]
+        densities = self._densities(model, weights)
+        return [share_of_bytes([i], weights, pattern, units, d) for i, d in enumerate(densities)]
 
     def costs_per_weight(self, model: nn.Module, weights: Sequence[Prunable]) -> list[float]:
         """Return the cost of one entry of each weight."""
@@ -206,14 +243,14 @@ class Budget:
         density = float(self._density_of_prunable(model, weights))
         totals = [n * cost for n, cost in zip(units, costs, strict=True)]
         densities = erk_densities([tuple(w.shape) for w in weights], density, totals)
-        shares = [_share([i], units, costs, Fraction(d)) for i, d in enumerate(densities)]
+        shares = [make_share([i], units, costs, Fraction(d)) for i, d in enumerate(densities)]
         if len(set(costs)) == 1:
             wanted = round(self._density_of_prunable(model, weights) * sum(units))
-            counts = _round_to_sum([d * n for d, n in zip(densities, units, strict=True)], wanted)
+            counts = round_to_sum([d * n for d, n in zip(densities, units, strict=True)], wanted)
             shares = [
                 Share(s.members, s.costs, s.total, k) for s, k in zip(shares, counts, strict=True)
             ]
-        _refuse_dead_layers(shares, weights, units)
+        refuse_dead_layers(shares, weights, units)
         return shares
 
     def _plan_rows(self, weights: Sequence[Prunable], pattern: NM) -> list[Share]:
@@ -232,73 +269,6 @@ class Budget:
         return [
             Share((i,), (1.0,), float(pattern.m), pattern.n, rows=True) for i in range(len(weights))
         ]
-
-
-def erk_densities(
-    shapes: Sequence[tuple[int, ...]], density: float, totals: Sequence[float] | None = None
-) -> list[float]:
-    """Return Erdős-Rényi-kernel densities: min(1, a * sum(shape) / prod(shape)) for each layer.
-
-    The factor a is set such that the layers together keep `density` of their total cost; layers
-    that reach 1 hand their excess to the others.
-
-    Args:
-        shapes: Weight shapes.
-        density: Density of all layers together, in (0, 1].
-        totals: Cost of each whole layer; by default its number of weights.
-    """
-    coefficients = [sum(shape) / math.prod(shape) for shape in shapes]
-    sizes = [float(math.prod(shape)) for shape in shapes] if totals is None else list(totals)
-    full: set[int] = set()
-    while True:
-        free = [i for i in range(len(shapes)) if i not in full]
-        left = density * sum(sizes) - sum(sizes[i] for i in full)
-        raw = sum(coefficients[i] * sizes[i] for i in free)
-        factor = left / raw if raw else 0.0
-        overfull = {i for i in free if factor * coefficients[i] > 1.0}
-        if not overfull:
-            return [1.0 if i in full else factor * coefficients[i] for i in range(len(shapes))]
-        full |= overfull
-
-
-def _share(
-    members: Sequence[int], units: list[int], costs: list[float], density: Fraction
-) -> Share:
-    members = tuple(members)
-    count = sum(units[i] for i in members)
-    if len({costs[i] for i in members}) == 1:
-        return Share(members, (1.0,) * len(members), float(count), round(density * count))
-    # Costs are relative: scaled to a mean of 1 a unit, so that scores stay in units of |weight|.
-    total = sum(costs[i] * units[i] for i in members)
-    scale = count / total
-    scaled = tuple(costs[i] * scale for i in members)
-    if float(density) * count < min(scaled):
-        raise BudgetError(
-            f"A density of {float(density):g} is less than the cheapest unit costs; the smallest "
-            f"reachable density is {min(scaled) / count:.3g}."
-        )
-    return Share(members, scaled, float(count), float(density) * count)
-
-
-def _refuse_dead_layers(
-    shares: Sequence[Share], weights: Sequence[Prunable], units: Sequence[int]
-) -> None:
-    dead = [weights[s.members[0]].name for s in shares if s.kept == 0]
-    if dead:
-        smallest = 1 / min(units[s.members[0]] for s in shares if s.kept == 0)
-        raise BudgetError(
-            f"This budget keeps nothing of {', '.join(map(repr, dead))}. Raise the density (one "
-            f"unit there is {smallest:.3g}), exclude these layers, or allocate globally."
-        )
-
-
-def _round_to_sum(values: Sequence[float], total: int) -> list[int]:
-    """Round to integers that sum to `total`, the largest fractional parts up first."""
-    floors = [math.floor(v) for v in values]
-    order = sorted(range(len(values)), key=lambda i: floors[i] - values[i])
-    for i in order[: total - sum(floors)]:
-        floors[i] += 1
-    return floors
 
 
 def _check_name(field: str, value: object, known: Sequence[str]) -> None:

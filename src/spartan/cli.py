@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 
-from spartan.errors import ConfigError, StateError
+from spartan.cli_deploy import deploy_commands
+from spartan.deploy import accelerate
+from spartan.errors import ConfigError
 from spartan.report.facts import read_facts
 from spartan.report.inspection import inspect_file
 from spartan.report.page import write_page
@@ -19,7 +22,7 @@ from spartan.report.table import print_inspection, print_layers, print_plan
 from spartan.training.config import TrainConfig, read_config
 from spartan.training.data import load_data
 from spartan.training.display import Display
-from spartan.training.models import build_model
+from spartan.training.opening import open_model
 from spartan.training.run import Run
 from spartan.training.trainer import Trainer, evaluate, pick_device
 
@@ -50,14 +53,21 @@ def run_command(words: Sequence[str]) -> int:
             options = dataclasses.replace(options, out=resume)
         return _dry_run(options) if dry_run else _train(options, resume is not None)
 
-    def evaluate_run(run: tyro.conf.Positional[Path], device: str = "auto") -> int:
+    def evaluate_run(
+        run: tyro.conf.Positional[Path],
+        device: str = "auto",
+        weights: Path | None = None,
+        accelerated: bool = False,
+    ) -> int:
         """Measure a run's model on its held-out images.
 
         Args:
             run: Run folder.
             device: auto, cpu, cuda, …
+            weights: Safetensors file to use instead of the run's own, packed or not.
+            accelerated: Run the sparse layers on sparse kernels.
         """
-        return _evaluate(run, device)
+        return _evaluate(run, device, weights, accelerated)
 
     def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
         """Print what runs reached, layer by layer, and write an HTML page.
@@ -81,9 +91,13 @@ def run_command(words: Sequence[str]) -> int:
         "evaluate": evaluate_run,
         "report": report,
         "inspect": inspect,
+        **deploy_commands(),
     }
     code: int = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="spartan", description="Train networks to an exact sparsity.", args=words
+        commands,
+        prog="spartan",
+        description="Train, prune and ship networks at an exact sparsity.",
+        args=words,
     )
     return code
 
@@ -147,21 +161,22 @@ def _dry_run(config: TrainConfig) -> int:
     return 0
 
 
-def _evaluate(folder: Path, device_name: str) -> int:
+def _evaluate(folder: Path, device_name: str, weights: Path | None, accelerated: bool) -> int:
 
     run = Run.open(folder)
     config = run.config()
     facts = read_facts(run)
     device = pick_device(device_name)
     data = load_data(config.data, config.image_size)
-    model = build_model(config.model, data.channels, data.size, len(data.classes)).to(device)
-    try:
-        model.load_state_dict(facts.tensors)
-    except RuntimeError as error:
-        raise StateError(f"The saved weights do not fit the model: {error}") from error
-    loss, accuracy = evaluate(model, data.test, facts.normalize_like(data), device, config)
+    model, _ = open_model(str(folder), weights, None, len(data.classes))
+    if accelerated:
+        example = torch.zeros(config.batch_size, data.channels, data.size, data.size)
+        model = accelerate(model, example, verbose=False)
+    tested = facts.normalize_like(data)
+    loss, accuracy = evaluate(model.to(device), data.test, tested, device, config)
+    source = folder if weights is None else weights
     Console().print(
-        f"{folder}: step {facts.step} of {facts.total_steps}, accuracy {accuracy:.2%}, "
+        f"{source}: step {facts.step} of {facts.total_steps}, accuracy {accuracy:.2%}, "
         f"loss {loss:.4f}, density {facts.density:.4%} ({facts.kept:,} of {facts.numel:,} "
         "prunable weights)",
         highlight=False,

@@ -33,6 +33,7 @@ from spartan.methods.sites import Site
 from spartan.optimizer_steps import skips_step, wrap_closure
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable, find_prunable
+from spartan.shares import Share
 from spartan.state import STATE_VERSION, check_state
 from spartan.summary import LayerSummary, summarize_masks
 from spartan.writer import WeightWriter
@@ -194,7 +195,8 @@ class Sparsifier:
                 changed then.
         """
         self._require_attached()
-        check_state(state, self._settings(), self.sites, len(self.groups))
+        measured = self.budget.latency_ms is not None
+        check_state(state, self._settings(), self.sites, len(self.groups), measured)
         self._end_step()
         self.step = int(state["step"])
         for site in self.sites:
@@ -207,6 +209,12 @@ class Sparsifier:
             site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
         for group, numbers in zip(self.groups, state["groups"], strict=True):
             group.numbers = dict(numbers)
+        if self.budget.latency_ms is not None:
+            # What was measured when the run was begun, not what was measured again just now.
+            for group, (kept, total, *costs) in zip(
+                self.groups, state["settings"]["budgets"], strict=True
+            ):
+                group.adopt(Share(group.share.members, tuple(costs), total, kept))
         self._writer.write(self.sites)
 
     def __repr__(self) -> str:
@@ -427,6 +435,7 @@ class Sparsifier:
             "method": self.method.settings(),
             "pattern": str(self.pattern),
             "total_steps": self.total_steps,
+            "latency_ms": self.budget.latency_ms,
             "budgets": [[g.share.kept, g.share.total, *g.share.costs] for g in self.groups],
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,11 @@ STATE_VERSION = 2
 
 
 def check_state(
-    state: Mapping[str, Any], settings: Mapping[str, Any], sites: Sequence[Site], groups: int
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    sites: Sequence[Site],
+    groups: int,
+    measured: bool = False,
 ) -> None:
     """Raise unless everything in `state` fits.
 
@@ -24,6 +29,7 @@ def check_state(
         settings: The settings of the sparsifier that loads it.
         sites: Its weights.
         groups: How many groups they form.
+        measured: Whether the budgets were measured, and so differ each time.
 
     Raises:
         StateError: The message says what differs.
@@ -36,7 +42,9 @@ def check_state(
         if key not in state:
             raise StateError(f"The state is damaged: it holds no {key}.")
     for key, value in state["settings"].items():
-        if settings.get(key) != value:
+        if key == "budgets" and measured:
+            _check_budgets(value, settings[key])
+        elif settings.get(key) != value:
             raise StateError(
                 f"The state was saved with {key}={value}, this sparsifier has "
                 f"{key}={settings.get(key)}: resume with the settings the run was begun with."
@@ -51,6 +59,12 @@ def check_state(
         )
     for site in sites:
         _check_site(dict(saved[site.name]), site)
+
+
+def _check_budgets(saved: Any, own: Sequence[Sequence[float]]) -> None:
+    same = [len(row) for row in saved] == [len(row) for row in own]
+    if not same or not all(math.isfinite(x) and x > 0 for row in saved for x in row[1:]):
+        raise StateError("The state is damaged: its measured budgets do not fit the weights.")
 
 
 def _check_site(saved: dict[str, Any], site: Site) -> None:

@@ -91,6 +91,13 @@ def accelerate(
     return work
 
 
+def plan_of(accelerated: nn.Module) -> Plan:
+    """Return the plan of a model that `accelerate` returned."""
+    plan = accelerated.plan
+    assert isinstance(plan, Plan)
+    return plan
+
+
 def _reference(model: nn.Module, sample: Any) -> Any:
     copied = copy.deepcopy(model).eval()
     try:

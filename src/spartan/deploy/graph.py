@@ -49,9 +49,9 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
 
 def simplify(traced: fx.GraphModule) -> None:
     """Fold batch norms into the layers before them; drop what does nothing in evaluation."""
-    calls = _calls(traced)
+    counts = calls(traced)
     for node in list(traced.graph.nodes):
-        module = _module(traced, node)
+        module = module_of(traced, node)
         if isinstance(module, _NOTHING) and not module.training:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
@@ -59,8 +59,8 @@ def simplify(traced: fx.GraphModule) -> None:
         before = node.args[0] if module is not None and node.args else None
         if not isinstance(before, fx.Node) or len(before.users) != 1:
             continue
-        layer = _module(traced, before)
-        if layer is None or calls[before.target] != 1 or not _folds(layer, module):
+        layer = module_of(traced, before)
+        if layer is None or counts[before.target] != 1 or not _folds(layer, module):
             continue
         fuse: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
         traced.set_submodule(str(before.target), fuse(layer, module))
@@ -74,26 +74,26 @@ def fuse(traced: fx.GraphModule) -> None:
 
     Between sparse linear layers, activations stay feature-major.
     """
-    calls = _calls(traced)
+    counts = calls(traced)
     for node in list(traced.graph.nodes):
-        layer = _module(traced, node)
-        if not isinstance(layer, SparseLayer) or calls[node.target] != 1:
+        layer = module_of(traced, node)
+        if not isinstance(layer, SparseLayer) or counts[node.target] != 1:
             continue
-        addition = _only_user(node)
+        addition = only_user(node)
         addend = _addend(node, addition)
         if addition is not None and addend is not None:
             addition.prepend(node)  # the addend is computed by then
             node.kwargs = {"addend": addend}
             addition.replace_all_uses_with(node)
             traced.graph.erase_node(addition)
-        after = _only_user(node)
+        after = only_user(node)
         kind = _activation(traced, after)
         if after is not None and kind:
             layer.activation = kind
             after.replace_all_uses_with(node)
             traced.graph.erase_node(after)
         if isinstance(layer, SparseLinear):
-            users = [_module(traced, user) for user in node.users]
+            users = [module_of(traced, user) for user in node.users]
             layer.feature_major = bool(users) and all(isinstance(u, SparseLinear) for u in users)
     _clean(traced)
 
@@ -102,7 +102,7 @@ class _Shapes(fx.Interpreter):
     """Notes the shape of what each node returns."""
 
     def note(self, sample: Any) -> None:
-        names = [n.target for n in self.module.graph.nodes if n.op == "placeholder"]
+        names = [n.target for n in self.graph.nodes if n.op == "placeholder"]
         given = sample if isinstance(sample, Mapping) else None
 
         def positional(*args: Any) -> None:
@@ -121,15 +121,18 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def _calls(traced: fx.GraphModule) -> Counter[Any]:
+def calls(traced: fx.GraphModule) -> Counter[Any]:
+    """Return how often each module is called."""
     return Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
 
 
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the module that a node calls."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """Return the one node that reads another, if it is one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -157,7 +160,7 @@ def _addend(node: fx.Node, addition: fx.Node | None) -> fx.Node | None:
 def _activation(traced: fx.GraphModule, node: fx.Node | None) -> str:
     if node is None or len(node.args) != 1:
         return ""
-    module = _module(traced, node)
+    module = module_of(traced, node)
     if isinstance(module, nn.ReLU) or node.target in _RELUS:
         return "relu"
     exact = isinstance(module, nn.GELU) and module.approximate == "none"

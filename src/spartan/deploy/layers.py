@@ -57,7 +57,7 @@ class SparseLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._product = None
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._product = None
@@ -93,7 +93,7 @@ class SparseLinear(SparseLayer):
         super().__init__(linear.weight, linear.bias, height)
         self.feature_major = False
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Apply to the last dimension.
 
@@ -137,7 +137,7 @@ class SparseConv2d(SparseLayer):
             threads=torch.get_num_threads(),
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Apply to images.
 
@@ -147,7 +147,8 @@ class SparseConv2d(SparseLayer):
         """
         self._refuse_gradients(x)
         if x.dim() == 3:
-            return self.forward(x[None], None if addend is None else addend[None])[0]
+            batch: Tensor = self.forward(x[None], None if addend is None else addend[None])
+            return batch[0]
         geometry = self.geometry(x.shape) if x.dim() == 4 else None
         if geometry is None or geometry.channels != self.channels:
             raise DeployError(

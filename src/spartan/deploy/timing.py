@@ -39,19 +39,22 @@ def time_side_by_side(
 ) -> list[Timing]:
     """Time functions in turns, so that all meet the same disturbances.
 
+    Every timed call follows an untimed one of the same function, which brings its weights back into
+    the caches.
+
     Args:
-        functions: What to time; each is called twice first, to warm up.
+        functions: What to time.
         seconds: How long to measure, all together.
         least: Rounds that are run even if they take longer.
     """
     for function in functions:
         function()
-        function()
-    _wait_for_gpu()
     times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     while len(times[0]) < least or time.perf_counter() < end:
         for function, own in zip(functions, times, strict=True):
+            function()
+            _wait_for_gpu()
             begin = time.perf_counter()
             function()
             _wait_for_gpu()

@@ -26,7 +26,7 @@ SLICE = 16
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Weights as `native/layers.h` wants them: bundles of block 0, then those of block 1, …
+    """Weights as `native/layers.h` wants them: bundles of one block after the other.
 
     Attributes:
         values: float32, (entries, height).

@@ -69,7 +69,7 @@ class Product:
             (samples, outputs).
         """
         samples, w = x.shape[0], self.weights
-        addressable = 0 < samples and w.inputs <= 1 << 16
+        addressable = samples > 0 and w.inputs <= 1 << 16
         native = native_for_any_order(x, w.values) if addressable else None
         if native is None:
             return self._linear_by_torch(x, addend)
@@ -97,7 +97,6 @@ class Product:
     def _few(self, native: Any, x: Tensor, y: Tensor, addend: Tensor | None) -> Tensor:
         w = self.weights
         slices: Slices = self._kept("slices", lambda: slice_rows(w))
-        bias = self._padded_bias
         addresses = _addresses(
             slices.values, slices.columns, slices.starts, slices.rows, self._padded_bias
         )

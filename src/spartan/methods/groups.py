@@ -10,7 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spartan.budget import Share
 from spartan.errors import NonFiniteError, StateError
 from spartan.kernels import Cut, Dual, Request, Result, Scores, finite, masks_of, scan
 from spartan.kernels.scores import wide
@@ -19,6 +18,7 @@ from spartan.methods.sites import Choice, Site
 from spartan.patterns import Pattern
 from spartan.prunable import Prunable
 from spartan.selection.hard import select_rows
+from spartan.shares import Share
 
 
 @dataclass(eq=False)
@@ -51,6 +51,13 @@ class Group:
         if not self.share.rows:
             budget -= sum(site.cost * site.kept for site in idle)
         return Contest(self, active, budget, at_target=True)
+
+    def adopt(self, share: Share) -> None:
+        """Take another budget for the same sites, with other costs."""
+        for site, cost in zip(self.sites, share.costs, strict=True):
+            site.divisor *= cost / site.cost
+            site.cost = cost
+        self.share = share
 
     @property
     def kept(self) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spartan.deploy.packing import PackedTensors
 from spartan.errors import FileError
-from spartan.training.files import load_tensors
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def inspect_file(path: Path) -> FileFacts:
     if not path.is_file():
         raise FileError(f"There is no file {str(path)!r}.")
     if path.suffix == ".safetensors":
-        named: Any = load_tensors(path)[0]
+        named: Any = PackedTensors(path)
     else:
         try:
             named = torch.load(path, map_location="cpu", weights_only=True)

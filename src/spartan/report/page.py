@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jinja2
 
+from spartan.files import write_text
 from spartan.report import figures
 from spartan.report.facts import RunFacts, read_facts
-from spartan.training.files import write_text
 from spartan.training.run import Run
 
 

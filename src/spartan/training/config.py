@@ -40,7 +40,7 @@ class TrainConfig:
     allocation: str = "global"
     """How the budget spreads over layers: global, uniform or erk."""
     cost: str = "parameters"
-    """What the budget counts: parameters or flops."""
+    """What the budget counts: parameters, flops or bytes."""
     count: str = "prunable"
     """What the density refers to: prunable weights, or all parameters."""
     include: tuple[str, ...] = ()

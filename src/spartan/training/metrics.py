@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from spartan.errors import FileError
-from spartan.training.files import write_text
+from spartan.files import write_text
 from spartan.training.run import Run
 
 

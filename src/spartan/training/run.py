@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spartan.errors import ConfigError, FileError
+from spartan.files import load_state, load_tensors, write_text
 from spartan.training.config import TrainConfig, read_config
-from spartan.training.files import load_state, load_tensors, write_text
 
 
 class Run:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from spartan.errors import ConfigError, StateError
+from spartan.files import load_state, save_state, save_tensors
 from spartan.sparsifier import Sparsifier
 from spartan.training.config import TrainConfig
 from spartan.training.data import ImageData, Images, augment, batches, normalize
-from spartan.training.files import load_state, save_state, save_tensors
 from spartan.training.interrupt import InterruptedRunError, SignalGuard
 from spartan.training.metrics import MetricsLog
 from spartan.training.models import build_model, example_input

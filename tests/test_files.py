@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from spartan import files
 from spartan.errors import FileError
-from spartan.training import files
-from spartan.training.files import load_state, save_state, save_tensors, write_text
+from spartan.files import load_state, save_state, save_tensors, write_text
 
 
 def test_state_round_trips_with_integer_keys_and_shared_tensors(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Dense against accelerated, layer by layer and whole: measured, written and drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from spartan.deploy.accelerate import accelerate, plan_of
+from spartan.deploy.plan import LayerPlan, Plan
+from spartan.errors import DeployError
+from spartan.files import write_atomically, write_text
+
+_DENSE, _SPARSE = "#9aa5b1", "#1b6ca8"
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read `1x3x32x32`.
+
+    Raises:
+        DeployError: It is no shape.
+    """
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise DeployError(f"{text!r} is no shape; write its sizes like 1x3x32x32, batch first.")
+    return shape
+
+
+def bench(
+    model: nn.Module,
+    shape: Sequence[int],
+    batches: Sequence[int],
+    threads: int | None = None,
+    seconds: float = 0.2,
+) -> dict[int, Plan]:
+    """Accelerate and time a model for several batch sizes.
+
+    Args:
+        model: The model.
+        shape: Of an input, batch first.
+        batches: Batch sizes; the first dimension of `shape` is replaced by each.
+        threads: Threads to use; as many as torch does if not given.
+        seconds: How long to measure each layer; the whole model takes five times as long.
+
+    Returns:
+        A plan per batch size.
+    """
+    plans: dict[int, Plan] = {}
+    with _using_threads(threads):
+        for batch in batches:
+            x = torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(0))
+            plans[batch] = plan_of(accelerate(model, x, seconds=seconds, verbose=False))
+    return plans
+
+
+def write_bench(plans: dict[int, Plan], folder: Path) -> list[Path]:
+    """Write the figures as text, JSON and a picture; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, data, picture = folder / "bench.txt", folder / "bench.json", folder / "bench.svg"
+    write_text(table, "\n\n".join(f"batch {b}\n{plan}" for b, plan in plans.items()) + "\n")
+    facts = {str(b): dataclasses.asdict(plan) for b, plan in plans.items()}
+    write_text(data, json.dumps(facts, indent=1))
+    figure = _draw(plans)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench"}):
+        write_atomically(
+            picture, lambda path: figure.savefig(path, format="svg", metadata={"Date": None})
+        )
+    return [table, data, picture]
+
+
+def _draw(plans: dict[int, Plan]) -> Figure:
+    rows = max(len(_timed(plan)) + 1 for plan in plans.values())
+    figure = Figure((5.5 * len(plans), 1.2 + 0.28 * rows), layout="constrained")
+    for axes, (batch, plan) in zip(
+        figure.subplots(1, len(plans), squeeze=False)[0], plans.items(), strict=True
+    ):
+        layers = _timed(plan)
+        names = [layer.name for layer in layers] + ["whole model"]
+        dense = [1e3 * layer.dense.median for layer in layers if layer.dense]
+        sparse = [1e3 * layer.sparse.median for layer in layers if layer.sparse]
+        dense.append(1e3 * plan.dense.median)
+        sparse.append(1e3 * plan.accelerated.median)
+        places = range(len(names))
+        axes.barh([p - 0.2 for p in places], dense, 0.4, color=_DENSE, label="dense")
+        axes.barh([p + 0.2 for p in places], sparse, 0.4, color=_SPARSE, label="sparse")
+        for place, (a, b) in enumerate(zip(dense, sparse, strict=True)):
+            axes.annotate(
+                f" {a / b:.1f}x", (max(a, b), place), va="center", fontsize=7, color="#333333"
+            )
+        axes.set_yticks(list(places), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("milliseconds (log scale)")
+        plural = "s" * (plan.threads != 1)
+        axes.set_title(f"batch {batch}, {plan.threads} thread{plural}", fontsize=9)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _timed(plan: Plan) -> list[LayerPlan]:
+    return [layer for layer in plan.layers if layer.dense and layer.sparse]
+
+
+@contextmanager
+def _using_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None and threads < 1:
+        raise DeployError(f"--threads {threads}: at least one thread is needed.")
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

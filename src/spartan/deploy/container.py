@@ -1,0 +1,118 @@
+"""Safetensors files written tensor by tensor, and the checks before one is believed.
+
+The safetensors library writes a file from tensors that are all in memory. The format is an 8-byte
+length, a JSON header and the data, so a file can be written as it is encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spartan.errors import FileError
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array of a file: what the header says of it."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def write_file(
+    path: Path,
+    entries: list[Entry],
+    metadata: dict[str, str],
+    arrays: Callable[[], Iterable[NDArray[np.generic]]],
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file.
+        entries: All arrays of the file, in order.
+        metadata: Text to text.
+        arrays: Called once; yields the arrays in the same order.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {
+            "dtype": entry.code,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin on a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def bits_of(tensor: Tensor) -> NDArray[np.generic]:
+    """Return a tensor's bits as unsigned integers, in its shape."""
+    plain = tensor.detach().cpu().contiguous()
+    signed = plain.view(_SIGNED[plain.element_size()]).numpy()
+    return signed.view(f"u{plain.element_size()}")
+
+
+def tensor_of(bits: NDArray[np.generic], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor of these bits."""
+    size = bits.dtype.itemsize
+    signed = bits.view("u1" if size == 1 else f"i{size}")
+    return torch.from_numpy(np.ascontiguousarray(signed)).view(dtype).reshape(shape)
+
+
+def refuse_more_than_memory(dense_bytes: int) -> None:
+    """Refuse to make tensors that this machine has no memory for.
+
+    Raises:
+        FileError: A file's shapes are absurd.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return
+    if dense_bytes > memory:
+        raise FileError(
+            f"its shapes ask for {dense_bytes:,} bytes, and this machine has {memory:,}"
+        )
+
+
+def chunks_of(tensors: Iterable[Tensor], size: int = 1 << 22) -> Iterator[memoryview]:
+    """Yield the bytes of tensors, piece by piece."""
+    for tensor in tensors:
+        data = memoryview(bits_of(tensor).reshape(-1).view(np.uint8).data)
+        for begin in range(0, len(data), size):
+            yield data[begin : begin + size]

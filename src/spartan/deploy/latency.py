@@ -1,0 +1,174 @@
+"""A time on this machine, as a budget: what each weight costs in seconds, measured.
+
+The time of a layer is close to a line over its density, while a sparse kernel runs it. The slopes
+of these lines are the costs of the selection. How much may be kept is then searched for with the
+whole model: select, accelerate, measure, correct.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spartan.deploy.accelerate import accelerate, plan_of
+from spartan.deploy.plan import Plan
+from spartan.errors import BudgetError
+from spartan.kernels.units import pool_magnitudes
+from spartan.patterns import Pattern
+from spartan.prunable import Prunable
+from spartan.selection.hard import hard_topk
+
+_DENSITIES = (0.02, 0.08, 0.25)
+_SMALLEST = 0.002  # kept share of the cost
+_CLOSE, _ROUNDS = 0.03, 8
+_SECONDS = 0.04  # to measure a layer
+# A weight that no sparse kernel runs, relative to the dearest: it is kept.
+_FREE = 1e-6
+
+
+def seconds_per_weight(
+    model: nn.Module, weights: Sequence[Prunable], pattern: Pattern, example: Any
+) -> list[float]:
+    """Return what one entry of each weight adds to the time of its layer, in seconds.
+
+    Args:
+        model: The model; it is not changed.
+        weights: Its prunable weights.
+        pattern: How they will be pruned.
+        example: One input, of the batch size that is to be fast.
+    """
+    tables: list[list[tuple[float, float]]] = [[] for _ in weights]
+    for density in _DENSITIES:
+        masks = [_largest(w, pattern, density) for w in weights]
+        plan = _measure(model, weights, masks, example)
+        times = {layer.name: layer.sparse for layer in plan.layers if layer.sparse}
+        for weight, table in zip(weights, tables, strict=True):
+            timing = times.get(weight.name.rpartition(".")[0])
+            if timing is not None:
+                table.append((density, timing.median))
+    slopes = [_slope(table) / w.parameter.numel() for w, table in zip(weights, tables, strict=True)]
+    if max(slopes) <= 0:
+        raise BudgetError(
+            "No prunable layer of this model runs on a sparse kernel here, so pruning cannot make "
+            "it faster: see `spartan doctor`, and which layers `spartan.accelerate` can take."
+        )
+    return [max(slope, _FREE * max(slopes)) for slope in slopes]
+
+
+def share_for_latency(
+    model: nn.Module,
+    weights: Sequence[Prunable],
+    pattern: Pattern,
+    unit_costs: Sequence[float] | None,
+    latency_ms: float,
+    example: Any,
+) -> float:
+    """Return the share of the cost that may be kept for the model to take this time.
+
+    Args:
+        model: The model; it is not changed.
+        weights: Its prunable weights.
+        pattern: How they will be pruned.
+        unit_costs: Cost of a unit of each weight, by which units of all layers compete; None if
+            every layer keeps the same share.
+        latency_ms: The time.
+        example: One input, of the batch size that is to take this time.
+
+    Raises:
+        BudgetError: The time cannot be reached, or needs no pruning.
+    """
+    wanted = latency_ms / 1e3
+
+    def time_of(share: float) -> Plan:
+        if unit_costs is None:
+            masks = [_largest(w, pattern, share) for w in weights]
+        else:
+            masks = _select(weights, pattern, unit_costs, share)
+        return _measure(model, weights, masks, example)
+
+    low, high = _SMALLEST, 1.0
+    floor = time_of(low)
+    dense = floor.dense.median
+    if wanted >= dense:
+        raise BudgetError(
+            f"latency_ms={latency_ms:g}: the dense model already takes {1e3 * dense:.3g} ms on "
+            "this machine with this input; ask for less."
+        )
+    low_time, high_time = floor.accelerated.median, dense
+    if wanted <= low_time:
+        raise BudgetError(
+            f"latency_ms={latency_ms:g} cannot be reached: with {_SMALLEST:.1%} of its cost kept, "
+            f"the model takes {1e3 * low_time:.3g} ms. Ask for more, or for a smaller batch."
+        )
+    for _ in range(_ROUNDS):
+        # Between halving and following the line: times are convex towards the dense end.
+        line = low + (high - low) * (wanted - low_time) / (high_time - low_time)
+        share = math.sqrt(max(line, low * 1.05) * max(math.sqrt(low * high), low))
+        share = min(max(share, low * 1.02), high * 0.98)
+        time = time_of(share).accelerated.median
+        if abs(time - wanted) <= _CLOSE * wanted:
+            return share
+        if time < wanted:
+            low, low_time = share, time
+        else:
+            high, high_time = share, time
+    return low
+
+
+def _measure(
+    model: nn.Module, weights: Sequence[Prunable], masks: Sequence[Tensor], example: Any
+) -> Plan:
+    pruned = copy.deepcopy(model)
+    parameters = dict(pruned.named_parameters())
+    with torch.no_grad():
+        for weight, mask in zip(weights, masks, strict=True):
+            parameters[weight.name].mul_(mask)
+    return plan_of(accelerate(pruned, example, seconds=_SECONDS, verbose=False))
+
+
+def _magnitudes(weight: Prunable, pattern: Pattern) -> Tensor:
+    theta = weight.parameter.detach().contiguous()
+    return pool_magnitudes(theta, pattern.grid(weight), pattern.unit_shape(weight)).float()
+
+
+def _largest(weight: Prunable, pattern: Pattern, density: float) -> Tensor:
+    """Return the mask that keeps the largest units of one weight."""
+    magnitudes = _magnitudes(weight, pattern)
+    mask = hard_topk(magnitudes, max(1, round(density * magnitudes.numel())))
+    return pattern.spread(mask, weight)
+
+
+def _select(
+    weights: Sequence[Prunable], pattern: Pattern, unit_costs: Sequence[float], share: float
+) -> list[Tensor]:
+    """Return the masks of a global selection by magnitude per cost."""
+    pooled = [_magnitudes(w, pattern) for w in weights]
+    mean = sum(c * p.numel() for c, p in zip(unit_costs, pooled, strict=True)) / sum(
+        p.numel() for p in pooled
+    )
+    costs = [torch.full_like(p, c / mean) for p, c in zip(pooled, unit_costs, strict=True)]
+    flat_costs = torch.cat([c.flatten() for c in costs])
+    kept = hard_topk(
+        torch.cat([p.flatten() for p in pooled]),
+        share * float(flat_costs.sum(dtype=torch.float64)),
+        flat_costs,
+    )
+    parts = kept.split([p.numel() for p in pooled])
+    return [
+        pattern.spread(part.view(p.shape), w)
+        for part, p, w in zip(parts, pooled, weights, strict=True)
+    ]
+
+
+def _slope(table: Sequence[tuple[float, float]]) -> float:
+    """Return seconds per density, by least squares of relative errors; 0 if not measured."""
+    if len(table) < 2:
+        return 0.0
+    densities, times = np.array(table).T
+    return float(np.polyfit(densities, times, 1, w=1 / times)[0])
