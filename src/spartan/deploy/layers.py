@@ -13,6 +13,9 @@ from spartan.kernels.cutting import Geometry
 from spartan.kernels.products import Product
 
 
+_GEOMETRIES_KEPT = 16
+
+
 class SparseLayer(nn.Module):
     """What sparse layers have in common: the weights, as buffers, and what follows the product.
 
@@ -127,15 +130,31 @@ class SparseConv2d(SparseLayer):
         self.stride = _pair(conv.stride)
         self.dilation = _pair(conv.dilation)
         self.padding = _padding(conv)
+        self._geometries: dict[tuple[tuple[int, ...], int], Geometry] = {}
 
-    def geometry(self, shape: torch.Size) -> Geometry:
-        """Return sizes and strides for inputs of (images, channels, rows, columns)."""
+    def geometry(self, shape: tuple[int, ...], threads: int) -> Geometry:
+        """Return sizes and strides for inputs of (images, channels, rows, columns).
+
+        Raises:
+            DeployError: This is no input of the layer.
+        """
+        known = self._geometries.get((shape, threads))
+        if known is not None:
+            return known
+        if len(shape) != 4 or shape[1] != self.channels:
+            raise DeployError(
+                f"This layer takes images of {self.channels} channels; it was given a tensor of "
+                f"{shape}."
+            )
         images, channels, rows, columns = shape
-        return Geometry(
-            *(channels, rows, images, columns),
-            *(self.kernel, self.stride, self.padding, self.dilation),
-            threads=torch.get_num_threads(),
-        )
+        settings = (self.kernel, self.stride, self.padding, self.dilation)
+        geometry = Geometry(channels, rows, images, columns, *settings, threads=threads)
+        if geometry.out_rows < 1 or geometry.out_columns < 1:
+            raise DeployError(f"Images of {rows}x{columns} are smaller than the kernel.")
+        if len(self._geometries) >= _GEOMETRIES_KEPT:
+            self._geometries = {}
+        self._geometries[shape, threads] = geometry
+        return geometry
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -149,16 +168,7 @@ class SparseConv2d(SparseLayer):
         if x.dim() == 3:
             batch: Tensor = self.forward(x[None], None if addend is None else addend[None])
             return batch[0]
-        geometry = self.geometry(x.shape) if x.dim() == 4 else None
-        if geometry is None or geometry.channels != self.channels:
-            raise DeployError(
-                f"This layer takes images of {self.channels} channels; it was given a tensor of "
-                f"{tuple(x.shape)}."
-            )
-        if geometry.out_rows < 1 or geometry.out_columns < 1:
-            raise DeployError(
-                f"Images of {geometry.rows}x{geometry.columns} are smaller than the kernel."
-            )
+        geometry = self.geometry(tuple(x.shape), torch.get_num_threads())
         return self.product().convolution(x, geometry, addend)
 
 

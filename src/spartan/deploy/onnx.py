@@ -41,7 +41,7 @@ class Exported:
         channels = f"{gone:,} zero channels of {len(self.removed)} layers removed; " if gone else ""
         return (
             f"{self.path}: {self.bytes:,} bytes; {channels}ONNX Runtime agrees to "
-            f"{self.error:.1e}. It multiplies zeros like other numbers: for speed from single zeros, "
+            f"{self.error:.1e}. It multiplies zeros like other numbers; for speed from them, "
             "use spartan.accelerate."
         )
 

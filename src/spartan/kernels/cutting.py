@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from spartan.kernels.bundles import Bundles
 # first-level cache; those of narrow ones do not.
 _CACHE, _CACHE_OF_NARROW = 1 << 14, 1 << 13
 _NARROW = 16  # lanes
+_WORTH = 32  # entries of a bundle in a block
 _REACH = 1 << 16  # what 16 bits can address
 SLICE = 16
 
@@ -57,12 +59,12 @@ class Geometry:
     dilation: tuple[int, int]
     threads: int = 1
 
-    @property
+    @cached_property
     def out_rows(self) -> int:
         """Rows of the output."""
         return self._out(self.rows, 0)
 
-    @property
+    @cached_property
     def out_columns(self) -> int:
         """Columns of the output."""
         return self._out(self.columns, 1)
@@ -71,27 +73,27 @@ class Geometry:
         reach = self.dilation[axis] * (self.kernel[axis] - 1)
         return (size + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Images whose rows are interleaved, so that a row of z fills vectors."""
         return min(self.images, max(1, 16 // self.out_columns))
 
-    @property
+    @cached_property
     def row_size(self) -> int:
         """Floats in a row of z."""
         return self.group * self.out_columns
 
-    @property
+    @cached_property
     def reach(self) -> int:
         """How far the last kernel row lies behind the first."""
         return (self.kernel[0] - 1) * self.dilation[0]
 
-    @property
+    @cached_property
     def phases(self) -> int:
         """Input rows are kept apart by their place within the stride."""
         return min(self.stride[0], self.reach + 1)
 
-    @property
+    @cached_property
     def height(self) -> int:
         """Output rows to compute on one z; 0 if the rows are too wide for 16-bit offsets."""
         row = self.phases * self.row_size * self.kernel[1]
@@ -104,7 +106,7 @@ class Geometry:
             most = min(most, math.ceil(self.out_rows * items / self.threads))
         return math.ceil(self.out_rows / math.ceil(self.out_rows / most)) if most > 0 else 0
 
-    @property
+    @cached_property
     def plane(self) -> int:
         """Floats of z per channel and kernel column."""
         return self.phases * (self.height + self.reach // self.stride[0]) * self.row_size
@@ -137,7 +139,10 @@ def lanes_for(positions: int, height: int, most: int = 64) -> int:
 def cut_linear(w: Bundles, positions: int, lanes: int | None = None) -> Cut:
     """Cut for a number of samples."""
     lanes = lanes or lanes_for(positions, w.height)
-    per_block = max(1, (_CACHE if w.height == 1 else _REACH) // lanes)
+    cache = _CACHE if w.height == 1 else _REACH
+    # Every block costs a pass over the sums: few entries are not worth it.
+    worth = _WORTH * w.count * w.inputs // max(1, w.columns.numel())
+    per_block = max(1, min(max(cache // lanes, worth), _REACH // lanes))
     columns = w.columns.long()
     return _cut(w, columns // per_block, columns % per_block * lanes, per_block * lanes, lanes)
 

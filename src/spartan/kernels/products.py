@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from spartan.kernels.dispatch import native_for_any_order
 ACTIVATIONS = ("none", "relu", "gelu")
 # Above this many samples, lanes beat reading all weights once for each.
 _FEW = 4
-_CUTS_KEPT = 8
+_CUTS_KEPT = 16
 
 _T = TypeVar("_T")
 
@@ -69,10 +70,12 @@ class Product:
             (samples, outputs).
         """
         samples, w = x.shape[0], self.weights
-        addressable = samples > 0 and w.inputs <= 1 << 16
+        addressable = 0 < samples and w.inputs <= 1 << 16
         native = native_for_any_order(x, w.values) if addressable else None
         if native is None:
             return self._linear_by_torch(x, addend)
+        if samples <= _FEW:
+            return self._few(native, x.contiguous(), addend)
         if 1 not in x.stride():
             x = x.contiguous()
         if feature_major:
@@ -80,13 +83,11 @@ class Product:
         else:
             y = torch.empty(samples, w.outputs)
         addend = _in_order_of(y, addend)
-        if samples <= _FEW:
-            return self._few(native, x.contiguous(), y, addend)
-        cut = self._kept(("linear", lanes_for(samples, w.height)), lambda: cut_linear(w, samples))
-        matrix = [w.inputs, samples, x.stride(1), x.stride(0)]
+        lanes = lanes_for(samples, w.height)
+        cut = self._kept(("linear", lanes), lambda: self._describe(cut_linear(w, samples)))
         native.linear(
-            *self._described(cut, cut.bases),
-            matrix,
+            *cut.numbers,
+            [w.inputs, samples, x.stride(1), x.stride(0)],
             x.data_ptr(),
             feature_major,
             cut.lanes,
@@ -94,13 +95,10 @@ class Product:
         )
         return y
 
-    def _few(self, native: Any, x: Tensor, y: Tensor, addend: Tensor | None) -> Tensor:
+    def _few(self, native: Any, x: Tensor, addend: Tensor | None) -> Tensor:
         w = self.weights
-        slices: Slices = self._kept("slices", lambda: slice_rows(w))
-        addresses = _addresses(
-            slices.values, slices.columns, slices.starts, slices.rows, self._padded_bias
-        )
-        out = y.contiguous()
+        slices, addresses = self._kept("slices", self._describe_slices)
+        y = torch.empty(len(x), w.outputs)
         addend = None if addend is None else addend.contiguous()
         for i in range(len(x)):
             native.vector(
@@ -108,9 +106,9 @@ class Product:
                 slices.starts.numel() - 1,
                 w.outputs,
                 x[i].data_ptr(),
-                *self._ending(out[i], None if addend is None else addend[i]),
+                *self._ending(y[i], None if addend is None else addend[i]),
             )
-        return y if out is y else y.copy_(out)
+        return y
 
     def convolution(self, x: Tensor, geometry: Geometry, addend: Tensor | None) -> Tensor:
         """Apply to images.
@@ -137,21 +135,22 @@ class Product:
                 x = x.contiguous()
             y = torch.empty(g.images, w.outputs, g.out_rows, g.out_columns)
         addend = _in_order_of(y, addend)
-        cut = self._kept(g, lambda: cut_convolution(w, g))
-        strides = [[t.stride(1), t.stride(2), t.stride(0)] for t in (x, y)]
+        cut = self._kept(g, lambda: self._describe(cut_convolution(w, g)))
+        numbers = self._kept((g, x.stride()), lambda: g.numbers(_strides(x), _strides(y)))
         native.convolution(
-            *self._described(cut, cut.bases),
-            g.numbers(*strides),
-            x.data_ptr(),
-            cut.lanes,
-            *self._ending(y, addend),
+            *cut.numbers, numbers, x.data_ptr(), cut.lanes, *self._ending(y, addend)
         )
         return y
 
-    def _described(self, cut: Cut, bases: Tensor) -> tuple[list[int], list[int]]:
+    def _describe(self, cut: Cut) -> _Described:
         w = self.weights
-        addresses = _addresses(cut.values, cut.offsets, cut.starts, bases, self._padded_bias)
-        return addresses, [bases.numel(), w.count, w.outputs, w.height]
+        addresses = _addresses(cut.values, cut.offsets, cut.starts, cut.bases, self._padded_bias)
+        sizes = [cut.bases.numel(), w.count, w.outputs, w.height]
+        return _Described(cut, (addresses, sizes), cut.lanes)
+
+    def _describe_slices(self) -> tuple[Slices, list[int]]:
+        s = slice_rows(self.weights)
+        return s, _addresses(s.values, s.columns, s.starts, s.rows, self._padded_bias)
 
     def _ending(self, y: Tensor, addend: Tensor | None) -> tuple[int, int, int, int]:
         activation = ACTIVATIONS.index(self.activation)
@@ -196,6 +195,20 @@ class Product:
         if self.activation == "none":
             return y
         return F.relu(y) if self.activation == "relu" else F.gelu(y)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A cut, and what the native module is told of it."""
+
+    cut: Cut
+    numbers: tuple[list[int], list[int]]
+    lanes: int
+
+
+def _strides(images: Tensor) -> list[int]:
+    """Return the strides of channels, rows and images."""
+    return [images.stride(1), images.stride(2), images.stride(0)]
 
 
 def _check(w: Bundles) -> None:

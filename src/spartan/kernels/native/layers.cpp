@@ -72,20 +72,27 @@ std::int64_t bundles_per_part(const Weights& w, int lanes, std::int64_t tasks, i
   return std::clamp<std::int64_t>(ceil_div(w.bundles, wanted), 1, most);
 }
 
-// Sums of the bundles [first, last) over all inputs; returns rows x lanes.
+// Sums of the bundles [first, last) over all inputs; returns rows x lanes, unless there is an ending.
 float* sum_up(const ProductLoops& loops, const Weights& w, std::int64_t first, std::int64_t last,
-              const float* z, int lanes) {
+              const float* z, int lanes, const Ending* ending) {
   const std::int64_t height = w.entries.height;
   float* sums = sums_of_thread.floats((last - first) * height * lanes);
   for (std::int64_t b = 0; b < w.blocks; ++b)
     loops.multiply(w.entries, b * w.bundles + first, b * w.bundles + last, z + w.bases[b],
-                   b == 0 ? w.bias + first * height : nullptr, sums, lanes);
+                   b == 0 ? w.bias + first * height : nullptr, sums, lanes,
+                   b == w.blocks - 1 ? ending : nullptr);
   return sums;
 }
 
 // Lanes to compute: those past the last position are left out.
 int live_lanes(std::int64_t positions) {
   return static_cast<int>(ceil_div(positions, kWidest) * kWidest);
+}
+
+// Whether sums can go straight to the output, whole vectors and bundles at a time.
+bool ends_directly(const Weights& w, std::int64_t last, std::int64_t count, const Output& out) {
+  return count == live_lanes(count) && last * w.entries.height <= w.outputs &&
+         out.activation != kGelu;
 }
 
 }  // namespace
@@ -116,9 +123,16 @@ void linear(const ProductLoops& loops, const Weights& w, const Matrix& m, const 
     const std::int64_t last = std::min((part + 1) * step, w.bundles);
     const std::int64_t rows = std::min(last * height, w.outputs) - row;
     // z has rows of `lanes`, also where fewer are live.
-    const float* sums = sum_up(loops, w, part * step, last, packed ? x : z, live_lanes(count));
+    const std::int64_t feature_at = row * m.positions + position;
+    const Ending ending = {out.y + feature_at, m.positions,
+                           out.addend ? out.addend + feature_at : nullptr,
+                           out.activation == kRelu};
+    const bool direct = feature_major && ends_directly(w, last, count, out);
+    const float* sums = sum_up(loops, w, part * step, last, packed ? x : z, live_lanes(count),
+                               direct ? &ending : nullptr);
+    if (direct) return;
     if (feature_major) {
-      const std::int64_t at = row * m.positions + position;
+      const std::int64_t at = feature_at;
       loops.finish(sums, live_lanes(count), out.addend ? out.addend + at : nullptr, out.y + at,
                    m.positions, rows, count, out.activation);
       return;
@@ -245,9 +259,15 @@ void convolution(const ProductLoops& loops, const Weights& w, const Convolution&
     const int live = live_lanes(count);
     const std::int64_t last = std::min(first + step, w.bundles);
     const std::int64_t rows = std::min(last * height, w.outputs) - first * height;
-    const float* sums = sum_up(loops, w, first, last, z + lane, live);
     const bool whole = item.images == c.group && c.y_row == c.row_size();
     const std::int64_t base = first * height * c.y_channel;
+    const std::int64_t at = base + item.row * c.y_row + item.image * c.y_image + lane;
+    const Ending ending = {out.y + at, c.y_channel, out.addend ? out.addend + at : nullptr,
+                           out.activation == kRelu};
+    const bool direct = whole && ends_directly(w, last, count, out);
+    const float* sums =
+        sum_up(loops, w, first, last, z + lane, live, direct ? &ending : nullptr);
+    if (direct) return;
     // Runs of positions that are neighbours in the output too.
     for (std::int64_t p = 0; p < count;) {
       const std::int64_t row = (lane + p) / c.row_size(), in_row = (lane + p) % c.row_size();

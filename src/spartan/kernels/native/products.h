@@ -17,11 +17,19 @@ struct Entries {
 
 enum Activation { kLinear, kRelu, kGelu };
 
+// Where sums go when they are complete, instead of back to where they were.
+struct Ending {
+  float* out;
+  std::int64_t stride;  // of rows
+  const float* addend;  // lies like out; may be null
+  bool relu;
+};
+
 struct ProductLoops {
   // sums[row][lane] = start[row] + sum over entries of value * z[offset + lane], for `lanes` lanes,
-  // a multiple of 16. Without `start`, adds to what sums holds.
+  // a multiple of 16. Without `start`, adds to what sums holds. `ending` may be null.
   void (*multiply)(const Entries&, std::int64_t first, std::int64_t last, const float* z,
-                   const float* start, float* sums, int lanes);
+                   const float* start, float* sums, int lanes, const Ending* ending);
 
   // y[row] = sum of values * x[column], for slices of 16 rows: step by step, one entry of each row.
   // `rows` says which rows a slice holds; -1 where it holds fewer than 16.
