@@ -256,3 +256,87 @@ def test_unknown_options_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("trian") == 2
     assert call("--help") == 0
     assert "inspect" in capsys.readouterr().out
+
+
+def test_pack_unpack_and_evaluate(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, back = tmp_path / "packed.safetensors", tmp_path / "back.safetensors"
+    assert call("pack", run, packed) == 0
+    printed = capsys.readouterr().out
+    assert "gaps" in printed
+    assert "zstd -12" in printed
+    assert packed.stat().st_size < 0.3 * (run / "model.safetensors").stat().st_size
+    assert call("unpack", packed, back) == 0
+    original, unpacked = load_file(run / "model.safetensors"), load_file(back)
+    assert original.keys() == unpacked.keys()
+    assert all(torch.equal(original[name], unpacked[name]) for name in original)
+    assert call("inspect", packed) == 0
+    assert call("evaluate", run) == 0
+    wanted = capsys.readouterr().out.rpartition("accuracy ")[2].split()[0]
+    assert call("evaluate", run, "--weights", packed, "--accelerated") == 0
+    assert f"accuracy {wanted}" in capsys.readouterr().out
+
+
+def test_bench_writes_table_figures_and_plot(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench"
+    words = ["--batch", "1", "16", "--threads", "1", "--seconds", "0.01", "--out", out]
+    threads = torch.get_num_threads()
+    assert call("bench", run, *words) == 0
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr().out
+    assert printed.count("whole model: dense") == 2
+    plans = json.loads((out / "bench.json").read_text())
+    assert {layer["name"] for layer in plans["16"]["layers"]} == {"1", "4", "7"}
+    assert "256x256" in (out / "bench.txt").read_text()
+    assert (out / "bench.svg").read_text().startswith("<?xml")
+    assert call("bench", "mlp", "--input", "1x1x8x8", *words) == 0
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor") == 0
+    printed = capsys.readouterr().out
+    for subject in ("processor", "kernels", "threads", "torch", "GPU"):
+        assert subject in printed
+
+
+def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    assert call("export", run, "--onnx", tmp_path / "model.onnx") == 0
+    assert "ONNX Runtime agrees" in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("pack", "missing.safetensors", "out"), "no file"),
+        (("pack", "{run}", "{run}/model.safetensors"), "another"),
+        (("pack", "{run}", "{run}"), "folder"),
+        (("unpack", "{run}/config.json", "out"), "damaged"),
+        (("bench", "mlp"), "--input"),
+        (("bench", "mlp", "--input", "axb"), "shape"),
+        (("bench", "nosuch", "--input", "1x1x8x8"), "nosuch"),
+        (("bench", "{run}", "--input", "1x5x8x8"), "does not run"),
+        (("bench", "{run}", "--threads", "0"), "thread"),
+        (("bench", "{run}", "--batch", "0"), "positive"),
+        (("bench", "{run}", "--weights", "missing"), "no file"),
+        (("evaluate", "{run}", "--weights", "{run}/config.json"), "damaged"),
+        (("export", "mlp", "--onnx", "x.onnx"), "--input"),
+    ],
+)
+def test_deploy_commands_name_what_is_wrong(
+    words: tuple[str, ...], reason: str, run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    before = (run / "model.safetensors").read_bytes()
+    assert call(*(word.replace("{run}", str(run)) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert reason in error
+    assert not list(tmp_path.iterdir())
+    assert (run / "model.safetensors").read_bytes() == before

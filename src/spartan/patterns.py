@@ -18,6 +18,13 @@ from spartan.kernels import units
 from spartan.kernels.units import Grid
 from spartan.prunable import Prunable
 
+# Blocks that packed files have a layout for: rows x columns of a weight seen as a matrix of
+# (first dimension, all others).
+STORED_BLOCKS = (
+    *((32, 32), (16, 16), (8, 8), (4, 4)),
+    *((32, 1), (16, 1), (8, 1), (4, 1), (1, 16), (1, 8)),
+)
+
 
 class Pattern(ABC):
     """A division of weights into units."""

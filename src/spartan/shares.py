@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from spartan.errors import BudgetError
-from spartan.patterns import Pattern
+from spartan.patterns import STORED_BLOCKS, Block, Pattern
 from spartan.prunable import Prunable
 
 
@@ -114,8 +114,9 @@ def share_of_bytes(
     """Turn bytes of the packed file into a budget of units.
 
     Two layouts bound what a weight takes (`deploy.layouts` has more, and packing takes the
-    smallest): one bit a unit and the kept values; or, for single weights, the kept values with one
-    byte each, and as much again for every 256th weight, should gaps not fit a byte.
+    smallest): the kept values and one bit a weight, or a block if there is a layout for such
+    blocks; or, for single weights, the kept values with one byte each, and as much again for every
+    256th weight, should gaps not fit a byte.
     """
     sizes = [weights[i].parameter.element_size() for i in members]
     numels = [pattern.unit_numel(weights[i]) for i in members]
@@ -135,8 +136,11 @@ def share_of_bytes(
         every = [by_index.get(i, 1.0) for i in range(len(units))]
         return make_share(members, units, every, min(kept, Fraction(1)))
 
-    # Rows are padded to whole bytes.
-    bits = sum(n / 8 + weights[i].oriented_shape[0] for i, n in zip(members, counts, strict=True))
+    # Rows of bits are padded to whole bytes.
+    bits = sum(
+        n * (1 if _stored_as_blocks(weights[i], pattern) else m) / 8 + weights[i].shape[0]
+        for i, n, m in zip(members, counts, numels, strict=True)
+    )
     shares = [of_layout(0, bits)]
     if all(m == 1 for m in numels):
         fillers = sum((s + 1) * n / 256 for s, n in zip(sizes, counts, strict=True))
@@ -151,6 +155,16 @@ def share_of_bytes(
             "layout alone takes as much. Ask for more bytes, or for larger blocks."
         )
     return max(possible, key=lambda share: share.kept / share.total)
+
+
+def _stored_as_blocks(weight: Prunable, pattern: Pattern) -> bool:
+    """Whether the blocks of a weight are blocks of it as a matrix, of a size that is stored."""
+    if not isinstance(pattern, Block):
+        return False
+    rows, cols = pattern.rows, pattern.cols
+    if weight.input_first:
+        rows, cols = cols, rows
+    return (rows, cols) in STORED_BLOCKS and (cols == 1 or weight.kernel_numel == 1)
 
 
 def refuse_dead_layers(

@@ -1,6 +1,6 @@
 """From a model with zeros to a smaller file and a faster model."""
 
-from spartan.deploy.accelerate import accelerate
+from spartan.deploy.accelerating import accelerate
 from spartan.deploy.packing import load, save
 
 __all__ = ["accelerate", "load", "save"]

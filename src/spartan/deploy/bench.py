@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from spartan.deploy.accelerate import accelerate, plan_of
+from spartan.deploy.accelerating import accelerate, plan_of
 from spartan.deploy.plan import LayerPlan, Plan
 from spartan.errors import DeployError
 from spartan.files import write_atomically, write_text

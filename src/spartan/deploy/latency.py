@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spartan.deploy.accelerate import accelerate, plan_of
+from spartan.deploy.accelerating import accelerate, plan_of
 from spartan.deploy.plan import Plan
 from spartan.errors import BudgetError
 from spartan.kernels.units import pool_magnitudes

@@ -12,7 +12,6 @@ from spartan.kernels.bundles import Bundles, bundle
 from spartan.kernels.cutting import Geometry
 from spartan.kernels.products import Product
 
-
 _GEOMETRIES_KEPT = 16
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spartan.errors import FileError
+from spartan.patterns import STORED_BLOCKS
 
 Bits = NDArray[np.generic]  # unsigned integers as wide as the values
 Parts = dict[str, NDArray[np.generic]]
@@ -177,12 +178,11 @@ class Blocks(Layout):
 
     name = "blocks"
     parts = (VALUES, "block_bitmask")
-    sizes = ((32, 32), (16, 16), (8, 8), (4, 4), (32, 1), (16, 1), (8, 1), (4, 1), (1, 16), (1, 8))
 
     def encode(self, matrix: Bits) -> Parts | None:
         used = matrix != 0
         best: tuple[int, tuple[int, int], NDArray[np.bool_]] | None = None
-        for size in self.sizes:
+        for size in STORED_BLOCKS:
             if _divides(size, matrix.shape):
                 # Rows first: that reads memory in order.
                 rows = used.reshape(-1, size[0], used.shape[1]).any(1)
@@ -253,6 +253,8 @@ class TwoOfFour(Layout):
         return _as_many(_rising(places.reshape(-1)), parts)
 
 
+_DESCRIPTION = 128  # bytes of the header for one array, about
+
 # In order of preference where several are equally small.
 LAYOUTS: tuple[Layout, ...] = (TwoOfFour(), Blocks(), Bitmask(), Columns(), Gaps())
 
@@ -261,6 +263,8 @@ def smallest(matrix: Bits) -> tuple[Layout, Parts] | None:
     """Return the smallest layout of a matrix, or None if dense is as small."""
     best: tuple[Layout, Parts] | None = None
     size = matrix.nbytes
+    if size <= _DESCRIPTION:
+        return None
     for layout in LAYOUTS:
         parts = layout.encode(matrix)
         if parts is not None and stored_bytes(parts) < size:
@@ -269,8 +273,8 @@ def smallest(matrix: Bits) -> tuple[Layout, Parts] | None:
 
 
 def stored_bytes(parts: Parts) -> int:
-    """Return the size of the arrays."""
-    return sum(array.nbytes for array in parts.values())
+    """Return what the arrays take in a file, with what the header says of each."""
+    return sum(array.nbytes + _DESCRIPTION for array in parts.values())
 
 
 def _blocks(matrix: Bits, size: tuple[int, int]) -> Bits:

@@ -70,7 +70,7 @@ class Product:
             (samples, outputs).
         """
         samples, w = x.shape[0], self.weights
-        addressable = 0 < samples and w.inputs <= 1 << 16
+        addressable = samples > 0 and w.inputs <= 1 << 16
         native = native_for_any_order(x, w.values) if addressable else None
         if native is None:
             return self._linear_by_torch(x, addend)
@@ -137,9 +137,7 @@ class Product:
         addend = _in_order_of(y, addend)
         cut = self._kept(g, lambda: self._describe(cut_convolution(w, g)))
         numbers = self._kept((g, x.stride()), lambda: g.numbers(_strides(x), _strides(y)))
-        native.convolution(
-            *cut.numbers, numbers, x.data_ptr(), cut.lanes, *self._ending(y, addend)
-        )
+        native.convolution(*cut.numbers, numbers, x.data_ptr(), cut.lanes, *self._ending(y, addend))
         return y
 
     def _describe(self, cut: Cut) -> _Described:

@@ -1,0 +1,319 @@
+"""Packed files: exact, small, readable by others, and distrusted until checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import spartan
+from spartan.deploy.container import CODES
+from spartan.deploy.layouts import LAYOUTS, Layout, Shape, smallest, stored_bytes
+from spartan.deploy.packing import PackedTensors
+from spartan.deploy.sizes import Sizes, measure_sizes
+from spartan.errors import DeployError, FileError
+
+sides = st.integers(1, 40)
+
+
+def pruned(*shape: int, density: float = 0.1, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    kept = torch.rand(shape, generator=generator) < density
+    return torch.where(kept, torch.randn(shape, generator=generator), 0.0).to(dtype)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@settings(deadline=None, max_examples=200)
+@given(hnp.arrays(st.sampled_from(["u1", "u2", "u4"]), st.tuples(sides, sides),
+                  elements=st.sampled_from([0, 0, 0, 0, 0, 1, 255])))  # fmt: skip
+def test_every_layout_is_exact(matrix: Any) -> None:
+    shape = Shape(matrix.shape)
+    for layout in LAYOUTS:
+        parts = layout.encode(matrix)
+        if parts is not None:
+            assert set(parts) == set(layout.parts)
+            assert np.array_equal(layout.decode(parts, shape), matrix)
+    best = smallest(matrix)
+    assert best is None or stored_bytes(best[1]) < matrix.nbytes
+
+
+@pytest.mark.parametrize("gap", [254, 255, 256, 257, 511, 512, 65535, 65536, 65537, 131072])
+def test_long_gaps(gap: int) -> None:
+    matrix = np.zeros((1, 2 * gap + 3), np.uint16)
+    matrix[0, [gap, 2 * gap + 1]] = 7
+    gaps = next(layout for layout in LAYOUTS if layout.name == "gaps")
+    parts = gaps.encode(matrix)
+    assert parts is not None
+    assert np.array_equal(gaps.decode(parts, Shape(matrix.shape)), matrix)
+
+
+@pytest.mark.parametrize("dtype", list(CODES))
+def test_round_trip_of_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {"a": pruned(32, 48).mul(100).to(dtype), "b": pruned(3, 8, 3, 3).to(dtype)}
+    state["scalar"] = torch.ones((), dtype=dtype)
+    state["none"] = torch.zeros(0, 4, dtype=dtype)
+    spartan.save(state, tmp_path / "x.safetensors")
+    back = spartan.load(tmp_path / "x.safetensors")
+    assert set(back) == set(state)
+    for name, tensor in state.items():
+        assert back[name].dtype == dtype
+        assert back[name].shape == tensor.shape
+        zero_signs = torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
+        assert torch.equal(bits(back[name]), bits(zero_signs))
+
+
+def test_special_values_survive_and_minus_zero_becomes_zero(tmp_path: Path) -> None:
+    w = pruned(64, 64)
+    w[0, 0], w[1, 1], w[2, 2], w[3, 3] = float("nan"), float("-inf"), 1e-45, -0.0
+    dense = torch.tensor([-0.0, 1.0])
+    spartan.save({"w": w, "dense": dense}, tmp_path / "x.safetensors")
+    back = spartan.load(tmp_path / "x.safetensors")
+    w[3, 3] = 0.0
+    assert torch.equal(bits(back["w"]), bits(w))
+    assert torch.equal(bits(back["dense"]), bits(dense))
+
+
+@pytest.mark.parametrize(("density", "most"), [(0.1, 0.14), (0.05, 0.08), (0.02, 0.03)])
+def test_ratios(density: float, most: float, tmp_path: Path) -> None:
+    state = {"w": pruned(512, 1024, density=density)}
+    (stored,) = spartan.save(state, tmp_path / "x.safetensors")
+    assert stored.bytes <= most * stored.dense_bytes
+
+
+def test_blocks_and_two_of_four_have_their_layouts(tmp_path: Path) -> None:
+    blocks = torch.randn(64, 64) * (torch.rand(4, 64) < 0.1).repeat_interleave(16, 0)
+    four = torch.randn(64, 16, 4)
+    four.scatter_(2, four.abs().argsort(2)[..., :2], 0.0)
+    stored = spartan.save(
+        {"blocks": blocks + 0.0, "four": four.view(64, 64)}, tmp_path / "x.safetensors"
+    )
+    assert [s.layout for s in stored] == ["blocks", "2:4"]
+
+
+def test_what_is_not_smaller_stays_dense(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    stored = spartan.save({"w": torch.randn(20, 20)}, path)
+    assert [s.layout for s in stored] == ["dense"]
+    assert set(load_file(path)) == {"w"}
+    sizes = measure_sizes(stored, path.stat().st_size, None)
+    assert str(sizes).startswith("not compressed")
+    assert "packed" in str(Sizes(100, 50, 60))
+
+
+def test_narrow_values(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    state = {"w": pruned(64, 64), "bias": torch.randn(64)}
+    spartan.save(state, path, values="bfloat16")
+    back = spartan.load(path)
+    assert torch.equal(back["w"], state["w"].bfloat16().float())
+    assert torch.equal(back["bias"], state["bias"])
+    with pytest.raises(DeployError, match="bfloat16"):
+        spartan.save({"w": pruned(8, 8) * 1e9}, path, values="float16")
+    with pytest.raises(DeployError, match="choose"):
+        spartan.save(state, path, values="int4")
+    assert torch.equal(spartan.load(path)["bias"], state["bias"])  # the old file is untouched
+
+
+def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    spartan.save(model, tmp_path / "x.safetensors", compress=False)
+    assert "1.weight" not in load_file(tmp_path / "x.safetensors")
+    other = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    other[1].weight = other[0].weight
+    spartan.load(tmp_path / "x.safetensors", other)
+    assert torch.equal(other[1].weight, model[0].weight)
+
+
+def test_names_that_would_clash(tmp_path: Path) -> None:
+    state = {"w": pruned(64, 64), "w.gaps": torch.ones(3), "w.compressed": torch.zeros(3)}
+    spartan.save(state, tmp_path / "x.safetensors")
+    back = spartan.load(tmp_path / "x.safetensors")
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_files_of_compressed_tensors_load(tmp_path: Path) -> None:
+    w = pruned(16, 20, density=0.3, dtype=torch.bfloat16)
+    bitmask = np.packbits((w != 0).numpy(), axis=-1, bitorder="little")
+    save_file(
+        {
+            "layer.weight.shape": torch.tensor(w.shape),
+            "layer.weight.compressed": w[w != 0],
+            "layer.weight.bitmask": torch.from_numpy(bitmask),
+            "layer.weight.row_offsets": torch.zeros(16, 1, dtype=torch.int64),
+        },
+        tmp_path / "x.safetensors",
+    )
+    assert torch.equal(spartan.load(tmp_path / "x.safetensors")["layer.weight"], w)
+
+
+def test_ordinary_files_load(tmp_path: Path) -> None:
+    model = nn.Linear(5, 3)
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    other = nn.Linear(5, 3)
+    spartan.load(tmp_path / "x.safetensors", other)
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_a_wrong_model_is_refused_and_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    spartan.save(nn.Linear(64, 32), path)
+    for model in (
+        nn.Linear(64, 33),
+        nn.Linear(64, 32, bias=False),
+        nn.Sequential(nn.Linear(64, 32)),
+    ):
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(DeployError, match="not a file of this model"):
+            spartan.load(path, model)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+LAYOUT_CASES = {
+    "bitmask": pruned(64, 61, density=0.5),
+    "gaps": pruned(64, 64, density=0.05),
+    "blocks": torch.randn(64, 64) * (torch.rand(4, 64) < 0.2).repeat_interleave(16, 0) + 0.0,
+    "2:4": torch.tensor([1.0, 2.0, 0.0, 0.0] * 1024).view(64, 64),
+    "columns": pruned(4, 64, density=0.3),
+}
+
+
+def rewrite(path: Path, edit: Any) -> None:
+    """Edit the arrays and metadata of a file."""
+    with safe_open(path, "np") as file:
+        arrays = {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata())
+    edit(arrays, metadata)
+    from safetensors.numpy import save_file as save_numpy
+
+    save_numpy(arrays, path, metadata)
+
+
+def force(layout: Layout, state: dict[str, Tensor], path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("spartan.deploy.layouts.LAYOUTS", (layout,))
+    spartan.save(state, path)
+
+
+DAMAGE: list[tuple[str, str, Any]] = [
+    ("bitmask", "values", lambda a: a.update({"w.compressed": a["w.compressed"][:-1]})),
+    ("bitmask", "size", lambda a: a.update({"w.bitmask": a["w.bitmask"][:, :-1]})),
+    ("bitmask", "past the end", lambda a: a["w.bitmask"].__ior__(128)),
+    ("gaps", "past its end", lambda a: a["w.gaps"].__ior__(255)),
+    ("gaps", "values", lambda a: a.update({"w.gaps": a["w.gaps"][:-1]})),
+    ("columns", "out of", lambda a: a["w.columns"].__setitem__(0, 60_000)),
+    ("columns", "out of order", lambda a: a["w.columns"].__imul__(0)),
+    ("columns", "row starts", lambda a: a["w.row_starts"].__imul__(-1)),
+    ("columns", "row starts", lambda a: a["w.row_starts"].__iadd__(1)),
+    ("blocks", "divide", lambda a: a.update({"w.compressed": a["w.compressed"][:, :-1]})),
+    ("blocks", "values", lambda a: a.update({"w.compressed": a["w.compressed"][:-1]})),
+    ("2:4", "same place", lambda a: a["w.places"].__imul__(0)),
+    ("2:4", "size", lambda a: a.update({"w.places": a["w.places"][:-1]})),
+]
+
+
+@pytest.mark.parametrize(("name", "reason", "damage"), DAMAGE)
+def test_contradictions_are_refused_before_anything_changes(
+    name: str, reason: str, damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, w = tmp_path / "x.safetensors", LAYOUT_CASES[name]
+    force(
+        next(la for la in LAYOUTS if la.name == name),
+        {"a": torch.ones(4), "w": w},
+        path,
+        monkeypatch,
+    )
+    assert torch.equal(spartan.load(path)["w"], w)
+
+    rewrite(path, lambda arrays, _: damage(arrays))
+    model = nn.ParameterDict(
+        {"a": nn.Parameter(torch.zeros(4)), "w": nn.Parameter(torch.zeros_like(w))}
+    )
+    with pytest.raises(FileError, match=reason):
+        spartan.load(path, model)
+    assert all(not p.any() for p in model.parameters())
+    with pytest.raises(FileError, match=reason):
+        spartan.load(path)
+
+
+def set_metadata(**changes: Any) -> Any:
+    def edit(arrays: Any, metadata: Any) -> None:
+        metadata["spartan.packed"] = json.dumps(
+            {**json.loads(metadata["spartan.packed"]), **changes}
+        )
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("reason", "edit"),
+    [
+        ("version", set_metadata(version=99)),
+        ("unknown layout", set_metadata(tensors={"w": {"layout": "magic", "dtype": "F32"}})),
+        ("unknown layout", set_metadata(tensors={"w": {"layout": "gaps", "dtype": "F99"}})),
+        ("lacks", set_metadata(tensors={"v": {"layout": "gaps", "dtype": "F32"}})),
+        ("not there", set_metadata(aliases={"v": "nowhere"})),
+        ("damaged", set_metadata(tensors=[1, 2])),
+        ("damaged", lambda arrays, metadata: metadata.update({"spartan.packed": "{"})),
+        ("lacks w.gaps", lambda arrays, _: arrays.pop("w.gaps")),
+        ("bytes", lambda arrays, _: arrays.update({"w.shape": np.array([1 << 40, 1 << 40])})),
+        ("shape", lambda arrays, _: arrays.update({"w.shape": np.array([-64, -64])})),
+        ("shape", lambda arrays, _: arrays.update({"w.shape": np.ones(400, np.int64)})),
+        ("integers", lambda arrays, _: arrays.update({"w.gaps": np.ones(9, np.float32)})),
+    ],
+)
+def test_hostile_files_are_refused(reason: str, edit: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    spartan.save({"w": LAYOUT_CASES["gaps"]}, path)
+    rewrite(path, edit)
+    with pytest.raises(FileError, match=reason):
+        spartan.load(path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 50, 300, -1])
+def test_truncated_files_are_refused(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    spartan.save({"w": LAYOUT_CASES["gaps"]}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(FileError, match="damaged"):
+        spartan.load(path)
+    with pytest.raises(FileError, match="no file"):
+        spartan.load(tmp_path / "missing")
+
+
+def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    header = json.dumps({"a": one, "b": one}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(FileError, match="damaged"):
+        spartan.load(path)
+
+
+def test_tensors_are_unpacked_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    spartan.save({"a": pruned(64, 64), "b": torch.ones(3)}, path)
+    packed = PackedTensors(path)
+    assert packed.shapes == {"a": (64, 64), "b": (3,)}
+    assert torch.equal(packed["a"], pruned(64, 64))
+    with pytest.raises(KeyError):
+        packed["a.gaps"]
+
+
+def test_sparse_tensors_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="dense"):
+        spartan.save({"w": torch.eye(3).to_sparse()}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
