@@ -22,6 +22,8 @@ from spartan.deploy.layouts import LAYOUTS, Layout, Shape, smallest, stored_byte
 from spartan.deploy.packing import PackedTensors
 from spartan.deploy.sizes import Sizes, measure_sizes
 from spartan.errors import DeployError, FileError
+from tests.conftest import ROOT
+from tests.test_docs import blocks_of
 
 sides = st.integers(1, 40)
 
@@ -317,3 +319,17 @@ def test_sparse_tensors_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="dense"):
         spartan.save({"w": torch.eye(3).to_sparse()}, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_the_numpy_reader_of_the_docs_reads_every_layout(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "deployment.md"
+    (block,) = (b for b in blocks_of(page) if "def unpack" in b)
+    names: dict[str, Any] = {}
+    exec(block.partition("\nassert")[0], names)
+    path, state = tmp_path / "x.safetensors", {"w": LAYOUT_CASES[name], "a": torch.ones(4)}
+    force(next(la for la in LAYOUTS if la.name == name), state, path, monkeypatch)
+    arrays = names["unpack"](path)
+    assert all(np.array_equal(arrays[key], state[key].numpy()) for key in state)

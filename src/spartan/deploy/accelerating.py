@@ -45,37 +45,22 @@ def accelerate(
     Raises:
         DeployError: The model does not run on the example, or the result would differ from it.
     """
-    with torch.inference_mode():
-        reference = _reference(model, example_input)
     # Outside inference mode: the copy's buffers are to be ordinary tensors.
     with torch.inference_mode(False), torch.no_grad():
-        base = copy.deepcopy(model).eval()
-        traced = trace(base, example_input)
+        work = copy.deepcopy(model).eval()
+        reference = _run(work, example_input)
+        traced = trace(work, example_input)
         if traced is not None:
             simplify(traced)
-        work: nn.Module = base if traced is None else traced
+            work = traced
         warning = busy_warning()
         layers, sparse = _choose(work, example_input, seconds)
-        for name, layer in sparse.items():
-            work.set_submodule(name, layer)
-        for module in work.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                # Its fast path reads the dense weights of its linear layers.
-                module.activation_relu_or_gelu = 0
+        _replace(work, sparse)
         if traced is not None:
             fuse(traced)
     with torch.inference_mode():
         _compare(run_on(work, example_input), reference)
-        was_training = {m: m.training for m in model.modules()}
-        model.eval()
-        try:
-            dense, fast = time_side_by_side(
-                [lambda: run_on(model, example_input), lambda: run_on(work, example_input)],
-                max(5 * seconds, 0.2),
-            )
-        finally:
-            for module, flag in was_training.items():
-                module.training = flag
+        dense, fast = _time_both(model, work, example_input, max(5 * seconds, 0.2))
     plan = Plan(
         layers=layers,
         dense=dense,
@@ -98,14 +83,34 @@ def plan_of(accelerated: nn.Module) -> Plan:
     return plan
 
 
-def _reference(model: nn.Module, sample: Any) -> Any:
-    copied = copy.deepcopy(model).eval()
+def _run(model: nn.Module, sample: Any) -> Any:
     try:
-        return run_on(copied, sample)
+        return run_on(model, sample)
     except Exception as error:
         raise DeployError(
             f"The model does not run on the example input: {type(error).__name__}: {error}"
         ) from error
+
+
+def _replace(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fast path reads the dense weights of its linear layers.
+            module.activation_relu_or_gelu = 0
+
+
+def _time_both(model: nn.Module, fast: nn.Module, sample: Any, seconds: float) -> list[Timing]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return time_side_by_side(
+            [lambda: run_on(model, sample), lambda: run_on(fast, sample)], seconds
+        )
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 def _choose(
