@@ -326,6 +326,9 @@ def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (("bench", "{run}", "--weights", "missing"), "no file"),
         (("evaluate", "{run}", "--weights", "{run}/config.json"), "damaged"),
         (("export", "mlp", "--onnx", "x.onnx"), "--input"),
+        (("train", "--latency-ms", "1000", "--out", "x"), "already takes"),
+        (("train", "--latency-ms", "1", "--density", "0.1", "--out", "x"), "of its own"),
+        (("train", "--out", "x"), "--latency-ms"),
     ],
 )
 def test_deploy_commands_name_what_is_wrong(

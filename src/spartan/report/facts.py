@@ -91,10 +91,12 @@ class RunFacts:
         return sum(int(t.count_nonzero()) for t in floats), sum(t.numel() for t in floats)
 
     @property
-    def asked(self) -> float:
-        """The density that was asked for."""
+    def asked(self) -> str:
+        """What was asked for."""
         density, sparsity = self.config["density"], self.config["sparsity"]
-        return float(density if density is not None else 1 - sparsity)
+        if self.config.get("latency_ms") is not None:
+            return f"{self.config['latency_ms']:g} ms, batch {self.config['latency_batch']}"
+        return f"density {float(density if density is not None else 1 - sparsity):g}"
 
     def series(self, split: str, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""

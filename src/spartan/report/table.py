@@ -31,7 +31,7 @@ def print_layers(console: Console, run: Run) -> None:
     console.print(table)
     units, kept_units = (sum(getattr(x, k) for x in facts.layers) for k in ("units", "kept_units"))
     console.print(
-        f"asked: density {facts.asked:g} ({facts.config['cost']}, {facts.config['allocation']}, "
+        f"asked: {facts.asked} ({facts.config['cost']}, {facts.config['allocation']}, "
         f"{facts.config['pattern']}); reached: {kept_units:,} of {units:,} units",
         highlight=False,
         soft_wrap=True,

@@ -35,6 +35,10 @@ class TrainConfig:
     """Fraction of the prunable weights to keep, in (0, 1]."""
     sparsity: float | None = None
     """The same as 1 - density; give one of the two."""
+    latency_ms: float | None = None
+    """Instead of a density: how long the accelerated model may take on this machine."""
+    latency_batch: int = 1
+    """Batch size that is to take this long."""
     pattern: str = "unstructured"
     """unstructured, channel, block:ROWSxCOLS, or N:M."""
     allocation: str = "global"
@@ -87,6 +91,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.latency_batch >= 1, "latency_batch", self.latency_batch, "at least 1")
         _require(self.lr is None or self.lr > 0, "lr", self.lr, "positive")
         decay = self.weight_decay
         _require(decay is None or decay >= 0, "weight_decay", decay, "0 or more")
@@ -125,10 +130,22 @@ class TrainConfig:
         """Create the budget.
 
         Args:
-            sample_input: One batch, for FLOPs.
+            sample_input: One image, for FLOPs and times.
         """
+        if self.latency_ms is not None:
+            return Budget(
+                density=self.density,
+                sparsity=self.sparsity,
+                cost=self.cost,
+                allocation=self.allocation,
+                count=self.count,
+                latency_ms=self.latency_ms,
+                example_input=sample_input.expand(self.latency_batch, -1, -1, -1).contiguous(),
+            )
         if self.density is None and self.sparsity is None:
-            raise ConfigError("Give --density (fraction kept) or --sparsity (fraction removed).")
+            raise ConfigError(
+                "Give --density (fraction kept), --sparsity (fraction removed) or --latency-ms."
+            )
         return Budget(
             density=self.density,
             sparsity=self.sparsity,
