@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import spartan
 from deploy_runtimes import median
-from spartan.deploy.packing import PackedTensors
 from spartan.deploy.sizes import measure_sizes
 from spartan.deploy.timing import busy_warning
 
@@ -173,17 +172,26 @@ def print_speeds(rows: list[dict]) -> None:
 
 
 def print_sizes() -> None:
-    print(f"{'file':30}{'sparsity':>9}{'packed / dense':>16}{'zstd -12 / packed':>19}{'bytes':>14}")
+    """Print sizes beside zstd, for clean zeros and for those that `weight * mask` leaves."""
+    head = f"{'file':30}{'sparsity':>9}{'packed / dense':>16}"
+    print(f"{head}{'zstd -12 / packed':>19}{'with minus zeros':>18}{'bytes':>14}")
     for case in (CASES[0], CASES[1]):
         for sparsity in (0.9, 0.95):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "x.safetensors"
-                stored = spartan.save(pruned(case, sparsity), path)
-                sizes = measure_sizes(stored, path.stat().st_size, PackedTensors(path))
+                state = pruned(case, sparsity).state_dict()
+                stored = spartan.save(state, path)
+                sizes = measure_sizes(stored, path.stat().st_size, state)
+                for tensor in state.values():
+                    if tensor.dim() > 1:
+                        tensor.copysign_(torch.randn_like(tensor))
+                masked = measure_sizes(stored, path.stat().st_size, state)
             assert sizes.zstd is not None
+            assert masked.zstd is not None
             print(
                 f"{case.name:30}{sparsity:9.0%}{sizes.packed / sizes.dense:16.4f}"
-                f"{sizes.zstd / sizes.packed:18.2f}x{sizes.packed:14,}",
+                f"{sizes.zstd / sizes.packed:18.2f}x{masked.zstd / sizes.packed:17.2f}x"
+                f"{sizes.packed:14,}",
                 flush=True,
             )
 

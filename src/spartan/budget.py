@@ -37,7 +37,8 @@ class Budget:
         sparsity: Removed fraction, in [0, 1); density = 1 - sparsity.
         cost: What a weight takes from the budget: `"parameters"`, `"flops"` (traced with
             `sample_input`), `"bytes"` (the prunable weights in a packed file take at most density x
-            their dense size), or a mapping from parameter name to cost per weight.
+            their dense size; weights of less than a few kilobytes stay dense in the file and can
+            exceed it), or a mapping from parameter name to cost per weight.
         allocation: How the budget spreads over layers: `"global"` (units compete across layers),
             `"uniform"` (the same density in each), `"erk"` (Erdős-Rényi-kernel: density of a layer
             proportional to sum(shape) / prod(shape); Evci et al. 2020, section 3), or a mapping
@@ -100,8 +101,9 @@ class Budget:
                 "latency_ms= is a budget of its own: density, sparsity, cost and count do not go "
                 "with it, and it is allocated 'global' or 'uniform'."
             )
-        if not (self.latency_ms or 0) > 0:
-            raise BudgetError(f"latency_ms={self.latency_ms} must be positive.")
+        number = self.latency_ms
+        if not (isinstance(number, int | float) and 0 < number < math.inf):
+            raise BudgetError(f"latency_ms={number!r} must be a positive number.")
         if self.example_input is None:
             raise BudgetError("latency_ms= needs example_input=, one batch to time the model on.")
 
@@ -160,7 +162,9 @@ class Budget:
         if self.allocation == "uniform":
             share = share_for_latency(*model_facts, None, self.latency_ms, self.example_input)
             ones = [1.0] * len(weights)
-            return [make_share([i], units, ones, Fraction(share)) for i in range(len(weights))]
+            shares = [make_share([i], units, ones, Fraction(share)) for i in range(len(weights))]
+            refuse_dead_layers(shares, weights, units)
+            return shares
         costs = [
             pattern.unit_numel(w) * seconds
             for w, seconds in zip(

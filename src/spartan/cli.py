@@ -166,7 +166,8 @@ def _evaluate(folder: Path, device_name: str, weights: Path | None, accelerated:
     run = Run.open(folder)
     config = run.config()
     facts = read_facts(run)
-    device = pick_device(device_name)
+    # Sparse kernels run on the CPU.
+    device = pick_device("cpu" if accelerated else device_name)
     data = load_data(config.data, config.image_size)
     model, _ = open_model(str(folder), weights, None, len(data.classes))
     if accelerated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         FileError: Writing failed (disk full, no permission); what was at `path` before is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if not path.name:
+        raise FileError(f"{str(path)!r} names no file to write.")
+    # Threads may write one path at a time.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_UMASK)  # safetensors would leave it to its owner alone
         temporary.replace(path)
+    except FileError:
+        raise  # of what was read meanwhile
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise FileError(
             f"Cannot write {str(path)!r}: {error}. Nothing that was written before is lost; free "
             "space or choose another folder."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -136,14 +136,15 @@ def share_of_bytes(
         every = [by_index.get(i, 1.0) for i in range(len(units))]
         return make_share(members, units, every, min(kept, Fraction(1)))
 
+    shapes = 8 * max(len(weights[i].shape) for i in members)
     # Rows of bits are padded to whole bytes.
     bits = sum(
-        n * (1 if _stored_as_blocks(weights[i], pattern) else m) / 8 + weights[i].shape[0]
+        n * (1 if _stored_as_blocks(weights[i], pattern) else m) / 8 + weights[i].shape[0] + shapes
         for i, n, m in zip(members, counts, numels, strict=True)
     )
     shares = [of_layout(0, bits)]
     if all(m == 1 for m in numels):
-        fillers = sum((s + 1) * n / 256 for s, n in zip(sizes, counts, strict=True))
+        fillers = sum((s + 1) * n / 256 + shapes for s, n in zip(sizes, counts, strict=True))
         shares.append(of_layout(1, fillers))
     possible = [share for share in shares if share is not None]
     if density == 1:

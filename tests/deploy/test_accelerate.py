@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import spartan
@@ -283,13 +284,165 @@ def test_wrong_inputs_are_named() -> None:
         accelerate(nn.Linear(4, 4), torch.randn(2, 5))
 
 
+@pytest.mark.usefixtures("sparse_wins")
 def test_random_models_are_refused() -> None:
-    class Noise(nn.Module):
+    class Noise(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return x + torch.randn_like(x)
+            return super().forward(x) + torch.randn_like(x)
 
     with pytest.raises(DeployError, match="random"):
-        accelerate(Noise(), torch.randn(4, 4))
+        accelerate(prune(nn.Sequential(Noise(8, 8), nn.Linear(8, 8)), 0.5), torch.randn(4, 8))
+
+
+class Residual(nn.Module):
+    """A linear layer to whose result something is added."""
+
+    def __init__(self, add: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.relu, self.add = nn.Linear(16, 16), nn.ReLU6(), add
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self, x)
+
+
+def add_to_alias(m: Any, x: Tensor) -> Tensor:
+    h = x * 2
+    kept = h
+    h += m.fc(x)
+    return kept + h
+
+
+def change_input_first(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    y = m.fc(x)
+    r = F.relu(x, inplace=True)
+    return y + r
+
+
+@pytest.mark.usefixtures("sparse_wins")
+@pytest.mark.parametrize(
+    "add",
+    [
+        add_to_alias,
+        change_input_first,
+        lambda m, x: m.relu(m.fc(x) * 9),
+        lambda m, x: m.relu(m.fc(x)),
+        lambda m, x: x + m.fc(x[:1]),
+        lambda m, x: m.fc(x) + (x > 0),
+        lambda m, x: m.fc(x) + x.double(),
+        lambda m, x: F.dropout(m.fc(x), training=False) + x,
+        lambda m, x: torch.add(m.fc(x), x, alpha=2),
+    ],
+)
+def test_additions_of_every_kind(add: Callable[[Any, Tensor], Tensor]) -> None:
+    model = prune(Residual(add), 0.5)
+    fast = accelerate(model, torch.randn(1, 16))
+    for samples in (1, 7):
+        x = 10 * torch.randn(samples, 16)
+        with torch.inference_mode():
+            found, wanted = fast(x.clone()), model(x.clone())
+        assert found.dtype == wanted.dtype
+        assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_addends_that_do_not_fit_the_product_are_added_behind_it() -> None:
+    layer, conv = SparseLinear(nn.Linear(8, 8)), SparseConv2d(nn.Conv2d(3, 4, 3))
+    layer.activation = conv.activation = "relu"
+    x, images = torch.randn(6, 8), torch.randn(2, 3, 5, 5)
+    for addend in (torch.randn(8), torch.randn(3, 6, 8), torch.ones(6, 8, dtype=torch.bool),
+                   torch.randn(6, 8).half(), torch.randn(6, 8).double()):  # fmt: skip
+        assert torch.allclose(layer(x, addend), F.relu(layer.product().linear(x) + addend))
+    se = torch.randn(2, 4, 1, 1)
+    assert torch.allclose(conv(images, se), F.relu(conv.product().convolution(
+        images, conv.geometry(tuple(images.shape), 1)) + se))  # fmt: skip
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_arguments_left_out_stay_out() -> None:
+    fast = accelerate(prune(Net()), torch.randn(2, 3, 12, 12))
+    assert plan_of(fast).traced
+    with pytest.raises(DeployError, match="'scale' was left out"):
+        fast(torch.randn(2, 3, 12, 12), torch.rand(2, 32))
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_other_dtypes_and_autocast() -> None:
+    model = prune(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
+    x = torch.randn(5, 32)
+    fast = accelerate(model, x)
+    wanted = model(x)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        other = copy.deepcopy(fast).to(dtype)
+        assert torch.allclose(other(x.to(dtype)).float(), wanted, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(fast(x).float(), wanted, atol=0.05)
+        assert torch.allclose(fast(x.bfloat16()).float(), wanted, atol=0.05)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_layers_at_the_root_and_norms_over_other_axes() -> None:
+    x = torch.randn(4, 6, 16)
+    for model in (
+        nn.Linear(16, 24),
+        nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(6), nn.Linear(24, 4)),
+        nn.Sequential(nn.Linear(16, 6), nn.BatchNorm1d(6)),
+    ):
+        fast = accelerate(prune(model, 0.3), x)
+        assert kinds(fast)
+        assert_same(fast, model, x)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_not_a_number_is_compared_too() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(self.fc(x))
+
+    model = prune(Log())
+    x = torch.randn(20, 16)
+    fast = accelerate(model, x)
+    with torch.inference_mode():
+        assert torch.allclose(fast(x), model(x), equal_nan=True, rtol=1e-3, atol=1e-4)
+
+
+def test_pruned_by_torch_needs_prune_remove() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.9)
+    model(torch.randn(2, 16)).sum().backward()
+    with pytest.raises(DeployError, match=r"prune\.remove"):
+        accelerate(model, torch.randn(2, 16))
+
+
+def test_nothing_of_the_caller_changes() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x += 1
+            return self.fc(x)
+
+    model = Counting()
+    x = torch.zeros(2, 64)
+    accelerate(model, x)
+    assert not x.any()
+    assert not model.calls.any()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_traces_are_refused() -> None:
+    x = torch.randn(2, 64)
+    fast = accelerate(prune(nn.Sequential(nn.Linear(64, 64))), x)
+    with pytest.raises(DeployError, match=r"jit\.trace"):
+        torch.jit.trace(fast, x)
 
 
 def test_dense_layers_and_other_dtypes_stay_dense() -> None:
@@ -314,6 +467,8 @@ def test_the_slower_side_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer.format == "dense"
     assert layer.sparse is not None
     assert not kinds(fast)
+    assert type(fast) is nn.Sequential
+    assert "plain copy" in str(plan_of(fast))
 
 
 def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,3 +90,23 @@ def test_what_cannot_be_exported_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="cannot export"):
         export_onnx(Untraceable(), torch.randn(1, 32), tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(6, 4), nn.Flatten(), nn.Linear(20, 3)), (2, 5, 6)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(36, 3)), (2, 3, 8, 8)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(6, 3)), (2, 3, 8, 8)),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU("tanh"), nn.Conv2d(6, 3, 3)), (2, 3, 8, 8)),
+        (
+            nn.Sequential(nn.Linear(6, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 3)).double(),
+            (2, 6),
+        ),
+    ],
+)
+def test_shapes_that_mislead(model: nn.Module, shape: tuple[int, ...]) -> None:
+    model = kill(model, 0.5)
+    x = torch.randn(shape, dtype=next(model.parameters()).dtype)
+    with torch.inference_mode():
+        assert torch.allclose(purge(model, x).model(x), model(x), atol=1e-5)

@@ -53,7 +53,7 @@ def test_linear(
     x = torch.randn(inputs, samples).t() if turned else torch.randn(samples, inputs)
     more = torch.randn(samples, outputs) if addend else None
     with kernels.using(name):
-        y = Product(bundle(w, height), bias, activation).linear(x, more, feature_major)
+        y = Product(bundle(w, height), bias).linear(x, more, activation, feature_major)
     wanted = F.linear(x.double(), w.double(), bias.double()) + (0 if more is None else more)
     assert_close(y, ACTIVATE[activation](wanted))
 
@@ -87,8 +87,8 @@ def test_convolution(
     torch.set_num_threads(now)
     try:
         with kernels.using(name):
-            product = Product(bundle(w.flatten(1), height), bias, "relu")
-            y = product.convolution(x, g, more)
+            product = Product(bundle(w.flatten(1), height), bias)
+            y = product.convolution(x, g, more, "relu")
     finally:
         torch.set_num_threads(before)
     assert_close(y, F.relu(wanted + (0 if more is None else more)))
@@ -127,7 +127,7 @@ def test_nan_and_infinity_go_where_dense_would_send_them() -> None:
     w = torch.eye(40)
     x = torch.zeros(20, 40)
     x[3, 5], x[4, 6] = float("nan"), float("inf")
-    y = Product(bundle(w, 1), None, "relu").linear(x, None)
+    y = Product(bundle(w, 1), None).linear(x, None, "relu")
     assert y[3, 5].isnan()
     assert y[4, 6].isinf()
     assert y.isfinite().sum() == y.numel() - 2

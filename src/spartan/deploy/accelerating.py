@@ -29,7 +29,9 @@ def accelerate(
 
     Each Linear and Conv2d is timed, dense and sparse, on the inputs it gets from `example_input`,
     with the current number of threads. Batch norms are folded, and residual additions, ReLU and
-    GELU are fused into the sparse layers before them, if torch.fx can trace the model.
+    GELU are fused into the sparse layers before them, if torch.fx can trace the model. The result
+    then takes the same arguments, but has the class, attributes and hooks of a graph; a model that
+    cannot be traced keeps its own. Where nothing is won, it is a plain copy.
 
     The given model is not changed. The result holds copies, in evaluation mode; it can be pickled
     and deep-copied, and its state dict saved and loaded. It takes inputs of any size, but what is
@@ -43,31 +45,34 @@ def accelerate(
         verbose: Print the plan.
 
     Raises:
-        DeployError: The model does not run on the example, or the result would differ from it.
+        DeployError: The model cannot be copied or run on the example, or the result would differ
+            from it by more than 1e-4.
     """
     # Outside inference mode: the copy's buffers are to be ordinary tensors.
     with torch.inference_mode(False), torch.no_grad():
-        work = copy.deepcopy(model).eval()
-        reference = _run(work, example_input)
-        traced = trace(work, example_input)
-        if traced is not None:
-            simplify(traced)
-            work = traced
+        dense = _copy_of(model).eval().requires_grad_(False)
+        reference = _run(dense, example_input)
         warning = busy_warning()
-        layers, sparse = _choose(work, example_input, seconds)
-        _replace(work, sparse)
-        if traced is not None:
-            fuse(traced)
+        try:
+            work, layers, traced = _build(dense, example_input, reference, seconds, tracing=True)
+        except DeployError:
+            # Something that fusing did not foresee: replacing layers alone is safer.
+            work, layers, traced = _build(dense, example_input, reference, seconds, tracing=False)
     with torch.inference_mode():
-        _compare(run_on(work, example_input), reference)
-        dense, fast = _time_both(model, work, example_input, max(5 * seconds, 0.2))
+        sample = copy.deepcopy(example_input)
+        dense_time, time = time_side_by_side(
+            [lambda: run_on(dense, sample), lambda: run_on(work, sample)], max(5 * seconds, 0.2)
+        )
+    if work is dense or time.median > dense_time.median:
+        work, time = dense, dense_time
+        layers = [layer.staying_dense("the whole model was slower") for layer in layers]
     plan = Plan(
         layers=layers,
-        dense=dense,
-        accelerated=fast,
+        dense=dense_time,
+        accelerated=time,
         threads=torch.get_num_threads(),
         kernels=str(backend()),
-        traced=traced is not None,
+        traced=traced,
         warnings=[warning] if warning else [],
     )
     work.plan = plan  # type: ignore[assignment]
@@ -83,34 +88,54 @@ def plan_of(accelerated: nn.Module) -> Plan:
     return plan
 
 
+def _copy_of(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise DeployError(
+            f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "
+            "has weight norms, make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
+
+
 def _run(model: nn.Module, sample: Any) -> Any:
     try:
-        return run_on(model, sample)
+        return run_on(model, copy.deepcopy(sample))  # the model may write into it
     except Exception as error:
         raise DeployError(
             f"The model does not run on the example input: {type(error).__name__}: {error}"
         ) from error
 
 
+def _build(
+    dense: nn.Module, sample: Any, reference: Any, seconds: float, tracing: bool
+) -> tuple[nn.Module, list[LayerPlan], bool]:
+    """Return the model with sparse layers where they win, the layers, and whether it was traced."""
+    work = copy.deepcopy(dense)
+    if isinstance(work, nn.Linear | nn.Conv2d):
+        work = nn.Sequential(work)  # so that it can be replaced
+    traced = trace(work, sample) if tracing else None
+    if traced is not None:
+        simplify(traced)
+        work = traced
+    layers, sparse = _choose(work, sample, seconds)
+    if not sparse:
+        return dense, layers, traced is not None
+    _replace(work, sparse)
+    if traced is not None:
+        fuse(traced)
+    _compare(_run(work, sample), reference)
+    return work, layers, traced is not None
+
+
 def _replace(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # Its fast path reads the dense weights of its linear layers.
-            module.activation_relu_or_gelu = 0
-
-
-def _time_both(model: nn.Module, fast: nn.Module, sample: Any, seconds: float) -> list[Timing]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return time_side_by_side(
-            [lambda: run_on(model, sample), lambda: run_on(fast, sample)], seconds
-        )
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+        fast_path = isinstance(module, nn.TransformerEncoderLayer)
+        if fast_path and any(isinstance(m, SparseLayer) for m in module.children()):
+            # The fast path reads the dense weights of its linear layers.
+            module.activation_relu_or_gelu = 0  # type: ignore[assignment]
 
 
 def _choose(
@@ -157,7 +182,9 @@ def _why_dense(module: nn.Linear | nn.Conv2d, x: Tensor | None, density: float) 
     if x is None:
         return "not called by itself"
     if not replaceable(module):
-        return "grouped or padded in a way that has no kernel"
+        return "no kernel for its class, groups or padding"
+    if not x.numel() or not module.weight.numel():
+        return "empty"
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return f"{x.dtype} on {x.device.type}".replace("torch.", "")
     many = module.weight[0].numel() > _HANDFUL
@@ -168,17 +195,18 @@ def _inputs(model: nn.Module, sample: Any) -> dict[nn.Module, Tensor]:
     """Return the first input of each layer that is called."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and module not in seen:
-            seen[module] = args[0].clone()
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and module not in seen:
+            seen[module] = x.clone()
 
     handles = [
-        module.register_forward_pre_hook(note)
+        module.register_forward_pre_hook(note, with_kwargs=True)
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     try:
-        run_on(model, sample)
+        _run(model, sample)
     finally:
         for handle in handles:
             handle.remove()
@@ -189,15 +217,17 @@ def _compare(result: Any, reference: Any) -> None:
     ours, theirs = list(_tensors(result)), list(_tensors(reference))
     worst = 0.0 if len(ours) == len(theirs) else float("inf")
     for a, b in zip(ours, theirs, strict=False):
-        if a.shape != b.shape:
+        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
             worst = float("inf")
-        elif b.is_floating_point() and b.numel():
-            error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+        elif b.is_floating_point():
+            finite = b.isfinite()
+            wanted = b[finite].double()
+            error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
             worst = max(worst, float(error))
-    if not worst <= _TOLERANCE:
+    if worst > _TOLERANCE:
         raise DeployError(
             f"The accelerated model would differ from the given one (relative error {worst:.1e}). "
-            "Does the model compute something random in evaluation mode, or return NaN?"
+            "Does the model compute something random in evaluation mode?"
         )
 
 

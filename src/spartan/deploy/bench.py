@@ -11,11 +11,11 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from spartan.deploy.accelerating import accelerate, plan_of
 from spartan.deploy.plan import LayerPlan, Plan
-from spartan.errors import DeployError
+from spartan.errors import DeployError, FileError
 from spartan.files import write_atomically, write_text
 
 _DENSE, _SPARSE = "#9aa5b1", "#1b6ca8"
@@ -58,14 +58,25 @@ def bench(
     plans: dict[int, Plan] = {}
     with _using_threads(threads):
         for batch in batches:
-            x = torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(0))
+            x = _random(batch, *shape[1:])
             plans[batch] = plan_of(accelerate(model, x, seconds=seconds, verbose=False))
     return plans
 
 
+def _random(*shape: int) -> Tensor:
+    try:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        size = "x".join(map(str, shape))
+        raise DeployError(f"An input of {size} does not fit this machine: {error}") from error
+
+
 def write_bench(plans: dict[int, Plan], folder: Path) -> list[Path]:
     """Write the figures as text, JSON and a picture; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Cannot make the folder {str(folder)!r}: {error.strerror}.") from error
     table, data, picture = folder / "bench.txt", folder / "bench.json", folder / "bench.svg"
     write_text(table, "\n\n".join(f"batch {b}\n{plan}" for b, plan in plans.items()) + "\n")
     facts = {str(b): dataclasses.asdict(plan) for b, plan in plans.items()}

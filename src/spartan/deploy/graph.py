@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from spartan.deploy.layers import SparseLayer, SparseLinear
+from spartan.errors import DeployError
 from spartan.samples import run_on
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -28,22 +30,15 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
         model: In evaluation mode.
         sample: Sample input; arguments it does not give keep their defaults.
     """
-    parameters = inspect.signature(model.forward).parameters
-    names = list(parameters)
-    if isinstance(sample, Mapping):
-        given = set(sample)
-    else:
-        given = set(names[: len(sample) if isinstance(sample, tuple | list) else 1])
-    defaults = {n: p.default for n, p in parameters.items() if n not in given}
-    if any(value is inspect.Parameter.empty for value in defaults.values()):
+    left_out = _left_out(model, sample)
+    if left_out is None:
         return None
     try:
-        graph = fx.Tracer().trace(model, concrete_args=defaults or None)
+        graph = fx.Tracer().trace(model, concrete_args=dict.fromkeys(left_out) or None)
         for node in reversed(graph.nodes):
             node.type = None  # annotations that are kept as text cannot be pickled
-            # Neither can the checks that arguments left out are still left out.
             if getattr(node.target, "__name__", "") == "_assert_is_none":
-                graph.erase_node(node)
+                node.target = refuse_argument  # what torch checks with cannot be pickled either
         traced = fx.GraphModule(model, graph, type(model).__name__)
         _Shapes(traced).note(sample)
     except Exception:
@@ -52,20 +47,54 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
     return traced
 
 
+def refuse_argument(value: Any, message: str) -> Any:
+    """Refuse an argument that the example input did not give.
+
+    Raises:
+        DeployError: It is given now.
+    """
+    if isinstance(value, fx.Proxy):  # a graph that is unpickled is traced again
+        return value.tracer.create_proxy("call_function", refuse_argument, (value, message), {})
+    if value is not None:
+        name = message.split()[0]
+        raise DeployError(
+            f"The argument {name!r} was left out of the example input, so that the model was "
+            "accelerated without it; accelerate it with an example that gives it."
+        )
+    return None
+
+
+def _left_out(model: nn.Module, sample: Any) -> list[str] | None:
+    """Return the arguments that a sample leaves out, or None if that rules out tracing."""
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    if isinstance(sample, Mapping):
+        given = set(sample)
+    else:
+        given = set(names[: len(sample) if isinstance(sample, tuple | list) else 1])
+    plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+    left_out = [name for name in names if name not in given]
+    return left_out if plain and all(parameters[n].default is None for n in left_out) else None
+
+
 def simplify(traced: fx.GraphModule) -> None:
     """Fold batch norms into the layers before them; drop what does nothing in evaluation."""
     counts = calls(traced)
     for node in list(traced.graph.nodes):
         module = module_of(traced, node)
+        before = node.args[0] if module is not None and node.args else None
+        if not isinstance(before, fx.Node):
+            continue
         if isinstance(module, _NOTHING) and not module.training:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
             continue
-        before = node.args[0] if module is not None and node.args else None
-        if not isinstance(before, fx.Node) or len(before.users) != 1:
-            continue
         layer = module_of(traced, before)
-        if layer is None or counts[before.target] != 1 or not _folds(layer, module):
+        if (
+            len(before.users) != 1
+            or counts[before.target] != 1
+            or not _folds(before, layer, module)
+        ):
             continue
         fuse: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
         traced.set_submodule(str(before.target), fuse(layer, module))
@@ -85,7 +114,7 @@ def fuse(traced: fx.GraphModule) -> None:
         if not isinstance(layer, SparseLayer) or counts[node.target] != 1:
             continue
         addition = only_user(node)
-        addend = _addend(node, addition)
+        addend = _addend(traced, node, addition)
         if addition is not None and addend is not None:
             addition.prepend(node)  # the addend is computed by then
             node.kwargs = {"addend": addend}
@@ -104,7 +133,7 @@ def fuse(traced: fx.GraphModule) -> None:
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the shape of what each node returns."""
+    """Notes the shape of what each node returns, if that is a float32 tensor."""
 
     def note(self, sample: Any) -> None:
         names = [n.target for n in self.graph.nodes if n.op == "placeholder"]
@@ -121,7 +150,7 @@ class _Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
             n.meta["shape"] = result.shape
         return result
 
@@ -141,16 +170,24 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _folds(layer: nn.Module, norm: nn.Module | None) -> bool:
-    fits = (isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)) or (
-        isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
-    )
-    return fits and not getattr(norm, "training", True) and norm.running_mean is not None  # type: ignore[union-attr]
+def calls_one_of(node: fx.Node, targets: Collection[Any]) -> bool:
+    """Whether a node calls one of these functions, or methods given by name."""
+    # Modules are told by name too: theirs may be "relu".
+    return node.op in ("call_function", "call_method") and node.target in targets
 
 
-def _addend(node: fx.Node, addition: fx.Node | None) -> fx.Node | None:
+def _folds(node: fx.Node, layer: nn.Module | None, norm: nn.Module | None) -> bool:
+    if type(layer) is nn.Conv2d:
+        fits = type(norm) is nn.BatchNorm2d
+    else:  # of more dimensions, it is the second that is normalised
+        matrix = len(node.meta.get("shape", ())) == 2
+        fits = type(layer) is nn.Linear and type(norm) is nn.BatchNorm1d and matrix
+    return fits and norm is not None and not norm.training and norm.running_mean is not None
+
+
+def _addend(traced: fx.GraphModule, node: fx.Node, addition: fx.Node | None) -> fx.Node | None:
     """Return what is added to a node, if that is all that happens to it."""
-    if addition is None or addition.target not in _ADDITIONS or addition.kwargs:
+    if addition is None or not calls_one_of(addition, _ADDITIONS) or addition.kwargs:
         return None
     if len(addition.args) != 2:
         return None
@@ -158,18 +195,36 @@ def _addend(node: fx.Node, addition: fx.Node | None) -> fx.Node | None:
     other = right if left is node else left
     if not isinstance(other, fx.Node) or other is node:
         return None
+    if calls_one_of(addition, _ADDITIONS_IN_PLACE) and left is not node:
+        return None  # it is the other that changes
     same = other.meta.get("shape") == node.meta.get("shape") is not None
-    return other if same else None
+    return other if same and not _changes_between(traced, node, addition) else None
+
+
+def _changes_between(traced: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether a tensor may be changed in place between two nodes."""
+    node = first.next
+    while node is not last:
+        in_place = bool(getattr(module_of(traced, node), "inplace", False))
+        named = str(getattr(node.target, "__name__", node.target))
+        method = node.op == "call_method" and named.endswith("_")
+        function = node.op == "call_function" and (
+            named.endswith("_") or (named.startswith("i") and hasattr(operator, named))
+        )
+        if in_place or method or function or node.kwargs.get("inplace"):
+            return True
+        node = node.next
+    return False
 
 
 def _activation(traced: fx.GraphModule, node: fx.Node | None) -> str:
     if node is None or len(node.args) != 1:
         return ""
     module = module_of(traced, node)
-    if isinstance(module, nn.ReLU) or node.target in _RELUS:
+    if type(module) is nn.ReLU or calls_one_of(node, _RELUS):
         return "relu"
-    exact = isinstance(module, nn.GELU) and module.approximate == "none"
-    return "gelu" if exact or (node.target is F.gelu and not node.kwargs) else ""
+    exact = type(module) is nn.GELU and module.approximate == "none"
+    return "gelu" if exact or (calls_one_of(node, {F.gelu}) and not node.kwargs) else ""
 
 
 def _clean(traced: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spartan.errors import DeployError
 from spartan.kernels.bundles import Bundles, bundle
 from spartan.kernels.cutting import Geometry
-from spartan.kernels.products import Product
+from spartan.kernels.products import Product, activate
 
 _GEOMETRIES_KEPT = 16
 
@@ -45,17 +45,17 @@ class SparseLayer(nn.Module):
         self._product: Product | None = None
 
     def product(self) -> Product:
-        """Return W x + b, checked once after every change of the buffers."""
+        """Return W x + b; the buffers are read when it is made, after each load or move."""
         product = self._product
-        if product is None or product.activation != self.activation:
+        if product is None:
             w = Bundles(self.values, self.columns, self.starts, self.outputs, self.inputs)
-            self._product = product = Product(w, self.bias, self.activation)
+            self._product = product = Product(w, self.bias)
         return product
 
     @property
     def density(self) -> float:
         """Stored share of the weights."""
-        return self.values.numel() / (self.outputs * self.inputs)
+        return self.values.numel() / max(1, self.outputs * self.inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._product = None
@@ -68,11 +68,16 @@ class SparseLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_product": None}  # made again when first used
 
-    def _refuse_gradients(self, x: Tensor) -> None:
-        if x.requires_grad and torch.is_grad_enabled():
+    def _refuse_training_and_tracing(self, x: Tensor, addend: Tensor | None) -> None:
+        wanted = x.requires_grad or (addend is not None and addend.requires_grad)
+        if wanted and torch.is_grad_enabled():
             raise DeployError(
                 "This layer was accelerated for inference and has no gradient: run it under "
                 "torch.no_grad() or torch.inference_mode(), and train the original model."
+            )
+        if torch._C._get_tracing_state() is not None:
+            raise DeployError(
+                "torch.jit.trace cannot see the sparse kernels: trace the original model."
             )
 
     def extra_repr(self) -> str:
@@ -103,14 +108,20 @@ class SparseLinear(SparseLayer):
             x: (…, inputs).
             addend: (…, outputs), added before the activation.
         """
-        self._refuse_gradients(x)
+        self._refuse_training_and_tracing(x, addend)
         if x.shape[-1:] != (self.inputs,):
             raise DeployError(
                 f"This layer has {self.inputs} inputs; it was given a tensor of {tuple(x.shape)}."
             )
         lead = x.shape[:-1]
+        if addend is not None and not _fits(addend, x, (*lead, self.outputs)):
+            return activate(self._product_of(x, None, "none") + addend, self.activation)
+        return self._product_of(x, addend, self.activation)
+
+    def _product_of(self, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
+        lead = x.shape[:-1]
         flat_addend = None if addend is None else _samples(addend)
-        y = self.product().linear(_samples(x), flat_addend, self.feature_major)
+        y = self.product().linear(_samples(x), flat_addend, activation, self.feature_major)
         return y if len(lead) == 1 else y.unflatten(0, lead) if lead else y[0]
 
 
@@ -163,12 +174,16 @@ class SparseConv2d(SparseLayer):
             x: ([images,] channels, rows, columns).
             addend: Shaped like the output, added before the activation.
         """
-        self._refuse_gradients(x)
+        self._refuse_training_and_tracing(x, addend)
         if x.dim() == 3:
             batch: Tensor = self.forward(x[None], None if addend is None else addend[None])
             return batch[0]
         geometry = self.geometry(tuple(x.shape), torch.get_num_threads())
-        return self.product().convolution(x, geometry, addend)
+        product = self.product()
+        shape = (geometry.images, self.outputs, geometry.out_rows, geometry.out_columns)
+        if addend is not None and not _fits(addend, x, shape):
+            return activate(product.convolution(x, geometry) + addend, self.activation)
+        return product.convolution(x, geometry, addend, self.activation)
 
 
 def replaceable(module: nn.Module) -> bool:
@@ -189,6 +204,11 @@ def sparse_layer(module: nn.Module, height: int | None = None) -> SparseLayer:
         return SparseLinear(module, height)
     assert isinstance(module, nn.Conv2d)
     return SparseConv2d(module, height)
+
+
+def _fits(addend: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the addend can go into the product: shaped and stored like its result."""
+    return addend.shape == shape and addend.dtype == x.dtype and addend.device == x.device
 
 
 def _samples(x: Tensor) -> Tensor:

@@ -85,11 +85,9 @@ class Bitmask(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
     ) -> NDArray[np.int64]:
-        bitmask = parts["bitmask"]
-        _require(
-            bitmask.dtype == np.uint8 and bitmask.shape == (shape.rows, -(-shape.columns // 8)),
-            "its bitmask does not have the size of its shape",
-        )
+        bitmask = _indices(parts, "bitmask", 2)
+        fits = bitmask.shape == (shape.rows, -(-shape.columns // 8)) and bitmask.dtype == np.uint8
+        _require(fits, "its bitmask does not have the size of its shape")
         used = np.unpackbits(bitmask.astype(np.uint8), axis=1, bitorder="little")
         _require(not used[:, shape.columns :].any(), "its bitmask has bits past the end of a row")
         return _as_many(np.flatnonzero(used[:, : shape.columns]), parts)
@@ -117,7 +115,8 @@ class Columns(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
     ) -> NDArray[np.int64]:
-        columns, starts = parts["columns"].astype(np.int64), parts["row_starts"].astype(np.int64)
+        columns = _indices(parts, "columns", 1).astype(np.int64)
+        starts = _indices(parts, "row_starts", 1).astype(np.int64)
         lengths = np.diff(starts)
         _require(
             starts.shape == (shape.rows + 1,) and starts[0] == 0 and bool((lengths >= 0).all()),
@@ -163,10 +162,8 @@ class Gaps(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
     ) -> NDArray[np.int64]:
-        gaps = parts["gaps"]
-        _require(
-            gaps.dtype in (np.uint8, np.uint16) and gaps.ndim == 1, "its gaps have no such dtype"
-        )
+        gaps = _indices(parts, "gaps", 1)
+        _require(gaps.dtype in (np.uint8, np.uint16), "its gaps have no such dtype")
         where = np.cumsum(gaps.astype(np.int64) + 1) - 1
         inside = not len(where) or where[-1] < shape.rows * shape.columns
         _require(inside, "its gaps lead past its end")
@@ -202,7 +199,7 @@ class Blocks(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
     ) -> NDArray[np.int64]:
-        values, bitmask = parts[VALUES], parts["block_bitmask"]
+        values, bitmask = parts[VALUES], _indices(parts, "block_bitmask", 2)
         whole = values.ndim == 3 and _divides(values.shape[1:], (shape.rows, shape.columns))
         _require(whole, "its blocks do not divide its shape")
         rows, columns = (int(n) for n in values.shape[1:])
@@ -243,7 +240,7 @@ class TwoOfFour(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
     ) -> NDArray[np.int64]:
-        packed = parts["places"]
+        packed = _indices(parts, "places", 2)
         fits = packed.dtype == np.uint8 and packed.size * 8 == shape.rows * shape.columns
         _require(fits, "its places do not have the size of its shape")
         flat = packed.astype(np.uint8).reshape(-1)
@@ -253,28 +250,31 @@ class TwoOfFour(Layout):
         return _as_many(_rising(places.reshape(-1)), parts)
 
 
-_DESCRIPTION = 128  # bytes of the header for one array, about
-
 # In order of preference where several are equally small.
 LAYOUTS: tuple[Layout, ...] = (TwoOfFour(), Blocks(), Bitmask(), Columns(), Gaps())
 
 
-def smallest(matrix: Bits) -> tuple[Layout, Parts] | None:
-    """Return the smallest layout of a matrix, or None if dense is as small."""
+def smallest(matrix: Bits, description: int) -> tuple[Layout, Parts] | None:
+    """Return the smallest layout of a matrix, or None if dense is as small.
+
+    Args:
+        matrix: The bits.
+        description: Bytes that each array takes in the file besides its data.
+    """
     best: tuple[Layout, Parts] | None = None
     size = matrix.nbytes
-    if size <= _DESCRIPTION:
+    if size <= description:
         return None
     for layout in LAYOUTS:
         parts = layout.encode(matrix)
-        if parts is not None and stored_bytes(parts) < size:
-            best, size = (layout, parts), stored_bytes(parts)
+        if parts is not None and stored_bytes(parts, description) < size:
+            best, size = (layout, parts), stored_bytes(parts, description)
     return best
 
 
-def stored_bytes(parts: Parts) -> int:
-    """Return what the arrays take in a file, with what the header says of each."""
-    return sum(array.nbytes + _DESCRIPTION for array in parts.values())
+def stored_bytes(parts: Parts, description: int = 0) -> int:
+    """Return what the arrays take in a file."""
+    return sum(array.nbytes + description for array in parts.values())
 
 
 def _blocks(matrix: Bits, size: tuple[int, int]) -> Bits:
@@ -300,6 +300,18 @@ def _rising(where: NDArray[np.int64]) -> NDArray[np.int64]:
         bool((np.diff(where) > 0).all()), "two values have the same place, or are out of order"
     )
     return where
+
+
+def _indices(
+    parts: Mapping[str, NDArray[np.generic]], name: str, dimensions: int
+) -> NDArray[np.integer]:
+    """Return an array of indices, none of them negative."""
+    array = parts[name]
+    whole = np.issubdtype(array.dtype, np.integer) and array.ndim == dimensions
+    _require(whole, f"{name} is not made of integers in {dimensions} dimensions")
+    indices = array.astype(array.dtype, copy=False)
+    _require(not indices.size or int(indices.min()) >= 0, f"a number in {name} is out of range")
+    return indices
 
 
 def _require(condition: object, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import logging
@@ -62,7 +63,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, purge: bool = 
         MissingExtraError: onnx or onnxruntime is not installed.
     """
     runtime = _packages()
-    model = model.eval()
+    model = copy.deepcopy(model).eval()
     removed: dict[str, int] = {}
     work = model
     if purge:

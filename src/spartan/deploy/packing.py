@@ -10,6 +10,7 @@ each replaced tensor its layout and dtype, and for each further name of a tied t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spartan.deploy.container import (
     CODES,
@@ -87,7 +89,8 @@ def save(
     if values is not None and values not in _NARROW:
         raise DeployError(f"values={values!r}: choose 'float16' or 'bfloat16', or leave it out.")
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    aliases = {} if isinstance(state, PackedTensors) else _aliases(state)
+    _check_metadata(metadata or {}, state)
+    aliases = _aliases(state)
     names = [name for name in state if name not in aliases]
     narrow = None if values is None else _NARROW[values]
 
@@ -125,7 +128,8 @@ def save(
             yield np.array(stored.shape, np.int64)
 
     header = {"format": "pt", **(metadata or {})}
-    if described or aliases:
+    # Without, tensors of this name would be taken for those of another packer.
+    if described or aliases or any(name.endswith(".bitmask") for name in names):
         own_metadata = {"version": _VERSION, "tensors": described, "aliases": aliases}
         header[_KEY] = json.dumps(own_metadata)
     write_atomically(Path(path), lambda temporary: write_file(temporary, entries, header, arrays))
@@ -150,7 +154,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
     """
     packed = PackedTensors(path)
     if model is None:
-        return dict(packed)
+        own = {name: packed[name] for name in packed if name not in packed.aliases}
+        return {name: own[packed.aliases.get(name, name)] for name in packed}
     state = model.state_dict()
     _check_fit(packed, state)
     packed.check()
@@ -175,18 +180,14 @@ class PackedTensors(Mapping[str, Tensor]):
         if not self.path.is_file():
             raise FileError(f"There is no file {str(path)!r}.")
         try:
-            with safe_open(self.path, "pt") as file:
-                self._keys = list(file.keys())
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-            own = json.loads(self.metadata.pop(_KEY, "{}"))
-            self._described: dict[str, dict[str, str]] = dict(own.get("tensors", {}))
-            self._aliases: dict[str, str] = dict(own.get("aliases", {}))
-            version = own.get("version", _VERSION)
-        except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+            # Kept open: what is checked is what is read, should the file be replaced meanwhile.
+            self._file: Any = safe_open(self.path, "pt").__enter__()  # type: ignore[no-untyped-call]
+            self._keys = set(self._file.keys())
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            own = json.loads(self.metadata.pop(_KEY, "null"))
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from error
-        if version != _VERSION:
-            raise self._damaged(f"its layout has version {version}, this program reads {_VERSION}")
-        self._add_bitmasks_of_others()
+        self._described, self.aliases = self._read_description(own)
         self.shapes = self._read_shapes()
 
     def __iter__(self) -> Iterator[str]:
@@ -198,7 +199,7 @@ class PackedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
-        name = self._aliases.get(name, name)
+        name = self.aliases.get(name, name)
         described = self._described.get(name)
         if described is None:
             return self._read(name)
@@ -227,49 +228,71 @@ class PackedTensors(Mapping[str, Tensor]):
                 except FileError as error:
                     raise self._damaged(f"{name!r}: {error}") from error
 
-    def _add_bitmasks_of_others(self) -> None:
-        """Describe what compressed-tensors wrote as `sparse-bitmask`."""
-        keys = set(self._keys)
-        for key in self._keys:
-            name = key.removesuffix(".bitmask")
-            mine = {f"{name}.{part}" for part in (VALUES, "bitmask", "shape")}
-            if key != name and name not in self._described and mine <= keys:
-                stored = CODES[self._read(f"{name}.{VALUES}").dtype]
-                self._described[name] = {"layout": "bitmask", "dtype": stored}
-                self._keys = [k for k in self._keys if k != f"{name}.row_offsets"]
-
-    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
-        left, shapes, total = set(self._keys), {}, 0
-        for name, described in self._described.items():
-            layout, code = described.get("layout"), described.get("dtype")
+    def _read_description(self, own: Any) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """Return layout and dtype of the packed tensors, and the other names of tied ones."""
+        if own is None:
+            return self._bitmasks_of_others(), {}
+        if not isinstance(own, dict) or own.get("version") != _VERSION:
+            raise self._damaged(f"its layouts are not of version {_VERSION}")
+        tensors: Any = own.get("tensors")
+        aliases: Any = own.get("aliases")
+        texts = _is_dict_of(aliases, str) and _is_dict_of(tensors, dict)
+        if not texts or not all(_is_dict_of(told, str) for told in tensors.values()):
+            raise self._damaged("its metadata are not what this program writes")
+        for name, told in tensors.items():
+            layout, code = told.get("layout"), told.get("dtype")
             if code not in _DTYPES or (layout != "dense" and layout not in _BY_NAME):
                 raise self._damaged(f"{name!r} has the unknown layout {layout!r} or dtype {code!r}")
-            if layout == "dense":
+        return tensors, aliases
+
+    def _bitmasks_of_others(self) -> dict[str, dict[str, str]]:
+        """Describe what compressed-tensors wrote as `sparse-bitmask`."""
+        described = {}
+        for key in sorted(self._keys):
+            name = key.removesuffix(".bitmask")
+            mine = {f"{name}.{part}" for part in (VALUES, "bitmask", "shape")}
+            if key != name and mine <= self._keys:
+                code = str(self._file.get_slice(f"{name}.{VALUES}").get_dtype())
+                if code not in _DTYPES:
+                    raise self._damaged(f"{name!r} has the unknown dtype {code!r}")
+                described[name] = {"layout": "bitmask", "dtype": code}
+                self._keys.discard(f"{name}.row_offsets")
+        return described
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        left, total = set(self._keys), 0
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, described in self._described.items():
+            if described["layout"] == "dense":
                 continue
-            needed = {f"{name}.{part}" for part in (*_BY_NAME[layout].parts, "shape")}
-            if not needed <= left:
-                missing = ", ".join(sorted(needed - left))
+            needed = {f"{name}.{part}" for part in (*_BY_NAME[described["layout"]].parts, "shape")}
+            if not needed <= left or name in left:
+                missing = ", ".join(sorted(needed - left)) or "a name of its own"
                 raise self._damaged(f"{name!r} lacks {missing}")
             left -= needed
             shapes[name] = self._read_shape(name)
-            total += int(np.prod([float(d) for d in shapes[name]])) * _DTYPES[code].itemsize
-        refuse = f"cannot be unpacked: {self.path}"
+            total += math.prod(shapes[name]) * _DTYPES[described["dtype"]].itemsize
         try:
             refuse_more_than_memory(total)
         except FileError as error:
-            raise FileError(f"{refuse}: {error}.") from error
-        with safe_open(self.path, "pt") as file:
-            for key in self._keys:
-                if key in left:
-                    shapes[key] = tuple(file.get_slice(key).get_shape())
-        if not all(first in shapes for first in (*self._aliases.values(), *self._described)):
+            raise FileError(f"{str(self.path)!r} cannot be unpacked: {error}.") from error
+        for key in sorted(left):
+            view = self._file.get_slice(key)
+            if str(view.get_dtype()) not in _DTYPES:
+                raise self._damaged(f"{key!r} has the unknown dtype {view.get_dtype()!r}")
+            shapes[key] = tuple(view.get_shape())
+        if not all(name in shapes for name in (*self.aliases.values(), *self._described)):
             raise self._damaged("its metadata name a tensor that is not there")
-        return {**shapes, **{name: shapes[first] for name, first in self._aliases.items()}}
+        if any(name in shapes for name in self.aliases):
+            raise self._damaged("two of its tensors have one name")
+        return {**shapes, **{name: shapes[first] for name, first in self.aliases.items()}}
 
     def _read_shape(self, name: str) -> tuple[int, ...]:
         dims = self._read(f"{name}.shape")
         whole = dims.dim() == 1 and dims.dtype in (torch.int64, torch.int32)
-        if not whole or len(dims) > _MOST_DIMENSIONS or bool((dims < 0).any()):
+        sane = whole and len(dims) <= _MOST_DIMENSIONS and bool((dims >= 0).all())
+        # Zero-sized tensors too have strides that must be countable.
+        if not sane or math.prod(max(1, d) for d in dims.tolist()) >= 1 << 62:
             raise self._damaged(f"{name!r} has no sensible shape")
         return tuple(dims.tolist())
 
@@ -277,18 +300,19 @@ class PackedTensors(Mapping[str, Tensor]):
         """Return the dtype of the stored values, and the arrays of a layout."""
         layout = _BY_NAME[self._described[name]["layout"]]
         values = self._read(f"{name}.{VALUES}")
+        if values.dtype not in CODES:
+            raise self._damaged(f"{name!r} has values of the unknown dtype {values.dtype}")
         parts: Parts = {VALUES: bits_of(values)}
         for part in layout.parts[1:]:
             array = self._read(f"{name}.{part}")
-            if array.is_floating_point():
+            if array.dtype not in CODES or array.is_floating_point():
                 raise self._damaged(f"{name}.{part} is not made of integers")
             parts[part] = array.numpy()
         return values.dtype, parts
 
     def _read(self, key: str) -> Tensor:
         try:
-            with safe_open(self.path, "pt") as file:
-                tensor: Tensor = file.get_tensor(key)
+            tensor: Tensor = self._file.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise self._damaged(str(error)) from error
         return tensor
@@ -297,21 +321,46 @@ class PackedTensors(Mapping[str, Tensor]):
         return FileError(f"{str(self.path)!r} is damaged or not a safetensors file: {reason}.")
 
 
+def _is_dict_of(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
+
+
+def _check_metadata(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    if not _is_dict_of(dict(metadata), str) or _KEY in metadata:
+        raise DeployError(f"metadata= takes texts, under other names than {_KEY!r}.")
+    if "__metadata__" in set(state):
+        raise DeployError("A safetensors file cannot hold a tensor named '__metadata__'.")
+
+
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return, for each further name of a tied tensor, its first."""
-    first: dict[Any, str] = {}
+    """Return, for each further name of a tied tensor, its first.
+
+    Raises:
+        DeployError: A tensor cannot be stored.
+    """
+    if isinstance(state, PackedTensors):
+        return state.aliases
     aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
     for name, tensor in state.items():
-        if tensor.layout is not torch.strided or tensor.dtype not in CODES:
-            raise DeployError(
-                f"{name!r} is {tensor.layout}, {tensor.dtype}: a safetensors file holds dense "
-                "tensors of ordinary dtypes only."
-            )
-        if tensor.numel():
+        _check_tensor(name, tensor)
+        # Other mappings may make their tensors anew, where another was.
+        if isinstance(state, dict) and tensor.numel():
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if first.setdefault(place, name) != name:
                 aliases[name] = first[place]
     return aliases
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    plain = isinstance(tensor, Tensor) and not is_lazy(tensor)
+    if not plain or tensor.layout is not torch.strided or tensor.dtype not in CODES:
+        kind = f"{tensor.layout}, {tensor.dtype}" if plain else type(tensor).__name__
+        raise DeployError(
+            f"{name!r} is {kind}: a safetensors file holds dense tensors of ordinary dtypes only."
+        )
+    if tensor.is_meta:
+        raise DeployError(f"{name!r} is on the meta device and holds no values.")
 
 
 def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -338,7 +387,8 @@ def _matrix(tensor: Tensor) -> Any:
 def _smallest(
     name: str, tensor: Tensor, state: Mapping[str, Tensor]
 ) -> tuple[Layout | None, Parts | None]:
-    found = smallest(_matrix(tensor)) if tensor.numel() else None
+    # What the header says of an array, and the metadata of a packed tensor.
+    found = smallest(_matrix(tensor), 2 * len(name) + 128) if tensor.numel() else None
     # A tensor whose parts would take the name of another stays as it is.
     if found is None or any(f"{name}.{part}" in state for part in (*found[0].parts, "shape")):
         return None, None
@@ -364,6 +414,11 @@ def _check_fit(packed: PackedTensors, state: Mapping[str, Tensor]) -> None:
             f"{unknown[:5]} besides."
         )
     for name, tensor in state.items():
+        writable = not tensor.is_meta and (0 not in tensor.stride() or tensor.numel() < 2)
+        if not writable:
+            raise DeployError(
+                f"{name!r} of the model cannot be written: it is expanded or on the meta device."
+            )
         if tuple(tensor.shape) != packed.shapes[name]:
             raise DeployError(
                 f"{str(packed.path)!r} is not a file of this model: {name!r} has shape "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class LayerPlan:
     dense: Timing | None = None
     sparse: Timing | None = None
     note: str = ""
+
+    def staying_dense(self, note: str) -> LayerPlan:
+        """Return the same layer, dense."""
+        return replace(self, format="dense", note=self.note or note)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ class Plan:
             f"{self.speedup:.2f}x; {self.threads} thread{'s' * (self.threads != 1)}, "
             f"kernels {self.kernels}"
         )
-        if not self.traced:
+        if self.dense is self.accelerated:
+            lines.append("Nothing is won: the result is a plain copy.")
+        elif not self.traced:
             lines.append(
                 "The model cannot be traced by torch.fx: layers were replaced one by one, nothing "
                 "was fused."

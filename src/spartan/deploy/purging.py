@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from spartan.deploy.graph import calls, module_of, only_user, simplify, trace
+from spartan.deploy.graph import calls, calls_one_of, module_of, only_user, simplify, trace
 from spartan.errors import DeployError
-
-Layer = nn.Linear | nn.Conv2d
 
 _POINTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU)
 _POINTWISE_CALLS = {F.relu, torch.relu, "relu", "relu_", F.gelu, F.silu, torch.sigmoid, torch.tanh}
-_FLATTEN_CALLS = {torch.flatten, "flatten"}
+# Pools whose padding does not show in a constant.
+_POOLS = (nn.AdaptiveAvgPool2d, nn.MaxPool2d)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,13 @@ def _plain(layer: nn.Module | None) -> bool:
 
 
 def _path_to_reader(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Return the nodes from behind a layer to the one layer that reads it; empty if none."""
+    """Return the nodes from behind a layer to the one layer that reads it; empty if none.
+
+    Between them, channels must stay what they are: the second dimension of images, until they are
+    flattened, or the last one of features.
+    """
+    images = isinstance(module_of(traced, node), nn.Conv2d)
+    flat = False
     path: list[fx.Node] = []
     while True:
         following = only_user(node)
@@ -86,50 +91,68 @@ def _path_to_reader(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
             return []
         path.append(following)
         module = module_of(traced, following)
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            return path
-        passes = isinstance(module, (*_POINTWISE, nn.Flatten, nn.AdaptiveAvgPool2d, nn.MaxPool2d))
-        called = following.target in _POINTWISE_CALLS | _FLATTEN_CALLS
-        if not passes and not called:
+        if isinstance(module, nn.Conv2d):
+            return path if images and not flat else []
+        if isinstance(module, nn.Linear):
+            return path if flat or not images else []
+        if images and not flat and _flattens(following, module):
+            flat = True
+        elif not _keeps_channels(following, module, images and not flat):
             return []
         node = following
+
+
+def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node turns (N, C, H, W) into (N, C x H x W)."""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    called = calls_one_of(node, {torch.flatten, "flatten"})
+    return called and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+
+
+def _keeps_channels(node: fx.Node, module: nn.Module | None, images: bool) -> bool:
+    if module is not None:
+        return isinstance(module, (*_POINTWISE, *(_POOLS if images else ())))
+    return calls_one_of(node, _POINTWISE_CALLS)
 
 
 def _remove(layer: Any, reader: Any, between: list[tuple[fx.Node, nn.Module | None]]) -> int:
     """Remove the zero outputs of a layer; returns how many."""
     dead = ~(layer.weight != 0).flatten(1).any(1)
-    bias = torch.zeros(len(dead)) if layer.bias is None else layer.bias.detach()
+    bias = layer.weight.new_zeros(len(dead)) if layer.bias is None else layer.bias.detach()
     constant = _through(bias, between)
     # A padded convolution sees the constant inside the image only.
-    if isinstance(reader, nn.Conv2d) and reader.padding not in ("valid", (0, 0), 0):
+    if isinstance(reader, nn.Conv2d) and reader.padding not in ("valid", (0, 0)):
         dead &= constant == 0
     if dead.all():
         dead[0] = False  # a layer needs an output
-    inputs = reader.weight.shape[1]
-    repeats, rest = divmod(inputs, len(dead))
-    flat_rows = isinstance(layer, nn.Linear) and isinstance(reader, nn.Conv2d)
-    if not dead.any() or rest or flat_rows:
+    repeats, rest = divmod(reader.weight.shape[1], len(dead))
+    if not dead.any() or rest:
         return 0
     dead_inputs = dead.repeat_interleave(repeats)
-    moved = reader.weight[:, dead_inputs].flatten(2).sum(2) if reader.weight.dim() > 2 else None
-    share = reader.weight[:, dead_inputs] if moved is None else moved
-    shift = share @ constant[dead].repeat_interleave(repeats)
+    reading = (
+        reader.weight[:, dead_inputs].flatten(2).sum(2)
+        if reader.weight.dim() > 2
+        else (reader.weight[:, dead_inputs])
+    )
+    shift = reading @ constant[dead].repeat_interleave(repeats)
     if shift.any():
-        old = torch.zeros(reader.weight.shape[0]) if reader.bias is None else reader.bias
-        reader.bias = nn.Parameter(old + shift)
+        reader.bias = nn.Parameter(shift if reader.bias is None else reader.bias + shift)
     _keep_outputs(layer, ~dead)
     _keep_inputs(reader, ~dead_inputs)
     return int(dead.sum())
 
 
 def _through(constant: Tensor, between: list[tuple[fx.Node, nn.Module | None]]) -> Tensor:
+    """Return what becomes of a constant channel on its way."""
     for node, module in between:
         if isinstance(module, _POINTWISE):
             constant = module(constant.clone())
-        elif callable(node.target) and node.target in _POINTWISE_CALLS:
-            constant = node.target(constant)
         elif node.target in ("relu", "relu_"):
             constant = constant.relu()
+        elif node.op == "call_function" and node.target in _POINTWISE_CALLS:
+            settings = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+            constant = node.target(constant, **settings)  # type: ignore[operator]
     return constant
 
 

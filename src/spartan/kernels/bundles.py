@@ -46,12 +46,12 @@ class Bundles:
 
     def bundle_of_entry(self) -> Tensor:
         """Return the bundle of each entry, int64."""
-        bundles = torch.arange(self.count)
+        bundles = torch.arange(self.count, device=self.starts.device)
         return torch.repeat_interleave(bundles, self.starts.diff().long())
 
     def dense(self) -> Tensor:
         """Return the matrix, float32, (outputs, inputs)."""
-        tall = torch.zeros(self.count, self.height, self.inputs)
+        tall = self.values.new_zeros(self.count, self.height, self.inputs)
         tall[self.bundle_of_entry(), :, self.columns.long()] = self.values
         return tall.flatten(0, 1)[: self.outputs]
 

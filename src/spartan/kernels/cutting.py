@@ -136,9 +136,9 @@ def lanes_for(positions: int, height: int, most: int = 64) -> int:
     return min(most if height == 1 else 32, math.ceil(positions / SLICE) * SLICE)
 
 
-def cut_linear(w: Bundles, positions: int, lanes: int | None = None) -> Cut:
+def cut_linear(w: Bundles, positions: int) -> Cut:
     """Cut for a number of samples."""
-    lanes = lanes or lanes_for(positions, w.height)
+    lanes = lanes_for(positions, w.height)
     cache = _CACHE if w.height == 1 else _REACH
     # Every block costs a pass over the sums: few entries are not worth it.
     worth = _WORTH * w.count * w.inputs // max(1, w.columns.numel())
@@ -147,11 +147,11 @@ def cut_linear(w: Bundles, positions: int, lanes: int | None = None) -> Cut:
     return _cut(w, columns // per_block, columns % per_block * lanes, per_block * lanes, lanes)
 
 
-def cut_convolution(w: Bundles, g: Geometry, lanes: int | None = None) -> Cut:
+def cut_convolution(w: Bundles, g: Geometry) -> Cut:
     """Cut for a geometry; columns are (channel, kernel row, kernel column)."""
     kernel_rows, kernel_columns = g.kernel
     stride, row_size, plane = g.stride[0], g.row_size, g.plane
-    lanes = lanes or lanes_for(g.height * row_size, w.height, 128)
+    lanes = lanes_for(g.height * row_size, w.height, 128)
     rows_at_once = math.ceil(lanes / row_size) + g.reach // stride
     touched = kernel_columns * g.phases * rows_at_once * row_size
     cache = _CACHE_OF_NARROW if lanes <= _NARROW else _CACHE

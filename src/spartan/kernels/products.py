@@ -36,34 +36,39 @@ _T = TypeVar("_T")
 class Product:
     """W x + b, then an addend and an activation, for a sparse W.
 
-    The weights are cut anew for each size of input, and the last few cuts are kept. Any number of
+    The weights are cut anew for each size of input, and the cuts made last are kept. Any number of
     threads may call at a time.
 
     Args:
         weights: W, on the CPU; columns of a convolution are (channel, kernel row, kernel column).
         bias: float32, (outputs,), or None.
-        activation: `"none"`, `"relu"` or `"gelu"` (exact).
 
     Raises:
         KernelError: The weights contradict themselves.
     """
 
-    def __init__(self, weights: Bundles, bias: Tensor | None, activation: str = "none") -> None:
+    def __init__(self, weights: Bundles, bias: Tensor | None) -> None:
         _check(weights)
         self.weights = weights
         self.bias = bias
-        self.activation = activation
         self._cuts: OrderedDict[Any, Any] = OrderedDict()
         self._padded_bias = torch.zeros(weights.count * weights.height)
         if bias is not None:
             self._padded_bias[: weights.outputs] = bias
 
-    def linear(self, x: Tensor, addend: Tensor | None, feature_major: bool = False) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        addend: Tensor | None = None,
+        activation: str = "none",
+        feature_major: bool = False,
+    ) -> Tensor:
         """Apply to samples.
 
         Args:
             x: float32, (samples, inputs); fastest if either of its strides is 1.
-            addend: float32, (samples, outputs), or None.
+            addend: (samples, outputs), or None.
+            activation: `"none"`, `"relu"` or `"gelu"` (exact).
             feature_major: Return memory order (outputs, samples).
 
         Returns:
@@ -71,11 +76,11 @@ class Product:
         """
         samples, w = x.shape[0], self.weights
         addressable = samples > 0 and w.inputs <= 1 << 16
-        native = native_for_any_order(x, w.values) if addressable else None
+        native = _native_for(x, w.values, addend) if addressable else None
         if native is None:
-            return self._linear_by_torch(x, addend)
+            return self._linear_by_torch(x, addend, activation)
         if samples <= _FEW:
-            return self._few(native, x.contiguous(), addend)
+            return self._few(native, x.contiguous(), addend, activation)
         if 1 not in x.stride():
             x = x.contiguous()
         if feature_major:
@@ -91,11 +96,11 @@ class Product:
             x.data_ptr(),
             feature_major,
             cut.lanes,
-            *self._ending(y, addend),
+            *_ending(y, addend, activation),
         )
         return y
 
-    def _few(self, native: Any, x: Tensor, addend: Tensor | None) -> Tensor:
+    def _few(self, native: Any, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
         w = self.weights
         slices, addresses = self._kept("slices", self._describe_slices)
         y = torch.empty(len(x), w.outputs)
@@ -106,26 +111,33 @@ class Product:
                 slices.starts.numel() - 1,
                 w.outputs,
                 x[i].data_ptr(),
-                *self._ending(y[i], None if addend is None else addend[i]),
+                *_ending(y[i], None if addend is None else addend[i], activation),
             )
         return y
 
-    def convolution(self, x: Tensor, geometry: Geometry, addend: Tensor | None) -> Tensor:
+    def convolution(
+        self,
+        x: Tensor,
+        geometry: Geometry,
+        addend: Tensor | None = None,
+        activation: str = "none",
+    ) -> Tensor:
         """Apply to images.
 
         Args:
             x: float32, (images, channels, rows, columns).
             geometry: Sizes and strides, for this x.
-            addend: float32, shaped like the output, or None.
+            addend: Shaped like the output, or None.
+            activation: `"none"`, `"relu"` or `"gelu"` (exact).
 
         Returns:
             (images, outputs, rows, columns); where rows are short, in the memory order (outputs,
             rows, images, columns), in which the rows of several images fill vectors together.
         """
         w, g = self.weights, geometry
-        native = native_for_any_order(x, w.values) if g.height and x.numel() else None
+        native = _native_for(x, w.values, addend) if x.numel() and g.height else None
         if native is None:
-            return self._convolution_by_torch(x, g, addend)
+            return self._convolution_by_torch(x, g, addend, activation)
         if g.group > 1:
             if x.stride(3) != 1 or x.stride(0) != g.columns:
                 x = x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
@@ -137,7 +149,9 @@ class Product:
         addend = _in_order_of(y, addend)
         cut = self._kept(g, lambda: self._describe(cut_convolution(w, g)))
         numbers = self._kept((g, x.stride()), lambda: g.numbers(_strides(x), _strides(y)))
-        native.convolution(*cut.numbers, numbers, x.data_ptr(), cut.lanes, *self._ending(y, addend))
+        native.convolution(
+            *cut.numbers, numbers, x.data_ptr(), cut.lanes, *_ending(y, addend, activation)
+        )
         return y
 
     def _describe(self, cut: Cut) -> _Described:
@@ -150,11 +164,6 @@ class Product:
         s = slice_rows(self.weights)
         return s, _addresses(s.values, s.columns, s.starts, s.rows, self._padded_bias)
 
-    def _ending(self, y: Tensor, addend: Tensor | None) -> tuple[int, int, int, int]:
-        activation = ACTIVATIONS.index(self.activation)
-        added = 0 if addend is None else addend.data_ptr()
-        return y.data_ptr(), added, activation, torch.get_num_threads()
-
     def _kept(self, key: Any, make: Callable[[], _T]) -> _T:
         cut: _T | None = self._cuts.get(key)
         if cut is None:
@@ -165,34 +174,55 @@ class Product:
                 self._cuts.popitem(last=False)
         return cut
 
-    def _linear_by_torch(self, x: Tensor, addend: Tensor | None) -> Tensor:
-        y = torch.sparse.mm(self._csr(x), x.t()).t()
-        return self._finish(y, addend, (-1,))
+    def _linear_by_torch(self, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
+        return self._finish(self._multiply(x.t()).t(), addend, activation, (-1,))
 
-    def _convolution_by_torch(self, x: Tensor, g: Geometry, addend: Tensor | None) -> Tensor:
+    def _convolution_by_torch(
+        self, x: Tensor, g: Geometry, addend: Tensor | None, activation: str
+    ) -> Tensor:
         patches = F.unfold(x, g.kernel, g.dilation, g.padding, g.stride)
         images, inputs, positions = patches.shape
-        y = torch.sparse.mm(self._csr(x), patches.transpose(0, 1).reshape(inputs, -1))
+        y = self._multiply(patches.transpose(0, 1).reshape(inputs, -1))
         y = y.view(-1, images, positions).transpose(0, 1)
         y = y.reshape(images, -1, g.out_rows, g.out_columns)
-        return self._finish(y, addend, (-1, 1, 1))
+        return self._finish(y, addend, activation, (-1, 1, 1))
 
-    def _csr(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
+        """Return W x by torch, for any dtype and device."""
+
         def make() -> Tensor:
+            dense = self.weights.dense().to(x)
+            if x.dtype not in (torch.float32, torch.float64):
+                return dense  # has no sparse product
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
-                return self.weights.dense().to(x).to_sparse_csr()
+                return dense.to_sparse_csr()
 
-        return self._kept(("csr", x.device, x.dtype), make)
+        w = self._kept(("torch", x.device, x.dtype), make)
+        return w @ x if w.layout is torch.strided else torch.sparse.mm(w, x)
 
-    def _finish(self, y: Tensor, addend: Tensor | None, bias_shape: tuple[int, ...]) -> Tensor:
+    def _finish(
+        self, y: Tensor, addend: Tensor | None, activation: str, bias_shape: tuple[int, ...]
+    ) -> Tensor:
         if self.bias is not None:
             y = y + self.bias.to(y).view(bias_shape)
-        if addend is not None:
-            y = y + addend
-        if self.activation == "none":
-            return y
-        return F.relu(y) if self.activation == "relu" else F.gelu(y)
+        return activate(y if addend is None else y + addend, activation)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """Apply one of `ACTIVATIONS`."""
+    if activation == "none":
+        return y
+    return F.relu(y) if activation == "relu" else F.gelu(y)
+
+
+def _native_for(x: Tensor, values: Tensor, addend: Tensor | None) -> Any:
+    return native_for_any_order(x, values, *(() if addend is None else (addend,)))
+
+
+def _ending(y: Tensor, addend: Tensor | None, activation: str) -> tuple[int, int, int, int]:
+    added = 0 if addend is None else addend.data_ptr()
+    return y.data_ptr(), added, ACTIVATIONS.index(activation), torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -230,7 +260,7 @@ def _check(w: Bundles) -> None:
 
 def _in_order_of(y: Tensor, addend: Tensor | None) -> Tensor | None:
     """Return the addend in y's memory order."""
-    if addend is None or (addend.stride() == y.stride() and addend.shape == y.shape):
+    if addend is None or addend.stride() == y.stride():
         return addend
     return torch.empty_strided(y.shape, y.stride()).copy_(addend)
 
