@@ -15,7 +15,8 @@ from spartan.deploy.bench import bench as run_bench
 from spartan.deploy.bench import parse_shape, write_bench
 from spartan.deploy.doctor import examine
 from spartan.deploy.onnx import export_onnx
-from spartan.deploy.packing import PackedTensors, Stored, save
+from spartan.deploy.packed import PackedTensors
+from spartan.deploy.packing import Stored, save
 from spartan.deploy.sizes import measure_sizes
 from spartan.errors import ConfigError, DeployError
 from spartan.training.opening import open_model

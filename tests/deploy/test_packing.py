@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import spartan
 from spartan.deploy.container import CODES
 from spartan.deploy.layouts import LAYOUTS, Layout, Shape, smallest, stored_bytes
-from spartan.deploy.packing import PackedTensors
+from spartan.deploy.packed import PackedTensors
 from spartan.deploy.sizes import Sizes, measure_sizes
 from spartan.errors import DeployError, FileError
 from tests.conftest import ROOT
@@ -402,6 +402,9 @@ def test_models_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="expanded"):
         spartan.load(path, model)
     assert not model.a.any()
+    model.b = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(DeployError, match="int64"):
+        spartan.load(path, model)
 
 
 def test_long_names_do_not_make_files_larger(tmp_path: Path) -> None:

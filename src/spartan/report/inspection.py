@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spartan.deploy.packing import PackedTensors
+from spartan.deploy.packed import PackedTensors
 from spartan.errors import FileError
 
 

@@ -1,0 +1,192 @@
+"""Reading packed files, with every check before anything is believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spartan.deploy.container import CODES, bits_of, refuse_more_than_memory, tensor_of
+from spartan.deploy.layouts import LAYOUTS, VALUES, Parts, Shape
+from spartan.errors import FileError
+
+KEY = "spartan.packed"  # of the metadata
+VERSION = 1
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_MOST_DIMENSIONS = 16
+
+
+class PackedTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, read and unpacked one by one.
+
+    Args:
+        path: A packed or an ordinary file.
+
+    Raises:
+        FileError: The file is missing, damaged or contradicts itself.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileError(f"There is no file {str(path)!r}.")
+        try:
+            # Kept open: what is checked is what is read, should the file be replaced meanwhile.
+            self._file: Any = safe_open(self.path, "pt").__enter__()  # type: ignore[no-untyped-call]
+            self._keys = set(self._file.keys())
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            own = json.loads(self.metadata.pop(KEY, "null"))
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            raise self._damaged(str(error)) from error
+        self._described, self.aliases = self._read_description(own)
+        self.shapes = self._read_shapes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        name = self.aliases.get(name, name)
+        described = self._described.get(name)
+        if described is None:
+            return self._read(name)
+        dtype = _DTYPES[described["dtype"]]
+        if described["layout"] == "dense":
+            return self._read(name).to(dtype)
+        stored, parts = self._parts(name)
+        shape = Shape(self.shapes[name])
+        try:
+            bits = BY_NAME[described["layout"]].decode(parts, shape)
+        except FileError as error:
+            raise self._damaged(f"{name!r}: {error}") from error
+        return tensor_of(bits, stored, shape.dims).to(dtype)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor will have."""
+        name = self.aliases.get(name, name)
+        told = self._described.get(name)
+        return _DTYPES[self._codes[name] if told is None else told["dtype"]]
+
+    def check(self) -> None:
+        """Refuse a file whose indices contradict its shapes.
+
+        Raises:
+            FileError: The file is damaged.
+        """
+        for name, described in self._described.items():
+            if described["layout"] != "dense":
+                _, parts = self._parts(name)
+                try:
+                    BY_NAME[described["layout"]].positions(parts, Shape(self.shapes[name]))
+                except FileError as error:
+                    raise self._damaged(f"{name!r}: {error}") from error
+
+    def _read_description(self, own: Any) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """Return layout and dtype of the packed tensors, and the other names of tied ones."""
+        if own is None:
+            return self._bitmasks_of_others(), {}
+        if not isinstance(own, dict) or own.get("version") != VERSION:
+            raise self._damaged(f"its layouts are not of version {VERSION}")
+        tensors: Any = own.get("tensors")
+        aliases: Any = own.get("aliases")
+        texts = is_dict_of(aliases, str) and is_dict_of(tensors, dict)
+        if not texts or not all(is_dict_of(told, str) for told in tensors.values()):
+            raise self._damaged("its metadata are not what this program writes")
+        for name, told in tensors.items():
+            layout, code = told.get("layout"), told.get("dtype")
+            if code not in _DTYPES or (layout != "dense" and layout not in BY_NAME):
+                raise self._damaged(f"{name!r} has the unknown layout {layout!r} or dtype {code!r}")
+        return tensors, aliases
+
+    def _bitmasks_of_others(self) -> dict[str, dict[str, str]]:
+        """Describe what compressed-tensors wrote as `sparse-bitmask`."""
+        described = {}
+        for key in sorted(self._keys):
+            name = key.removesuffix(".bitmask")
+            mine = {f"{name}.{part}" for part in (VALUES, "bitmask", "shape")}
+            if key != name and mine <= self._keys:
+                code = str(self._file.get_slice(f"{name}.{VALUES}").get_dtype())
+                if code not in _DTYPES:
+                    raise self._damaged(f"{name!r} has the unknown dtype {code!r}")
+                described[name] = {"layout": "bitmask", "dtype": code}
+                self._keys.discard(f"{name}.row_offsets")
+        return described
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        left, total = set(self._keys), 0
+        self._codes: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, described in self._described.items():
+            if described["layout"] == "dense":
+                continue
+            needed = {f"{name}.{part}" for part in (*BY_NAME[described["layout"]].parts, "shape")}
+            if not needed <= left or name in left:
+                missing = ", ".join(sorted(needed - left)) or "a name of its own"
+                raise self._damaged(f"{name!r} lacks {missing}")
+            left -= needed
+            shapes[name] = self._read_shape(name)
+            total += math.prod(shapes[name]) * _DTYPES[described["dtype"]].itemsize
+        try:
+            refuse_more_than_memory(total)
+        except FileError as error:
+            raise FileError(f"{str(self.path)!r} cannot be unpacked: {error}.") from error
+        for key in sorted(left):
+            view = self._file.get_slice(key)
+            if str(view.get_dtype()) not in _DTYPES:
+                raise self._damaged(f"{key!r} has the unknown dtype {view.get_dtype()!r}")
+            shapes[key] = tuple(view.get_shape())
+            self._codes[key] = str(view.get_dtype())
+        if not all(name in shapes for name in (*self.aliases.values(), *self._described)):
+            raise self._damaged("its metadata name a tensor that is not there")
+        if any(name in shapes for name in self.aliases):
+            raise self._damaged("two of its tensors have one name")
+        return {**shapes, **{name: shapes[first] for name, first in self.aliases.items()}}
+
+    def _read_shape(self, name: str) -> tuple[int, ...]:
+        dims = self._read(f"{name}.shape")
+        whole = dims.dim() == 1 and dims.dtype in (torch.int64, torch.int32)
+        sane = whole and len(dims) <= _MOST_DIMENSIONS and bool((dims >= 0).all())
+        # Zero-sized tensors too have strides that must be countable.
+        if not sane or math.prod(max(1, d) for d in dims.tolist()) >= 1 << 62:
+            raise self._damaged(f"{name!r} has no sensible shape")
+        return tuple(dims.tolist())
+
+    def _parts(self, name: str) -> tuple[torch.dtype, Parts]:
+        """Return the dtype of the stored values, and the arrays of a layout."""
+        layout = BY_NAME[self._described[name]["layout"]]
+        values = self._read(f"{name}.{VALUES}")
+        if values.dtype not in CODES:
+            raise self._damaged(f"{name!r} has values of the unknown dtype {values.dtype}")
+        parts: Parts = {VALUES: bits_of(values)}
+        for part in layout.parts[1:]:
+            array = self._read(f"{name}.{part}")
+            if array.dtype not in CODES or array.is_floating_point():
+                raise self._damaged(f"{name}.{part} is not made of integers")
+            parts[part] = array.numpy()
+        return values.dtype, parts
+
+    def _read(self, key: str) -> Tensor:
+        try:
+            tensor: Tensor = self._file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(str(error)) from error
+        return tensor
+
+    def _damaged(self, reason: str) -> FileError:
+        return FileError(f"{str(self.path)!r} is damaged or not a safetensors file: {reason}.")
+
+
+def is_dict_of(value: Any, kind: type) -> bool:
+    """Whether a value is a dict whose values are all of one type."""
+    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
