@@ -438,6 +438,7 @@ def test_nothing_of_the_caller_changes() -> None:
 
 
 @pytest.mark.usefixtures("sparse_wins")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_traces_are_refused() -> None:
     x = torch.randn(2, 64)
     fast = accelerate(prune(nn.Sequential(nn.Linear(64, 64))), x)

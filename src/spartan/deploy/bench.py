@@ -90,33 +90,43 @@ def write_bench(plans: dict[int, Plan], folder: Path) -> list[Path]:
 
 
 def _draw(plans: dict[int, Plan]) -> Figure:
-    rows = max(len(_timed(plan)) + 1 for plan in plans.values())
+    rows = max(1, *(len(_timed(plan)) for plan in plans.values()))
     figure = Figure((5.5 * len(plans), 1.2 + 0.28 * rows), layout="constrained")
     for axes, (batch, plan) in zip(
         figure.subplots(1, len(plans), squeeze=False)[0], plans.items(), strict=True
     ):
         layers = _timed(plan)
-        names = [layer.name for layer in layers] + ["whole model"]
-        dense = [1e3 * layer.dense.median for layer in layers if layer.dense]
-        sparse = [1e3 * layer.sparse.median for layer in layers if layer.sparse]
-        dense.append(1e3 * plan.dense.median)
-        sparse.append(1e3 * plan.accelerated.median)
-        places = range(len(names))
-        axes.barh([p - 0.2 for p in places], dense, 0.4, color=_DENSE, label="dense")
-        axes.barh([p + 0.2 for p in places], sparse, 0.4, color=_SPARSE, label="sparse")
-        for place, (a, b) in enumerate(zip(dense, sparse, strict=True)):
-            axes.annotate(
-                f" {a / b:.1f}x", (max(a, b), place), va="center", fontsize=7, color="#333333"
-            )
+        names = [layer.name for layer in layers]
+        places = range(len(layers))
+        sides = ((-0.2, _DENSE, "dense"), (0.2, _SPARSE, "sparse"))
+        for shift, color, label in sides:
+            timings = [getattr(layer, label) for layer in layers]
+            medians = [1e3 * timing.median for timing in timings]
+            low = [1e3 * (timing.median - timing.low) for timing in timings]
+            high = [1e3 * (timing.high - timing.median) for timing in timings]
+            axes.barh(
+                [place + shift for place in places], medians, 0.4, color=color, label=label,
+                xerr=(low, high), error_kw={"linewidth": 0.8, "ecolor": "#333333"},
+            )  # fmt: skip
+        for place, layer in enumerate(layers):
+            assert layer.dense is not None
+            assert layer.sparse is not None
+            ratio = layer.dense.median / layer.sparse.median
+            end = 1e3 * max(layer.dense.high, layer.sparse.high)
+            axes.annotate(f" {ratio:.1f}x", (end, place), va="center", fontsize=7)
         axes.set_yticks(list(places), names, fontsize=7)
         axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlabel("milliseconds (log scale)")
-        plural = "s" * (plan.threads != 1)
-        axes.set_title(f"batch {batch}, {plan.threads} thread{plural}", fontsize=9)
+        axes.set_xlabel("milliseconds: median and quartiles")
+        threads = f"{plan.threads} thread{'s' * (plan.threads != 1)}"
+        axes.set_title(
+            f"batch {batch}, {threads}; whole model {1e3 * plan.dense.median:.2f} → "
+            f"{1e3 * plan.accelerated.median:.2f} ms, {plan.speedup:.1f}x",
+            fontsize=9,
+        )
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
+        if layers:
+            axes.legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
