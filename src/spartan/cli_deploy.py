@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spartan.deploy.bench import bench as run_bench
@@ -115,7 +116,7 @@ def doctor() -> int:
     """Print what this machine can use, and what is missing."""
     table = Table("", "found", "advice", show_header=True)
     for finding in examine():
-        table.add_row(finding.subject, finding.found, finding.advice)
+        table.add_row(*map(escape, (finding.subject, finding.found, finding.advice)))
     Console().print(table)
     return 0
 
@@ -151,7 +152,7 @@ def _stored_table(out: Path, stored: list[Stored]) -> Table:
         column.justify = "right"
     for s in stored:
         ratio = f"{s.bytes / s.dense_bytes:.4f}" if s.dense_bytes else "-"
-        table.add_row(s.name, s.layout, f"{s.dense_bytes:,}", f"{s.bytes:,}", ratio)
+        table.add_row(escape(s.name), s.layout, f"{s.dense_bytes:,}", f"{s.bytes:,}", ratio)
     return table
 
 

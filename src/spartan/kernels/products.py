@@ -199,7 +199,9 @@ class Product:
                 return dense.to_sparse_csr()
 
         w = self._kept(("torch", x.device, x.dtype), make)
-        return w @ x if w.layout is torch.strided else torch.sparse.mm(w, x)
+        # Autocast would narrow a sparse product, which exists for wide floats only.
+        with torch.autocast(x.device.type, enabled=False):
+            return w @ x if w.layout is torch.strided else torch.sparse.mm(w, x)
 
     def _finish(
         self, y: Tensor, addend: Tensor | None, activation: str, bias_shape: tuple[int, ...]
