@@ -57,7 +57,7 @@ def pack(
     sizes = measure_sizes(stored, out.stat().st_size, tensors if zstd else None)
     console = Console()
     console.print(_stored_table(out, stored))
-    console.print(str(sizes), highlight=False, soft_wrap=True)
+    console.print(str(sizes), highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
@@ -106,7 +106,7 @@ def bench(
     plans = run_bench(opened, shape, batch or shape[:1], threads, seconds)
     console = Console()
     for size, plan in plans.items():
-        console.print(f"batch {size}\n{plan}", highlight=False, soft_wrap=True)
+        console.print(f"batch {size}\n{plan}", highlight=False, soft_wrap=True, markup=False)
     for file in write_bench(plans, out):
         console.print(f"wrote {file}", highlight=False, soft_wrap=True)
     return 0

@@ -27,7 +27,7 @@ from spartan.kernels.dispatch import native_for_any_order
 
 ACTIVATIONS = ("none", "relu", "gelu")
 # Above this many samples, lanes beat reading all weights once for each.
-_FEW = 4
+_FEW = 2
 _CUTS_KEPT = 16
 
 _T = TypeVar("_T")
