@@ -96,8 +96,8 @@ def simplify(traced: fx.GraphModule) -> None:
             or not _folds(before, layer, module)
         ):
             continue
-        fuse: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
-        traced.set_submodule(str(before.target), fuse(layer, module))
+        fold: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+        traced.set_submodule(str(before.target), fold(layer, module))
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
     _clean(traced)
