@@ -173,6 +173,15 @@ def test_ordinary_files_load(tmp_path: Path) -> None:
     assert torch.equal(other.weight, model.weight)
 
 
+def test_files_without_batch_counters_load(tmp_path: Path) -> None:
+    norm, other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    norm.running_mean.fill_(3.0)
+    state = {k: v for k, v in norm.state_dict().items() if k != "num_batches_tracked"}
+    save_file(state, tmp_path / "x.safetensors")
+    spartan.load(tmp_path / "x.safetensors", other)
+    assert torch.equal(other.running_mean, norm.running_mean)
+
+
 def test_a_wrong_model_is_refused_and_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     spartan.save(nn.Linear(64, 32), path)

@@ -239,13 +239,17 @@ def _entries(name: str, tensor: Tensor, parts: Parts | None) -> Iterator[Entry]:
 
 
 def _check_fit(packed: PackedTensors, state: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(set(state) - set(packed)), sorted(set(packed) - set(state))
+    # Older files do not count batches; like torch, leave the model's own count.
+    counters = {name for name in state if name.endswith("num_batches_tracked")}
+    missing = sorted(set(state) - set(packed) - counters)
+    unknown = sorted(set(packed) - set(state))
     if missing or unknown:
         raise DeployError(
             f"{str(packed.path)!r} is not a file of this model: it lacks {missing[:5]} and has "
             f"{unknown[:5]} besides."
         )
-    for name, tensor in state.items():
+    for name in packed:
+        tensor = state[name]
         writable = not tensor.is_meta and (0 not in tensor.stride() or tensor.numel() < 2)
         if not writable:
             raise DeployError(

@@ -132,28 +132,21 @@ class TrainConfig:
         Args:
             sample_input: One image, for FLOPs and times.
         """
+        settings: dict[str, Any] = {
+            "density": self.density,
+            "sparsity": self.sparsity,
+            "cost": self.cost,
+            "allocation": self.allocation,
+            "count": self.count,
+        }
         if self.latency_ms is not None:
-            return Budget(
-                density=self.density,
-                sparsity=self.sparsity,
-                cost=self.cost,
-                allocation=self.allocation,
-                count=self.count,
-                latency_ms=self.latency_ms,
-                example_input=sample_input.expand(self.latency_batch, -1, -1, -1).contiguous(),
-            )
+            batch = sample_input.expand(self.latency_batch, -1, -1, -1).contiguous()
+            return Budget(**settings, latency_ms=self.latency_ms, example_input=batch)
         if self.density is None and self.sparsity is None:
             raise ConfigError(
                 "Give --density (fraction kept), --sparsity (fraction removed) or --latency-ms."
             )
-        return Budget(
-            density=self.density,
-            sparsity=self.sparsity,
-            cost=self.cost,
-            allocation=self.allocation,
-            count=self.count,
-            sample_input=sample_input,
-        )
+        return Budget(**settings, sample_input=sample_input)
 
     def to_json(self) -> str:
         """Return the config file's text."""
