@@ -98,8 +98,8 @@ class PackedTensors(Mapping[str, Tensor]):
             return self._bitmasks_of_others(), {}
         if not isinstance(own, dict) or own.get("version") != VERSION:
             raise self._damaged(f"its layouts are not of version {VERSION}")
-        tensors: Any = own.get("tensors")
-        aliases: Any = own.get("aliases")
+        tensors: Any = own.get("tensors", {})
+        aliases: Any = own.get("aliases", {})
         texts = is_dict_of(aliases, str) and is_dict_of(tensors, dict)
         if not texts or not all(is_dict_of(told, str) for told in tensors.values()):
             raise self._damaged("its metadata are not what this program writes")
