@@ -417,6 +417,23 @@ def test_pruned_by_torch_needs_prune_remove() -> None:
         accelerate(model, torch.randn(2, 16))
 
 
+@pytest.mark.usefixtures("sparse_wins")
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_inputs_that_a_traced_model_writes_into(as_mapping: bool) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+            return self.fc(x.add_(1))
+
+    x = torch.zeros(2, 16)
+    fast = accelerate(prune(Shift()), {"x": x} if as_mapping else x)
+    assert plan_of(fast).traced
+    assert not x.any()
+
+
 def test_nothing_of_the_caller_changes() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

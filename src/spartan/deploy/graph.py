@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections import Counter
@@ -136,17 +137,12 @@ class _Shapes(fx.Interpreter):
     """Notes the shape of what each node returns, if that is a float32 tensor."""
 
     def note(self, sample: Any) -> None:
-        names = [n.target for n in self.graph.nodes if n.op == "placeholder"]
-        given = sample if isinstance(sample, Mapping) else None
-
-        def positional(*args: Any) -> None:
-            self.run(*args)
-
-        if given is None:
-            run_on(positional, sample)
-        else:
-            signature = inspect.signature(self.module.forward).parameters
-            self.run(*(given.get(n, signature[str(n)].default) for n in names))
+        sample = copy.deepcopy(sample)  # the model may write into it
+        if isinstance(sample, Mapping):
+            # Arguments that are left out are None by default: else there is no graph.
+            names = [n.target for n in self.graph.nodes if n.op == "placeholder"]
+            sample = [sample.get(name) for name in names]
+        run_on(self.run, sample)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

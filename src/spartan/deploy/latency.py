@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,19 +106,39 @@ def share_for_latency(
             f"latency_ms={latency_ms:g} cannot be reached: with {_SMALLEST:.1%} of its cost kept, "
             f"the model takes {1e3 * low_time:.3g} ms. Ask for more, or for a smaller batch."
         )
+    return _search(
+        lambda share: time_of(share).accelerated.median, wanted, (low, low_time), (high, high_time)
+    )
+
+
+def _search(
+    time_of: Callable[[float], float],
+    wanted: float,
+    below: tuple[float, float],
+    above: tuple[float, float],
+) -> float:
+    """Return a share that takes the wanted time, or the largest one found that takes less.
+
+    Args:
+        time_of: Seconds of a share; grows with it, and is noisy.
+        wanted: Seconds.
+        below: A share that takes less, and its time.
+        above: A share that takes more, and its time.
+    """
     for _ in range(_ROUNDS):
-        # Between halving and following the line: times are convex towards the dense end.
+        (low, low_time), (high, high_time) = below, above
         line = low + (high - low) * (wanted - low_time) / (high_time - low_time)
-        share = math.sqrt(max(line, low * 1.05) * max(math.sqrt(low * high), low))
+        # Between following the line and halving on a log scale: times are not quite a line.
+        share = math.sqrt(line * math.sqrt(low * high))
         share = min(max(share, low * 1.02), high * 0.98)
-        time = time_of(share).accelerated.median
+        time = time_of(share)
         if abs(time - wanted) <= _CLOSE * wanted:
             return share
         if time < wanted:
-            low, low_time = share, time
+            below = share, time
         else:
-            high, high_time = share, time
-    return low
+            above = share, time
+    return below[0]
 
 
 def _measure(

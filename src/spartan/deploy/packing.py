@@ -93,19 +93,13 @@ def save(
         tensor = state[name]
         stored = _narrowed(name, tensor, narrow)
         layout, parts = _smallest(name, stored, state) if compress else (None, None)
+        kind = "dense" if layout is None else layout.name
+        if kind != "dense" or stored.dtype != tensor.dtype:
+            described[name] = {"layout": kind, "dtype": CODES[tensor.dtype]}
         own = list(_entries(name, stored, parts))
         entries += own
-        if layout is not None or stored.dtype != tensor.dtype:
-            kind = "dense" if layout is None else layout.name
-            described[name] = {"layout": kind, "dtype": CODES[tensor.dtype]}
-        report.append(
-            Stored(
-                name,
-                "dense" if layout is None else layout.name,
-                tensor.numel() * tensor.element_size(),
-                sum(entry.nbytes for entry in own),
-            )
-        )
+        dense_bytes = tensor.numel() * tensor.element_size()
+        report.append(Stored(name, kind, dense_bytes, sum(entry.nbytes for entry in own)))
 
     def arrays() -> Iterator[Any]:
         for name in names:
