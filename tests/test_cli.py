@@ -278,6 +278,17 @@ def test_pack_unpack_and_evaluate(
     assert f"accuracy {wanted}" in capsys.readouterr().out
 
 
+def test_evaluate_counts_in_the_weights_it_is_given(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(run / "model.safetensors")
+    state["1.weight"] = torch.zeros_like(state["1.weight"])
+    save_file(state, tmp_path / "other.safetensors")
+    assert call("evaluate", run, "--weights", tmp_path / "other.safetensors") == 0
+    kept = sum(int(state[f"{i}.weight"].count_nonzero()) for i in (4, 7))
+    assert f"({kept:,} of 84,480" in capsys.readouterr().out
+
+
 def test_bench_writes_table_figures_and_plot(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

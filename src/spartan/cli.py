@@ -170,6 +170,8 @@ def _evaluate(folder: Path, device_name: str, weights: Path | None, accelerated:
     device = pick_device("cpu" if accelerated else device_name)
     data = load_data(config.data, config.image_size)
     model, _ = open_model(str(folder), weights, None, len(data.classes))
+    state = model.state_dict()
+    kept = sum(int(state[layer.name].count_nonzero()) for layer in facts.layers)
     if accelerated:
         example = torch.zeros(config.batch_size, data.channels, data.size, data.size)
         model = accelerate(model, example, verbose=False)
@@ -178,7 +180,7 @@ def _evaluate(folder: Path, device_name: str, weights: Path | None, accelerated:
     source = folder if weights is None else weights
     Console().print(
         f"{source}: step {facts.step} of {facts.total_steps}, accuracy {accuracy:.2%}, "
-        f"loss {loss:.4f}, density {facts.density:.4%} ({facts.kept:,} of {facts.numel:,} "
+        f"loss {loss:.4f}, density {kept / facts.numel:.4%} ({kept:,} of {facts.numel:,} "
         "prunable weights)",
         highlight=False,
         soft_wrap=True,

@@ -18,7 +18,7 @@ from spartan.kernels.bundles import best_height
 from spartan.samples import run_on
 
 # Denser than this, no sparse kernel has won except on a handful of inputs: not worth measuring.
-_TOO_DENSE, _HANDFUL = 0.6, 64
+_TOO_DENSE, _HANDFUL = 0.7, 64
 _TOLERANCE = 1e-5  # relative error of the outputs at which the result is refused
 
 
