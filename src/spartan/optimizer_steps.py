@@ -25,3 +25,9 @@ def skips_step(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer under a GradScaler skips this step inside its kernel."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
+
+
+def loss_scale(optimizer: Optimizer) -> float:
+    """Return what a GradScaler leaves to a fused optimizer to divide its gradients by; else 1."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)

@@ -30,7 +30,8 @@ from spartan.kernels import Dual, finite
 from spartan.methods.base import Method
 from spartan.methods.groups import make_group, require_finite
 from spartan.methods.sites import Site
-from spartan.optimizer_steps import skips_step, wrap_closure
+from spartan.optimizer_steps import loss_scale, skips_step, wrap_closure
+from spartan.passes import PassHook
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable, find_prunable
 from spartan.shares import Share
@@ -99,6 +100,8 @@ class Sparsifier:
         self.groups = [make_group(share, weights, self.pattern) for share in shares]
         by_name = {site.name: site for group in self.groups for site in group.sites}
         self.sites = [by_name[weight.name] for weight in weights]
+        for site in self.sites:
+            site.latent.copy_(method.to_latent(site.latent))
         self._writer = WeightWriter(method, self.sites)
         self._inside: list[Site] = []  # sites whose parameter holds θ: a step is under way
         self._guards: list[RemovableHandle] = []
@@ -226,12 +229,18 @@ class Sparsifier:
     # Around a step ------------------------------------------------------------------------------
 
     def _register_hooks(self) -> list[Any]:
+        passes = (
+            [self.model.register_forward_pre_hook(PassHook(self.model, self._before_pass))]
+            if self.method.samples(0, self._horizon)
+            else []
+        )
         if not self._optimizers:
             return [
+                *passes,
                 register_optimizer_step_pre_hook(self._before_step),
                 register_optimizer_step_post_hook(self._after_step),
             ]
-        return [
+        return passes + [
             handle
             for optimizer in self._optimizers
             for handle in (
@@ -239,6 +248,14 @@ class Sparsifier:
                 optimizer.register_step_post_hook(self._after_step),
             )
         ]
+
+    def _before_pass(self, training: bool) -> None:
+        """Let a training pass see sampled weights, and every other one the plain w."""
+        self._leave_step()
+        if training and self.method.samples(self.step, self._horizon):
+            self._writer.write_sample(self.sites, self.step)
+        elif any(site.sampled for site in self.sites):
+            self._writer.write(self.sites)
 
     @torch.no_grad()
     def _before_step(
@@ -255,6 +272,8 @@ class Sparsifier:
                 "finalize() after the last step, or make the sparsifier with more steps."
             )
         self._writer.adopt(self.sites, self.step)
+        for site in sites if self.method.samples(self.step, self._horizon) else []:
+            site.loss_scale = loss_scale(optimizer)
         args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, sites))
         if not wrapped:
             self._pull_back(sites, skipped=skips_step(optimizer))

@@ -33,6 +33,17 @@ class WeightWriter:
         A write that was interrupted may be done again.
         """
         self._method.write(sites)
+        self._note(sites)
+
+    @torch.no_grad()
+    def write_sample(self, sites: Sequence[Site], step: int) -> None:
+        """Write the w of a training pass where it is not written yet."""
+        behind = [site for site in sites if not site.sampled]
+        if behind:
+            self._method.write_sample(behind, step)
+            self._note(behind)
+
+    def _note(self, sites: Sequence[Site]) -> None:
         for site in sites:
             self._versions[id(site)] = site.weight.parameter._version
 
@@ -66,7 +77,7 @@ class WeightWriter:
                     f"NaN or infinity was written into {site.name!r} after step {step}."
                 )
             changed = parameter != self._method.materialize(site)
-            latent.copy_(torch.where(changed, parameter, latent))
+            latent.copy_(torch.where(changed, self._method.to_latent(parameter), latent))
             if not self._warned:
                 self._warned = True
                 warnings.warn(

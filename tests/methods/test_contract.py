@@ -12,8 +12,18 @@ from torch import nn
 
 import spartan
 from spartan import NM, Block, Budget, Channel, Sparsifier, Unstructured
-from spartan.errors import BudgetError
-from spartan.methods import DualAveraging, Magnitude, Method, Spartan
+from spartan.errors import BudgetError, PatternError
+from spartan.methods import (
+    DPF,
+    ConstrainedL0,
+    DualAveraging,
+    Magnitude,
+    Method,
+    PenalisedL0,
+    Powerpropagation,
+    Spartan,
+)
+from spartan.methods.gated import Gated
 from spartan.patterns import Pattern
 from tests.conftest import Net, batch, train_step
 
@@ -25,6 +35,12 @@ METHODS: list[Method] = [
     DualAveraging(backward_density=0.6, warmup=0.0),
     Magnitude(),
     Magnitude(schedule="one-shot", begin=0.25),
+    DPF(period=3),
+    Powerpropagation(alpha=1.5),
+    Powerpropagation(alpha=3.0, schedule="one-shot"),
+    ConstrainedL0(),
+    ConstrainedL0(dual="restart", warmup=0.0, finetune=0.0),
+    PenalisedL0(),
 ]
 PATTERNS: list[Pattern] = [Unstructured(), Block(2, 4), NM(2, 4), Channel()]
 ALLOCATIONS = ["global", "uniform", "erk"]
@@ -93,6 +109,10 @@ def test_exact_at_every_step_after_warmup(
     optimizer = optimizer_for(model)
     if isinstance(pattern, NM) and allocation == "erk":
         with pytest.raises(BudgetError, match="keeps exactly 2 of every 4"):
+            sparsify(model, optimizer, method, pattern, allocation)
+        return
+    if isinstance(pattern, NM) and isinstance(method, Gated):
+        with pytest.raises(PatternError, match="Use 'spartan' or 'dpf' for N:M"):
             sparsify(model, optimizer, method, pattern, allocation)
         return
     sparsifier = sparsify(model, optimizer, method, pattern, allocation)

@@ -4,13 +4,21 @@ from typing import Any
 
 from spartan.errors import MethodError, did_you_mean
 from spartan.methods.base import Method
+from spartan.methods.constrained_l0 import ConstrainedL0
+from spartan.methods.dpf import DPF
 from spartan.methods.dual_averaging import DualAveraging
 from spartan.methods.fixed import Fixed
 from spartan.methods.magnitude import Magnitude
+from spartan.methods.penalised_l0 import PenalisedL0
+from spartan.methods.powerpropagation import Powerpropagation
 from spartan.methods.spartan import Spartan
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Spartan, DualAveraging, Magnitude, Fixed)
+    cls.name: cls
+    for cls in (
+        *(Spartan, DualAveraging, Magnitude, DPF, Powerpropagation),
+        *(ConstrainedL0, PenalisedL0, Fixed),
+    )
 }
 
 
@@ -23,7 +31,7 @@ def create(name: str, **settings: Any) -> Method:
     if name not in METHODS:
         raise MethodError(f"Unknown method {name!r}; {did_you_mean(name, METHODS)}")
     cls = METHODS[name]
-    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    known = [*cls.__dataclass_fields__]  # type: ignore[attr-defined]
     for key in settings:
         if key not in known:
             hint = did_you_mean(key, known) if known else "it has no settings."
@@ -31,4 +39,22 @@ def create(name: str, **settings: Any) -> Method:
     return cls(**settings)
 
 
-__all__ = ["METHODS", "DualAveraging", "Fixed", "Magnitude", "Method", "Spartan", "create"]
+def list() -> tuple[type[Method], ...]:
+    """Return every method; each has a `name`, `summary`, `paper` and `step_cost` in one line."""
+    return tuple(METHODS.values())
+
+
+__all__ = [
+    "DPF",
+    "METHODS",
+    "ConstrainedL0",
+    "DualAveraging",
+    "Fixed",
+    "Magnitude",
+    "Method",
+    "PenalisedL0",
+    "Powerpropagation",
+    "Spartan",
+    "create",
+    "list",
+]

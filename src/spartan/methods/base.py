@@ -4,7 +4,8 @@ The sparsifier owns the parameters, the optimizer hooks and the step counter. A 
 
 * when masks move, and how far the density has come (`moves_masks`, `progress`),
 * which units the masks keep (`select`),
-* how the latent weight θ becomes the weight w the model computes with (`materialize`),
+* how the latent weight θ becomes the weight w the model computes with (`materialize`), and comes
+  from the weights the model begins with (`to_latent`),
 * how the gradient of w becomes the gradient of θ (`pull_back`).
 
 It sees groups of sites: a `Site` is one prunable weight, a `Group` is the sites that share one
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spartan import kernels
+from spartan.kernels import units
 from spartan.kernels.scores import wide
 from spartan.methods.groups import Group
 from spartan.methods.sites import Site
@@ -35,8 +37,9 @@ class Method(ABC):
     scheduled: ClassVar[bool] = True  # whether it needs to know the length of the run
     checks_weights: ClassVar[bool] = False  # whether `select` refuses weights that are not finite
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str]  # when to choose it, in a line
     paper: ClassVar[str]
+    step_cost: ClassVar[str]  # what it adds to a training step
 
     @abstractmethod
     def moves_masks(self, step: int, total_steps: int) -> bool:
@@ -76,6 +79,21 @@ class Method(ABC):
         else:
             write_given(sites, self.materialize)
 
+    def samples(self, step: int, total_steps: int) -> bool:
+        """Say whether training passes after `step` compute with random weights; see `write_sample`.
+
+        Elsewhere (evaluation, state dicts, copies) the model holds what `write` wrote.
+        """
+        return False
+
+    def write_sample(self, sites: Sequence[Site], step: int) -> None:
+        """Write the w that the training passes of one step compute with, and set `site.sampled`."""
+        raise NotImplementedError
+
+    def to_latent(self, weight: Tensor) -> Tensor:
+        """Return the θ that gives this w where everything is kept."""
+        return weight
+
     def monitor(self, group: Group) -> dict[str, float]:
         """Return numbers worth logging for a group."""
         return {}
@@ -87,6 +105,16 @@ class Method(ABC):
         return {"name": self.name, **plain}
 
 
+def scale_gradients(sites: Sequence[Site], factors: Sequence[Tensor]) -> None:
+    """Multiply the gradients by one factor for each unit, in place."""
+    if all(site.elementwise for site in sites):
+        torch._foreach_mul_([site.required_grad for site in sites], list(factors))
+        return
+    for site, factor in zip(sites, factors, strict=True):
+        grad = site.required_grad
+        units.scale(grad, factor, None, grad, site.grid)
+
+
 def mask_gradients(sites: Sequence[Site], masks: Sequence[Tensor]) -> None:
     """Zero the gradients outside the masks (one boolean per unit), in place."""
     if all(site.elementwise for site in sites):
@@ -94,4 +122,4 @@ def mask_gradients(sites: Sequence[Site], masks: Sequence[Tensor]) -> None:
         return
     for site, mask in zip(sites, masks, strict=True):
         grad = site.required_grad
-        kernels.units.scale(grad, mask.to(wide(grad[:0]).dtype), None, grad, site.grid)
+        units.scale(grad, mask.to(wide(grad[:0]).dtype), None, grad, site.grid)

@@ -52,8 +52,11 @@ class DualAveraging(Method):
 
     checks_weights: ClassVar[bool] = True
     name: ClassVar[str] = "dual-averaging"
-    summary: ClassVar[str] = "hard top-k forward, straight-through gradients (Top-KAST)"
+    summary: ClassVar[str] = (
+        "Top-KAST: moderate sparsity, or a budget for each layer; no soft masks"
+    )
     paper: ClassVar[str] = "Jayakumar et al., NeurIPS 2020"
+    step_cost: ClassVar[str] = "two to three passes over the weights, native on the CPU"
 
     def __post_init__(self) -> None:
         if not 0 < self.backward_density <= 1:

@@ -27,6 +27,7 @@ class Fixed(Method):
     name: ClassVar[str] = "fixed"
     summary: ClassVar[str] = "fine-tune an already sparse model without losing its zeros"
     paper: ClassVar[str] = ""
+    step_cost: ClassVar[str] = "one pass over the weights"
 
     def moves_masks(self, step: int, total_steps: int) -> bool:
         return step == 0

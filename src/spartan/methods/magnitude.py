@@ -46,6 +46,7 @@ class Magnitude(Method):
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "the classic baseline; gradual or one-shot"
     paper: ClassVar[str] = "Zhu and Gupta, 2017"
+    step_cost: ClassVar[str] = "two to three passes over the weights, native on the CPU"
 
     def __post_init__(self) -> None:
         known = ("gradual", "one-shot")

@@ -46,6 +46,10 @@ class Site:
         tensors: What the method keeps per weight (soft masks, …), saved with the state.
         active: Whether the parameter had a gradient in the current step.
         stepping: Whether the parameter holds θ: inside a step.
+        sampled: Whether the parameter holds the w of a training pass, of methods that sample.
+        loss_scale: What the gradient of the current step is multiplied by: 1, but under a
+            GradScaler that leaves it to a fused optimizer to divide.
+        scratch: What the method keeps within a step; not saved.
         choice: What was selected and is not written yet.
         counted: Version of the mask and number of its kept units, once that was asked for.
     """
@@ -60,6 +64,9 @@ class Site:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     active: bool = True
     stepping: bool = False
+    sampled: bool = False
+    loss_scale: float = 1.0
+    scratch: dict[str, Tensor] = field(default_factory=dict)
     choice: Choice | None = None
     counted: tuple[int, int] | None = None
 
@@ -162,4 +169,6 @@ class Site:
 
     def pool_product(self, x: Tensor) -> Tensor:
         """Sum x · θ over each unit, in float32 or float64."""
+        if self.elementwise:
+            return wide(x) * wide(self.latent)
         return pool_products(x, self.latent, self.grid, self.stored_mask.shape)

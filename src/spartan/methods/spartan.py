@@ -37,7 +37,7 @@ from spartan import kernels
 from spartan.errors import MethodError
 from spartan.kernels import Request, units
 from spartan.kernels.readback import read_back
-from spartan.methods.base import Method
+from spartan.methods.base import Method, scale_gradients
 from spartan.methods.forecast import bracket, forecast, remember
 from spartan.methods.groups import Contest, Group, contests_of, find_cuts, keep_largest, look
 from spartan.methods.sites import Site
@@ -81,8 +81,11 @@ class Spartan(Method):
 
     checks_weights: ClassVar[bool] = True
     name: ClassVar[str] = "spartan"
-    summary: ClassVar[str] = "soft masks, dense gradients; robust up to high sparsities"
+    summary: ClassVar[str] = (
+        "the default: soft masks, dense gradients; robust up to high sparsities"
+    )
     paper: ClassVar[str] = "Tai et al., NeurIPS 2022"
+    step_cost: ClassVar[str] = "four to six passes over the weights, native on the CPU"
 
     def __post_init__(self) -> None:
         if len(self.beta) != 2 or not all(math.isfinite(b) and b > 0 for b in self.beta):
@@ -200,7 +203,7 @@ class Spartan(Method):
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         if step >= self._last_update(total_steps):
-            _scale_gradients(sites)
+            scale_gradients(sites, [site.tensors["soft"] for site in sites])
         elif all(site.dual is not None for site in sites):
             kernels.pull_back(
                 [site.required_grad for site in sites],
@@ -253,17 +256,6 @@ def _fix(site: Site) -> None:
     site.resolve()
     site.tensors["soft"] = torch.where(site.mask, site.soft_mask(), 0.0)
     site.dual = None
-
-
-def _scale_gradients(sites: Sequence[Site]) -> None:
-    """Multiply gradients by masks that are fixed."""
-    if all(site.elementwise for site in sites):
-        grads = [site.required_grad for site in sites]
-        torch._foreach_mul_(grads, [site.tensors["soft"] for site in sites])
-        return
-    for site in sites:
-        grad = site.required_grad
-        units.scale(grad, site.tensors["soft"], None, grad, site.grid)
 
 
 def _pull_back_units(group: Group, sites: Sequence[Site]) -> None:

@@ -30,7 +30,7 @@ def write_scaled(site: Site, factors: Tensor) -> None:
     latent = site.latent if site.stepping else None
     factors = factors.to(wide(site.latent[:0]).dtype)
     units.scale(site.theta, factors, latent, site.parameter, site.grid)
-    site.stepping = False
+    site.stepping = site.sampled = False
 
 
 def write_given(sites: Sequence[Site], materialize: Callable[[Site], Tensor]) -> None:

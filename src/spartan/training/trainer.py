@@ -6,7 +6,6 @@ of the seed and the epoch. A checkpoint therefore needs no generator state to re
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from spartan.errors import ConfigError, StateError
 from spartan.files import load_state, save_state, save_tensors
+from spartan.seeds import derive_seed
 from spartan.sparsifier import Sparsifier
 from spartan.training.config import TrainConfig
 from spartan.training.data import ImageData, Images, augment, batches, normalize
@@ -50,7 +50,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step = 0
 
-        torch.manual_seed(_seed(config.seed, "init", 0))
+        torch.manual_seed(derive_seed(config.seed, "init", 0))
         self.model = build_model(config.model, data.channels, data.size, len(data.classes))
         self.model.to(self.device)
         self._check_model()
@@ -202,7 +202,7 @@ class Trainer:
         self, run: Run, log: MetricsLog, tick: Callable[[int, Row], None], guard: SignalGuard
     ) -> None:
         epoch, first = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "order", epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
         order = torch.randperm(len(self.data.train.labels), generator=generator).tolist()
         every = max(1, self.total_steps // _LOG_ROWS)
         self.model.train()
@@ -223,13 +223,13 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         config = self.config
-        torch.manual_seed(_seed(config.seed, "step", self.step))
+        torch.manual_seed(derive_seed(config.seed, "step", self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_lr * lr_factor(config, self.step, self.total_steps)
         images, labels = images.to(self.device), labels.to(self.device)
         inputs = normalize(images, self.data)
         if config.augment:
-            shifts = torch.Generator().manual_seed(_seed(config.seed, "augment", self.step))
+            shifts = torch.Generator().manual_seed(derive_seed(config.seed, "augment", self.step))
             inputs = augment(inputs, self.data.flip, shifts)
         with self._autocast:
             logits = self._forward(inputs)
@@ -362,9 +362,3 @@ def _groups(decayed: list[Any], plain: list[Any], decay: float) -> list[dict[str
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _seed(seed: int, purpose: str, number: int) -> int:
-    """Derive an independent 63-bit seed."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

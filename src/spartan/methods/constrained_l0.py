@@ -1,0 +1,101 @@
+r"""Constrained L0 (Gallego-Posada et al., NeurIPS 2022): density as a constraint, not a penalty.
+
+    minimise over θ, log α   L(θ, log α)   subject to   g(log α) <= ε
+
+with gates on units, g their expected density and ε the budget (see `spartan.methods.gated`): one
+constraint for each group of weights that shares a budget, so one for the model, or one for each
+layer, in parameters, FLOPs or bytes. The Lagrangian
+
+    L + λ (g - ε),    λ >= 0
+
+is descended on in θ and log α, ascended on in λ, simultaneously.
+
+Three things differ from the published algorithm, so that nothing has to be tuned:
+
+* λ is counted in units of the loss's own pull at the gates, a running mean of its root mean square.
+  What a step of λ means then depends neither on the number of gates nor on the scale of the loss.
+* λ follows e = ln(g / ε), which is about (g - ε) / ε near the target: small densities are as
+  visible as large ones. Its sign, and so the feasible set, are those of g - ε.
+* ε begins at the density of the first step and tightens over the warm-up; `warmup=0` is the
+  published constant. At the end the budget is met exactly.
+
+By default λ is moved by νPI: restarts release the pull as soon as the target is crossed, and so end
+just above it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from spartan.errors import MethodError, did_you_mean
+from spartan.methods.gated import Gated
+from spartan.methods.groups import Group
+from spartan.multipliers import Ascent, DualRule, NuPI
+from spartan.schedules import check_fraction, check_order, interpolate, progress
+
+_RULES = ("nupi", "restart", "ascent")
+
+
+@dataclass(frozen=True)
+class ConstrainedL0(Gated):
+    """Hard-concrete gates whose expected density is held at the budget by a multiplier.
+
+    Attributes:
+        dual: How λ moves: `"nupi"` (a PI controller), `"restart"` (gradient ascent that restarts at
+            0 where the constraint holds, as published), `"ascent"` (without restarts).
+        dual_lr: Growth of λ over a whole run in which g stays e times the target.
+        proportional: For `"nupi"`, the λ that answers the same violation at once.
+        warmup: Fraction of the run over which the target tightens.
+        gate_lr: See `Gated`, as for the fields below.
+        finetune: Last fraction of the run, with gates and masks fixed.
+        keep_one: Whether each layer keeps at least its strongest unit.
+        seed: Of the gates' draws.
+
+    Raises:
+        MethodError: A setting is out of range.
+
+    Source: Gallego-Posada, Ramirez, Erraqabi, Bengio, Lacoste-Julien, "Controlled Sparsity via
+    Constrained Optimization or: How I Learned to Stop Tuning Penalties and Love Constraints",
+    NeurIPS 2022.
+    """
+
+    dual: Literal["nupi", "restart", "ascent"] = "nupi"
+    dual_lr: float = 60.0
+    proportional: float = 200.0
+    warmup: float = 0.5
+
+    name: ClassVar[str] = "constrained-l0"
+    summary: ClassVar[str] = "learned gates and a constraint; learns how layers share a budget"
+    paper: ClassVar[str] = "Gallego-Posada et al., NeurIPS 2022"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dual not in _RULES:
+            raise MethodError(f"dual={self.dual!r}; {did_you_mean(self.dual, _RULES)}")
+        if not (math.isfinite(self.dual_lr) and self.dual_lr > 0):
+            raise MethodError(f"dual_lr={self.dual_lr} must be positive.")
+        if not (math.isfinite(self.proportional) and self.proportional >= 0):
+            raise MethodError(f"proportional={self.proportional} must be 0 or more.")
+        check_fraction("warmup", self.warmup)
+        check_order(self.warmup, self.finetune)
+
+    def multiplier(self, group: Group, step: int, total_steps: int) -> float:
+        numbers = group.numbers
+        violation = math.log(numbers["expected"] / self._target(group, step, total_steps))
+        now = numbers.get("dual", 0.0)
+        rule = self._rule(total_steps)
+        numbers["dual"], numbers["memory"] = rule.update(now, violation, numbers.get("memory"))
+        return now * numbers["unit"]
+
+    def _target(self, group: Group, step: int, total_steps: int) -> float:
+        density = group.share.kept / group.share.total
+        tight = progress(step, int(self.warmup * total_steps), "cubic")
+        return interpolate(max(group.numbers["start"], density), density, tight)
+
+    def _rule(self, total_steps: int) -> DualRule:
+        step = self.dual_lr / total_steps
+        if self.dual == "nupi":
+            return NuPI(step, self.proportional / step)
+        return Ascent(step, restart=self.dual == "restart")

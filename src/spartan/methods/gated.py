@@ -1,0 +1,277 @@
+r"""Gates on units: what the penalised and the constrained L0 methods share.
+
+Each unit j has a hard-concrete gate z_j (see `spartan.gates`) and computes with
+
+    w = θ · z,    z drawn once a step for all training passes; the median of z elsewhere.
+
+The expected density of weights with gates is a closed form, without noise:
+
+    g(log α) = sum_j c_j P(z_j ≠ 0) / sum_j c_j,    c_j the cost of unit j
+
+The loss reaches θ and log α through z, and the method pulls at log α with a multiplier λ:
+
+    dL/dθ = G · z,    dL/d log α_j = (sum over unit j of G · θ) · dz_j/d log α_j + λ dg/d log α_j
+
+Gates take their steps with Adam, on gradients multiplied by the number of gates: neither the size
+of the model nor the scale of the loss changes the way a gate has to go or the steps it takes.
+At the end the units of largest P(z ≠ 0) that fit the budget are kept, and their gates are fixed at
+the median (given that the gate is open, where the median is 0).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from spartan import gates
+from spartan.errors import MethodError, PatternError
+from spartan.kernels import Scores, masks_of
+from spartan.kernels.readback import read_back
+from spartan.kernels.scores import wide
+from spartan.methods.base import Method, scale_gradients
+from spartan.methods.groups import Group, require_finite
+from spartan.methods.sites import Site
+from spartan.methods.writing import write_scaled
+from spartan.schedules import check_fraction
+from spartan.seeds import derive_seed
+from spartan.selection.hard import find_cut
+
+# log α starts here, give or take a hundredth: nearly all gates open, as published for large nets.
+_START, _SPREAD = math.log(0.95 / 0.05), 0.01
+# Gates stay where they can still move: open with at most this probability, closed with at least
+# this share of the target density.
+_CEILING, _FLOOR_SHARE = 0.998, 0.1
+
+_BETAS = (0.5, 0.99)
+_FIRST = 1e3  # ranks before every log α
+
+
+@dataclass(frozen=True)
+class Gated(Method):
+    """Base of the methods with gates.
+
+    Attributes:
+        gate_lr: How far log α of a gate can travel during the run, in steps of Adam; from open to
+            closed it is about 8.
+        finetune: Last fraction of the run: the budget is met, and kept weights train with fixed
+            gates.
+        keep_one: Whether each layer keeps at least its strongest unit.
+        seed: Of the gates' draws, the same in every process.
+
+    Raises:
+        MethodError: A setting is out of range.
+    """
+
+    gate_lr: float = 30.0
+    finetune: float = 0.2
+    keep_one: bool = True
+    seed: int = 0
+
+    step_cost: ClassVar[str] = "one random number per unit; four floats of state per unit"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.gate_lr) and self.gate_lr > 0):
+            raise MethodError(
+                f"gate_lr={self.gate_lr} must be positive: gates that do not move reach no density."
+            )
+        check_fraction("finetune", self.finetune)
+        if self.finetune == 1.0:
+            raise MethodError("finetune=1 leaves no step in which gates could be trained.")
+
+    @abstractmethod
+    def multiplier(self, group: Group, step: int, total_steps: int) -> float:
+        """Return λ, in units of the loss, for the step that was just done."""
+
+    def moves_masks(self, step: int, total_steps: int) -> bool:
+        return step <= self._last_update(total_steps)
+
+    def progress(self, step: int, total_steps: int) -> float:
+        return float(step >= self._last_update(total_steps))
+
+    def samples(self, step: int, total_steps: int) -> bool:
+        return step < self._last_update(total_steps)
+
+    # θ, z and w ---------------------------------------------------------------------------------
+
+    def write_sample(self, sites: Sequence[Site], step: int) -> None:
+        for site in sites:
+            if "gate" not in site.scratch:
+                generator = torch.Generator(site.latent.device)
+                generator.manual_seed(derive_seed(self.seed, site.name, step))
+                gate, slope = gates.draw(site.tensors["log_alpha"], generator)
+                site.scratch["gate"], site.scratch["slope"] = gate, slope
+            write_scaled(site, site.scratch["gate"])
+            site.sampled = True
+
+    def write(self, sites: Sequence[Site]) -> None:
+        for site in sites:
+            write_scaled(site, _resting_gate(site))
+
+    def materialize(self, site: Site) -> Tensor:
+        gate = site.scratch["gate"] if site.sampled else _resting_gate(site)
+        return (wide(site.theta) * site.spread(gate)).add_(0.0).to(site.latent.dtype)
+
+    def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
+        if step >= self._last_update(total_steps):
+            scale_gradients(sites, [site.tensors["gate"] for site in sites])
+            return
+        for site in sites:
+            if "gate" not in site.scratch:
+                raise MethodError(
+                    f"No gates were drawn for {site.name!r} in this step: the gates of "
+                    f"{self.name!r} are drawn when the model that the sparsifier was made with is "
+                    "called in training mode. Call that model, not its parts, after model.train()."
+                )
+            pulled = site.pool_product(site.required_grad)
+            site.scratch["pulled"] = pulled.mul_(site.scratch["slope"]).div_(site.loss_scale)
+        scale_gradients(sites, [site.scratch["gate"] for site in sites])
+
+    # Gates --------------------------------------------------------------------------------------
+
+    def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        if step == 0:
+            for group in groups:
+                self._start(group)
+        elif step < self._last_update(total_steps):
+            require_finite([site for group in groups for site in group.sites])
+            self._step_gates(groups, step, total_steps)
+        for group in groups:
+            if step < self._last_update(total_steps):
+                for site in group.sites:
+                    site.mask = site.tensors["log_alpha"] > -gates.KAPPA
+                    site.scratch.clear()
+            else:
+                self._fix(group)
+
+    def _start(self, group: Group) -> None:
+        if group.share.rows:
+            raise PatternError(
+                f"{self.name!r} trains gates against the expected density of whole layers; an N:M "
+                "pattern fixes it for every few weights. Use 'spartan' or 'dpf' for N:M, or choose "
+                "unstructured, block or channel."
+            )
+        for site in group.sites:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, site.name, -1))
+            start = torch.randn(site.stored_mask.shape, generator=generator) * _SPREAD + _START
+            mask = site.stored_mask
+            for key in ("log_alpha", "mean", "square"):
+                site.tensors[key] = torch.zeros_like(mask, dtype=wide(site.latent[:0]).dtype)
+            site.tensors["log_alpha"].copy_(start)
+        group.numbers["expected"] = float(expected_cost(group)) / group.share.total
+        group.numbers["start"] = group.numbers["expected"]
+
+    def _step_gates(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        rows = [torch.stack((expected_cost(g), _pull_of_loss(g))) for g in groups]
+        for group, (cost, pull) in zip(groups, read_back(rows), strict=True):
+            group.numbers["expected"] = cost / group.share.total
+            _follow(group.numbers, "unit", pull)
+            multiplier = self.multiplier(group, step, total_steps)
+            group.numbers["multiplier"] = multiplier
+            for site in group.sites:
+                if "pulled" in site.scratch:
+                    self._step_gate(group, site, multiplier, step, total_steps)
+
+    def _step_gate(
+        self, group: Group, site: Site, multiplier: float, step: int, total_steps: int
+    ) -> None:
+        log_alpha = site.tensors["log_alpha"]
+        p = gates.open_probability(log_alpha)
+        units = sum(s.units for s in group.sites)
+        # units x (task pull + λ c P (1 - P) / sum of c)
+        grad = p.mul_(1 - p).mul_(multiplier * site.cost * units / group.share.total)
+        grad.add_(site.scratch["pulled"], alpha=units)
+        adam(
+            [log_alpha],
+            [grad],
+            [site.tensors["mean"]],
+            [site.tensors["square"]],
+            [],
+            [torch.tensor(float(step - 1))],
+            foreach=True,
+            amsgrad=False,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            lr=self.gate_lr / total_steps,
+            weight_decay=0.0,
+            eps=1e-12,
+            maximize=False,
+        )
+        density = group.share.kept / group.share.total
+        low = gates.log_alpha_at(min(_FLOOR_SHARE * density, 0.05))
+        log_alpha.clamp_(low, gates.log_alpha_at(_CEILING))
+        if self.keep_one:
+            self._hold_one(group, site)
+
+    def _hold_one(self, group: Group, site: Site) -> None:
+        """Hold the strongest gate of a layer half open."""
+        log_alpha = site.tensors["log_alpha"]
+        strongest = log_alpha.argmax()
+        flat = log_alpha.view(-1)
+        flat[strongest] = flat[strongest].clamp_min(0.0)
+
+    def _fix(self, group: Group) -> None:
+        """Keep what fits the budget, and fix the gates."""
+        contest = group.contest(1.0)
+        scores = Scores(
+            [self._ranks(site) for site in contest.sites],
+            [1.0] * len(contest.sites),
+            [site.cost for site in contest.sites],
+            absolute=False,
+        )
+        masks = masks_of(scores, find_cut(scores, contest.budget))
+        for site, mask in zip(contest.sites, masks, strict=True):
+            log_alpha = site.tensors.pop("log_alpha")
+            gate = gates.median(log_alpha)
+            gate = torch.where(gate > 0, gate, gates.open_median(log_alpha))
+            site.tensors = {"gate": torch.where(mask, gate, 0.0)}
+            site.mask = mask
+            site.scratch.clear()
+
+    def _ranks(self, site: Site) -> Tensor:
+        log_alpha = site.tensors["log_alpha"].clone()
+        if self.keep_one:
+            log_alpha.view(-1)[log_alpha.argmax()] = _FIRST
+        return log_alpha
+
+    def monitor(self, group: Group) -> dict[str, float]:
+        return {k: group.numbers[k] for k in ("expected", "multiplier") if k in group.numbers}
+
+    def _last_update(self, total_steps: int) -> int:
+        return total_steps - int(self.finetune * total_steps)
+
+
+def expected_cost(group: Group) -> Tensor:
+    """Return the expected cost of the open gates, in the currency of the budget."""
+    costs = [
+        gates.open_probability(site.tensors["log_alpha"]).sum(dtype=torch.float64) * site.cost
+        for site in group.sites
+    ]
+    return torch.stack(costs).sum()
+
+
+def _pull_of_loss(group: Group) -> Tensor:
+    """Return the root mean square of the loss's pull at a gate, times the number of gates."""
+    pulled = [site.scratch["pulled"] for site in group.sites if "pulled" in site.scratch]
+    if not pulled:
+        return torch.zeros((), dtype=torch.float64, device=group.sites[0].latent.device)
+    squares = torch.stack([x.double().square().sum() for x in pulled]).sum()
+    count = sum(x.numel() for x in pulled)
+    units = sum(site.units for site in group.sites)
+    return (squares / count).sqrt() * units
+
+
+def _follow(numbers: dict[str, float], key: str, value: float) -> None:
+    numbers[key] = value if key not in numbers else numbers[key] + 0.02 * (value - numbers[key])
+
+
+def _resting_gate(site: Site) -> Tensor:
+    if "gate" in site.tensors:
+        return site.tensors["gate"]
+    return gates.median(site.tensors["log_alpha"])
