@@ -2,7 +2,7 @@
 
 from spartan import kernels, methods
 from spartan.budget import Budget
-from spartan.deploy import accelerate, load, save
+from spartan.deploy import accelerate, load, purge, save
 from spartan.errors import SpartanError
 from spartan.freezing import freeze
 from spartan.patterns import NM, Block, Channel, Unstructured
@@ -25,6 +25,7 @@ __all__ = [
     "kernels",
     "load",
     "methods",
+    "purge",
     "save",
     "soft_topk",
 ]

@@ -143,20 +143,29 @@ class NM(Pattern):
 
 @dataclass(frozen=True)
 class Channel(Pattern):
-    """A unit is everything that computes one output: a row of a Linear, a filter of a conv."""
+    """A unit is everything that computes one output: a row of a Linear, a filter of a conv.
+
+    Attributes:
+        inputs: Instead, a unit is everything that reads one input: a column of a Linear, an input
+            channel of all filters.
+    """
+
+    inputs: bool = False
 
     def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
-        return (weight.oriented_shape[0],)
+        return (weight.oriented_shape[self.inputs],)
 
     def unit_numel(self, weight: Prunable) -> int:
-        return weight.parameter.numel() // weight.oriented_shape[0]
+        return weight.parameter.numel() // weight.oriented_shape[self.inputs]
 
     def grid(self, weight: Prunable) -> Grid:
-        block = (1, weight.oriented_shape[1], weight.kernel_numel)
-        return _grid(weight, block, (1, 0, 0))
+        out, inputs = weight.oriented_shape[:2]
+        if self.inputs:
+            return _grid(weight, (out, 1, weight.kernel_numel), (0, 1, 0))
+        return _grid(weight, (1, inputs, weight.kernel_numel), (1, 0, 0))
 
     def __str__(self) -> str:
-        return "channel"
+        return "input-channel" if self.inputs else "channel"
 
 
 def _grid(weight: Prunable, block: tuple[int, int, int], strides: tuple[int, int, int]) -> Grid:
@@ -170,20 +179,21 @@ def parse_pattern(text: str) -> Pattern:
     """Read a pattern from its short name.
 
     Args:
-        text: `unstructured`, `channel`, `block:ROWSxCOLS` or `N:M`, as `str(pattern)` writes it.
+        text: `unstructured`, `channel`, `input-channel`, `block:ROWSxCOLS` or `N:M`, as
+            `str(pattern)` writes it.
 
     Raises:
         PatternError: The text is none of these.
     """
     if text == "unstructured":
         return Unstructured()
-    if text == "channel":
-        return Channel()
+    if text in ("channel", "input-channel"):
+        return Channel(inputs=text == "input-channel")
     if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
         return Block(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
     raise PatternError(
-        f"Unknown pattern {text!r}; write unstructured, channel, block:ROWSxCOLS (block:16x16) "
-        "or N:M (2:4)."
+        f"Unknown pattern {text!r}; write unstructured, channel, input-channel, "
+        "block:ROWSxCOLS (block:16x16) or N:M (2:4)."
     )

@@ -42,7 +42,7 @@ METHODS: list[Method] = [
     ConstrainedL0(dual="restart", warmup=0.0, finetune=0.0),
     PenalisedL0(),
 ]
-PATTERNS: list[Pattern] = [Unstructured(), Block(2, 4), NM(2, 4), Channel()]
+PATTERNS: list[Pattern] = [Unstructured(), Block(2, 4), NM(2, 4), Channel(), Channel(inputs=True)]
 ALLOCATIONS = ["global", "uniform", "erk"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 STEPS = 20

@@ -2,5 +2,6 @@
 
 from spartan.deploy.accelerating import accelerate
 from spartan.deploy.packing import load, save
+from spartan.deploy.purging import purge
 
-__all__ = ["accelerate", "load", "save"]
+__all__ = ["accelerate", "load", "purge", "save"]

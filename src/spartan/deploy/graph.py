@@ -29,7 +29,8 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
 
     Args:
         model: In evaluation mode.
-        sample: Sample input; arguments it does not give keep their defaults.
+        sample: Sample input; arguments it does not give keep their defaults. None: those that have
+            a default keep it, and no shapes are noted.
     """
     left_out = _left_out(model, sample)
     if left_out is None:
@@ -41,7 +42,8 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
             if getattr(node.target, "__name__", "") == "_assert_is_none":
                 node.target = refuse_argument  # what torch checks with cannot be pickled either
         traced = fx.GraphModule(model, graph, type(model).__name__)
-        _Shapes(traced).note(sample)
+        if sample is not None:
+            _Shapes(traced).note(sample)
     except Exception:
         # Tracing runs the user's code on stand-ins: whatever it raises, it cannot be traced.
         return None
@@ -69,7 +71,9 @@ def _left_out(model: nn.Module, sample: Any) -> list[str] | None:
     """Return the arguments that a sample leaves out, or None if that rules out tracing."""
     parameters = inspect.signature(model.forward).parameters
     names = list(parameters)
-    if isinstance(sample, Mapping):
+    if sample is None:
+        given = {name for name, p in parameters.items() if p.default is p.empty}
+    elif isinstance(sample, Mapping):
         given = set(sample)
     else:
         given = set(names[: len(sample) if isinstance(sample, tuple | list) else 1])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spartan.deploy.purging import purge as purge_channels
+from spartan.deploy.purging import purge_channels
 from spartan.errors import DeployError, MissingExtraError
 from spartan.files import write_atomically
 

@@ -1,162 +1,264 @@
-"""Removing channels that are zero, so that what is left is a smaller dense model.
+"""Removing channels that carry nothing, so that what is left is a smaller dense model.
 
-A channel whose weights are all zero computes a constant: its bias, after the activation. Where one
-layer alone reads it, the constant moves into that layer's bias, and the channel goes.
+A channel goes where every layer that mixes it in either has zero weights for it, or finds a
+constant in it: the constant moves into that layer's bias. A padded convolution sees a constant
+inside the image only; there, all constant channels of a space become one, which stays. Channels
+that have to stay, as those of a residual stream, are not computed where they are zero: the layer
+writes fewer channels, and they are put in their places, or reads only those it has weights for.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from spartan.deploy.graph import calls, calls_one_of, module_of, only_user, simplify, trace
+from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
+from spartan.deploy.graph import simplify, trace
 from spartan.errors import DeployError
+from spartan.samples import run_on
 
-_POINTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU)
-_POINTWISE_CALLS = {F.relu, torch.relu, "relu", "relu_", F.gelu, F.silu, torch.sigmoid, torch.tanh}
-# Pools whose padding does not show in a constant.
-_POOLS = (nn.AdaptiveAvgPool2d, nn.MaxPool2d)
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Purged:
-    """A model without its zero channels.
+    """A model without the channels that carry nothing.
 
     Attributes:
         model: The smaller model, a graph.
-        removed: Channels removed, by layer.
+        removed: Outputs that are no longer computed, by layer.
     """
 
     model: fx.GraphModule
-    removed: dict[str, int]
+    removed: dict[str, int] = field(default_factory=dict)
 
 
-def purge(model: nn.Module, example_input: Any) -> Purged:
-    """Remove zero channels.
+def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
+    """Return a smaller dense model that computes the same, without the channels that carry nothing.
 
-    Channels that a residual connection or a concatenation reads stay. Batch norms are folded first.
+    For models whose weights were pruned by `Channel()`, or by `Channel(inputs=True)`; zeros inside
+    of channels stay. Batch norms are folded into the layers before them, residual connections keep
+    their width. The result is in evaluation mode and shares nothing with the model.
 
     Args:
-        model: The model; it is not changed.
-        example_input: One input.
+        model: Any model that torch.fx can trace; it is not changed.
+        example_input: One input (a tensor, a tuple or a dict). With it, more batch norms can be
+            folded, and the outputs of both models are compared.
 
     Raises:
-        DeployError: torch.fx cannot trace the model.
+        DeployError: torch.fx cannot trace the model, or the outputs differ by more than 1e-5.
     """
+    purged = purge_channels(model, example_input).model
+    if example_input is not None:
+        _compare(model, purged, example_input)
+    return purged
+
+
+def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
+    """Do the work of `purge`, and count."""
     traced = trace(copy.deepcopy(model).eval(), example_input)
     if traced is None:
         raise DeployError(
-            "torch.fx cannot trace this model, so nobody knows which layer reads which channel; "
-            "export it without purging."
+            "torch.fx cannot trace this model, so nobody knows which layer reads which channel: "
+            "purge the parts of it that can be traced, or keep the model as it is."
         )
     simplify(traced)
-    counts = calls(traced)
-    removed = {}
+    purged = Purged(traced)
     with torch.no_grad():
-        for node in traced.graph.nodes:
-            layer = module_of(traced, node)
-            if not _plain(layer) or counts[node.target] != 1:
-                continue
-            path = _path_to_reader(traced, node)
-            reader = module_of(traced, path[-1]) if path else None
-            if not _plain(reader) or counts[path[-1].target] != 1:
-                continue
-            number = _remove(layer, reader, [(n, module_of(traced, n)) for n in path[:-1]])
-            if number:
-                removed[str(node.target)] = number
-    return Purged(traced, removed)
+        # Layers that lose outputs may be the only ones that read a channel before them.
+        while _purge_spaces(traced, purged.removed):
+            pass
+        _skip_zeros(traced, purged.removed)
+    traced.graph.lint()
+    traced.recompile()
+    return purged
 
 
-def _plain(layer: nn.Module | None) -> bool:
-    return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1)
+def _compare(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
+    original = copy.deepcopy(model).eval()
+    with torch.inference_mode():
+        expected = run_on(original, copy.deepcopy(example_input))
+        found = run_on(purged, copy.deepcopy(example_input))
+    if not isinstance(expected, Tensor):
+        return
+    error = float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
+    if not error <= _TOLERANCE:
+        raise DeployError(
+            f"The purged model's output differs by {error:.1e}; keep the model as it is, and "
+            "please report its structure."
+        )
 
 
-def _path_to_reader(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Return the nodes from behind a layer to the one layer that reads it; empty if none.
+def _purge_spaces(traced: fx.GraphModule, removed: dict[str, int]) -> bool:
+    """Remove channels from all spaces that may lose some; returns whether any went."""
+    flow = ChannelFlow(traced)
+    any_gone = False
+    for space in {flow.root(y.space) for _, _, y in flow.writers} - flow.pinned:
 
-    Between them, channels must stay what they are: the second dimension of images, until they are
-    flattened, or the last one of features.
+        def inside(x: Channels | None, space: int = space) -> bool:
+            return x is not None and flow.root(x.space) == space
+
+        readers = [(layer, x) for _, layer, x in flow.readers if x is not None and inside(x)]
+        gone, carrier = _superfluous(readers)
+        if not gone.any():
+            continue
+        any_gone = True
+        for layer, x in readers:
+            _read_without(layer, x.constant, gone, carrier)
+        for node, layer, y in flow.writers:
+            if inside(y):
+                _keep_outputs(layer, ~gone)
+                removed[str(node.target)] = removed.get(str(node.target), 0) + int(gone.sum())
+        for layer, x in flow.followers:
+            if inside(x):
+                _keep_followed(layer, ~gone)
+    return any_gone
+
+
+def _superfluous(readers: Sequence[tuple[Any, Channels]]) -> tuple[Tensor, int | None]:
+    """Return which channels can go, and which of those that stay stands for constant ones."""
+    if not readers:
+        return torch.zeros(0, dtype=torch.bool), None
+    count = len(readers[0][1].constant)
+    free = torch.ones(count, dtype=torch.bool)  # go as they are
+    constant = free.clone()  # go if one constant channel stays
+    strength = torch.full((count,), torch.inf, dtype=torch.float64)
+    for layer, x in readers:
+        unread = ~by_channel(layer, count).transpose(0, 1).flatten(1).any(1).cpu()
+        known = ~x.constant.isnan().cpu()
+        zero = x.constant.cpu() == 0
+        free &= unread | zero | (known & (not padded(layer)))
+        constant &= unread | known
+        if padded(layer):
+            strength = torch.minimum(strength, x.constant.cpu().nan_to_num(0.0).abs())
+    carried = constant & ~free
+    carrier = int(torch.where(carried, strength, -1.0).argmax())
+    if carried.sum() > 1 and strength[carrier] > 0:
+        carried[carrier] = False
+        return free | carried, carrier
+    if free.all():
+        free[0] = False  # a layer needs an output
+    return free, None
+
+
+def _read_without(layer: Any, constant: Tensor, gone: Tensor, carrier: int | None) -> None:
+    """Let a layer no longer read some channels, which hold constants or have zero weights."""
+    count = len(constant)
+    weight = by_channel(layer, count).double()
+    values = torch.where(gone.to(constant.device), constant.nan_to_num(0.0), 0.0)
+    if not padded(layer):
+        shift = weight.sum(2) @ values
+        if shift.any():
+            old = 0.0 if layer.bias is None else layer.bias
+            layer.bias = nn.Parameter((old + shift).to(layer.weight.dtype))
+    elif carrier is not None and values.any():
+        share = torch.einsum("ock,c->ok", weight, values / constant[carrier])
+        whole = weight.clone()
+        whole[:, carrier] += share
+        layer.weight = nn.Parameter(whole.reshape(layer.weight.shape).to(layer.weight.dtype))
+    repeats = layer.weight.shape[1] // count
+    _keep_inputs(layer, ~gone.repeat_interleave(repeats))
+
+
+def _skip_zeros(traced: fx.GraphModule, removed: dict[str, int]) -> None:
+    """Neither compute zero outputs nor read inputs of zero weights, of channels that stay."""
+    flow = ChannelFlow(traced)
+    for node, layer, y in flow.writers:
+        if flow.root(y.space) not in flow.pinned:
+            continue
+        dead = ~layer.weight.flatten(1).any(1)
+        if dead.all():
+            dead[0] = False
+        if _worth_it(dead):
+            bias = layer.weight.new_zeros(len(dead)) if layer.bias is None else layer.bias
+            places = Places(~dead, torch.where(dead, bias, 0.0), _dim(layer))
+            _keep_outputs(layer, ~dead)
+            name = str(node.target)
+            removed[name] = removed.get(name, 0) + int(dead.sum())
+            with traced.graph.inserting_after(node):
+                put = _call(traced, f"{name}_places", places)
+            node.replace_all_uses_with(put)
+            put.args = (node,)
+    for node, layer, x in flow.readers:
+        if x is not None and flow.root(x.space) not in flow.pinned:
+            continue
+        unread = ~layer.weight.transpose(0, 1).flatten(1).any(1)
+        if unread.all():
+            unread[0] = False
+        if _worth_it(unread):
+            _keep_inputs(layer, ~unread)
+            with traced.graph.inserting_before(node):
+                chosen = _call(traced, f"{node.target}_chosen", Chosen(~unread, _dim(layer)))
+            chosen.args = (node.args[0],)
+            node.args = (chosen,)
+
+
+def _worth_it(skipped: Tensor) -> bool:
+    """Whether skipping these channels saves more than copying the others costs."""
+    return int(skipped.sum()) * 8 >= len(skipped)
+
+
+class Places(nn.Module):
+    """Puts channels in their places among constant ones.
+
+    Args:
+        live: Which of all channels are given; shape (C,).
+        constant: What the others hold; shape (C,).
+        dim: Dimension of the channels, counted from the end.
     """
-    images = isinstance(module_of(traced, node), nn.Conv2d)
-    flat = False
-    path: list[fx.Node] = []
-    while True:
-        following = only_user(node)
-        if following is None or following.args[:1] != (node,):
-            return []
-        path.append(following)
-        module = module_of(traced, following)
-        if isinstance(module, nn.Conv2d):
-            return path if images and not flat else []
-        if isinstance(module, nn.Linear):
-            return path if flat or not images else []
-        if images and not flat and _flattens(following, module):
-            flat = True
-        elif not _keeps_channels(following, module, images and not flat):
-            return []
-        node = following
+
+    index: Tensor
+    constant: Tensor
+
+    def __init__(self, live: Tensor, constant: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("index", live.nonzero().flatten())
+        self.register_buffer("constant", constant.reshape(-1, *[1] * (-dim - 1)).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, live channels, …) to (…, C, …)."""
+        shape = list(x.shape)
+        shape[self.dim] = len(self.constant)
+        return self.constant.expand(shape).index_copy(x.dim() + self.dim, self.index, x)
 
 
-def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node turns (N, C, H, W) into (N, C x H x W)."""
-    if isinstance(module, nn.Flatten):
-        return (module.start_dim, module.end_dim) == (1, -1)
-    called = calls_one_of(node, {torch.flatten, "flatten"})
-    return called and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+class Chosen(nn.Module):
+    """Chooses channels.
+
+    Args:
+        wanted: Which of all channels; shape (C,).
+        dim: Dimension of the channels, counted from the end.
+    """
+
+    index: Tensor
+
+    def __init__(self, wanted: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("index", wanted.nonzero().flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, C, …) to (…, wanted channels, …)."""
+        return x.index_select(x.dim() + self.dim, self.index)
 
 
-def _keeps_channels(node: fx.Node, module: nn.Module | None, images: bool) -> bool:
-    if module is not None:
-        return isinstance(module, (*_POINTWISE, *(_POOLS if images else ())))
-    return calls_one_of(node, _POINTWISE_CALLS)
+def _dim(layer: nn.Module) -> int:
+    return -3 if isinstance(layer, nn.Conv2d) else -1
 
 
-def _remove(layer: Any, reader: Any, between: list[tuple[fx.Node, nn.Module | None]]) -> int:
-    """Remove the zero outputs of a layer; returns how many."""
-    dead = ~(layer.weight != 0).flatten(1).any(1)
-    bias = layer.weight.new_zeros(len(dead)) if layer.bias is None else layer.bias.detach()
-    constant = _through(bias, between)
-    # A padded convolution sees the constant inside the image only.
-    if isinstance(reader, nn.Conv2d) and reader.padding not in ("valid", (0, 0)):
-        dead &= constant == 0
-    if dead.all():
-        dead[0] = False  # a layer needs an output
-    repeats, rest = divmod(reader.weight.shape[1], len(dead))
-    if not dead.any() or rest:
-        return 0
-    dead_inputs = dead.repeat_interleave(repeats)
-    reading = (
-        reader.weight[:, dead_inputs].flatten(2).sum(2)
-        if reader.weight.dim() > 2
-        else (reader.weight[:, dead_inputs])
-    )
-    shift = reading @ constant[dead].repeat_interleave(repeats)
-    if shift.any():
-        reader.bias = nn.Parameter(shift if reader.bias is None else reader.bias + shift)
-    _keep_outputs(layer, ~dead)
-    _keep_inputs(reader, ~dead_inputs)
-    return int(dead.sum())
-
-
-def _through(constant: Tensor, between: list[tuple[fx.Node, nn.Module | None]]) -> Tensor:
-    """Return what becomes of a constant channel on its way."""
-    for node, module in between:
-        if isinstance(module, _POINTWISE):
-            constant = module(constant.clone())
-        elif node.target in ("relu", "relu_"):
-            constant = constant.relu()
-        elif node.op == "call_function" and node.target in _POINTWISE_CALLS:
-            settings = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-            constant = node.target(constant, **settings)  # type: ignore[operator]
-    return constant
+def _call(traced: fx.GraphModule, name: str, module: nn.Module) -> fx.Node:
+    traced.add_submodule(name, module)
+    return traced.graph.call_module(name)
 
 
 def _keep_outputs(layer: Any, keep: Tensor) -> None:
+    keep = keep.to(layer.weight.device)
     layer.weight = nn.Parameter(layer.weight[keep].contiguous())
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias[keep].contiguous())
@@ -165,6 +267,20 @@ def _keep_outputs(layer: Any, keep: Tensor) -> None:
 
 
 def _keep_inputs(layer: Any, keep: Tensor) -> None:
-    layer.weight = nn.Parameter(layer.weight[:, keep].contiguous())
+    layer.weight = nn.Parameter(layer.weight[:, keep.to(layer.weight.device)].contiguous())
     name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
     setattr(layer, name, int(keep.sum()))
+
+
+def _keep_followed(layer: Any, keep: Tensor) -> None:
+    """Keep channels of a batch norm or a depthwise convolution."""
+    if isinstance(layer, nn.Conv2d):
+        _keep_outputs(layer, keep)
+        layer.groups = layer.in_channels = layer.out_channels
+        return
+    layer.num_features = int(keep.sum())
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        values = getattr(layer, name)
+        if values is not None:
+            kept = values[keep.to(values.device)].contiguous()
+            setattr(layer, name, nn.Parameter(kept) if values.requires_grad else kept)

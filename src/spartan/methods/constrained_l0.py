@@ -91,8 +91,13 @@ class ConstrainedL0(Gated):
 
     def _target(self, group: Group, step: int, total_steps: int) -> float:
         density = group.share.kept / group.share.total
-        tight = progress(step, int(self.warmup * total_steps), "cubic")
-        return interpolate(max(group.numbers["start"], density), density, tight)
+        tight = progress(step, int(self.warmup * total_steps))
+        start = group.numbers["start"]
+        if density >= start:
+            return density
+        # The way of gates that all move at one speed.
+        odds = interpolate(math.log(start / (1 - start)), math.log(density / (1 - density)), tight)
+        return 1 / (1 + math.exp(-odds))
 
     def _rule(self, total_steps: int) -> DualRule:
         step = self.dual_lr / total_steps

@@ -28,7 +28,7 @@ class TrainConfig:
     model: str = "mlp"
     """mlp, resnet20, vit, timm:NAME, or package.module:factory."""
     method: str = "spartan"
-    """spartan, dual-averaging or magnitude."""
+    """spartan, constrained-l0, … as `spartan methods` lists them."""
     method_args: tuple[str, ...] = ()
     """Settings of the method as key=value, e.g. `warmup=0 beta=1,20`."""
     density: float | None = None
@@ -40,7 +40,7 @@ class TrainConfig:
     latency_batch: int = 1
     """Batch size that is to take this long."""
     pattern: str = "unstructured"
-    """unstructured, channel, block:ROWSxCOLS, or N:M."""
+    """unstructured, channel, input-channel, block:ROWSxCOLS, or N:M."""
     allocation: str = "global"
     """How the budget spreads over layers: global, uniform or erk."""
     cost: str = "parameters"

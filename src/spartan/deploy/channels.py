@@ -1,0 +1,287 @@
+"""How channels run through a network: which are one and the same, and which are constant.
+
+A layer that mixes its inputs (a convolution, a Linear) writes a new *space* of channels. What works
+on each channel by itself (activations, pools, batch norms, depthwise convolutions) stays in the
+space; an addition makes two spaces one. A space that anything else reads is pinned: it has to stay
+as it is. Along the way goes what is known of each channel: the constant that it holds everywhere,
+because the weights before it are zero, or nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from spartan.deploy.graph import calls, calls_one_of, module_of
+
+_POINTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
+    *(nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Mish, nn.Identity),
+)
+_POINTWISE_CALLS: dict[Any, Callable[..., Tensor]] = {
+    **{f: f for f in (F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.mish)},
+    **{f: f for f in (torch.relu, torch.sigmoid, torch.tanh, F.sigmoid, F.tanh)},
+    torch.relu_: torch.relu,
+    "relu": torch.relu,
+    "relu_": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "contiguous": lambda x: x,
+}
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What is known of the channels of a tensor.
+
+    Attributes:
+        space: Number of the space they are in.
+        constant: For each, the number it holds everywhere; NaN if it is not constant. Float64.
+        layout: `"image"` (…, C, H, W), `"features"` (…, C), or `"flat"`: an image flattened to
+            (N, C x H x W).
+    """
+
+    space: int
+    constant: Tensor
+    layout: str
+
+
+class ChannelFlow:
+    """The channels of all tensors in a graph.
+
+    Attributes:
+        readers: Mixing layers and the channels they read, None where nothing is known of them.
+        writers: Mixing layers and the channels they write.
+        followers: Layers with parameters of their own for each channel, and the channels.
+        pinned: Spaces that have to stay.
+
+    Args:
+        traced: The graph, in evaluation mode.
+    """
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.readers: list[tuple[fx.Node, Any, Channels | None]] = []
+        self.writers: list[tuple[fx.Node, Any, Channels]] = []
+        self.followers: list[tuple[Any, Channels]] = []
+        self.pinned: set[int] = set()
+        self._parents: list[int] = []
+        self._known: dict[fx.Node, Channels] = {}
+        counts = calls(traced)
+        for node in traced.graph.nodes:
+            once = node.op != "call_module" or counts[node.target] == 1
+            found = self._follow(node, module_of(traced, node)) if once else None
+            if found is not None:
+                self._known[node] = found
+            elif not _asks_for_batch(node):
+                for source in node.all_input_nodes:
+                    self._pin(source)
+        self.pinned = {self.root(space) for space in self.pinned}
+
+    def root(self, space: int) -> int:
+        """Return the number by which a space goes, after it became one with others."""
+        while self._parents[space] != space:
+            space = self._parents[space]
+        return space
+
+    def _pin(self, node: fx.Node) -> None:
+        if node in self._known:
+            self.pinned.add(self._known[node].space)
+
+    def _new_space(self) -> int:
+        self._parents.append(len(self._parents))
+        return len(self._parents) - 1
+
+    def _unite(self, a: Channels, b: Channels) -> None:
+        self._parents[self.root(b.space)] = self.root(a.space)
+
+    def _follow(self, node: fx.Node, module: nn.Module | None) -> Channels | None:
+        """Return the channels a node writes; None if it is none of what is understood."""
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        x = self._known.get(node.args[0])
+        if mixes(module) and len(node.args) == 1 and not node.kwargs:
+            return self._mix(node, module, x)
+        if x is None or node.op not in ("call_module", "call_function", "call_method"):
+            return None
+        if calls_one_of(node, _SUMS) or calls_one_of(node, _PRODUCTS):
+            return self._combine(node)
+        if module is not None:
+            return self._through_module(module, x)
+        return _through_call(node, x)
+
+    def _mix(self, node: fx.Node, layer: Any, x: Channels | None) -> Channels:
+        image = isinstance(layer, nn.Conv2d)
+        if x is not None and (x.layout == "image") != image:
+            self._pin(node.args[0])  # type: ignore[arg-type]
+            x = None
+        self.readers.append((node, layer, x))
+        constant = _constant_outputs(layer, x)
+        y = Channels(self._new_space(), constant, "image" if image else "features")
+        self.writers.append((node, layer, y))
+        return y
+
+    def _combine(self, node: fx.Node) -> Channels | None:
+        """Follow a sum or product of two tensors, or of a tensor and a number."""
+        if len(node.args) != 2 or node.kwargs:
+            return None
+        x, y = (self._known.get(a) if isinstance(a, fx.Node) else a for a in node.args)
+        if not isinstance(x, Channels):
+            return None
+        if isinstance(y, Channels):
+            if y.layout != x.layout or len(y.constant) != len(x.constant):
+                return None
+            self._unite(x, y)
+            other: Tensor | float = y.constant
+        elif isinstance(y, int | float):
+            other = float(y)
+        else:
+            return None
+        if calls_one_of(node, _SUMS):
+            return replace(x, constant=x.constant + other)
+        product = x.constant * other
+        zero = (x.constant == 0) | (torch.as_tensor(other) == 0)
+        return replace(x, constant=torch.where(zero, 0.0, product))
+
+    def _through_module(self, module: nn.Module, x: Channels) -> Channels | None:
+        if isinstance(module, _POINTWISE):
+            return replace(x, constant=_apply(module, x.constant))
+        if isinstance(module, _POOLS) and x.layout == "image":
+            padding = getattr(module, "padding", 0)
+            padded = isinstance(module, nn.AvgPool2d) and padding not in (0, (0, 0))
+            # The average of a constant and of padding depends on the place.
+            return replace(x, constant=_unless(padded, x.constant))
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+            return _flatten(x)
+        if isinstance(module, _NORMS) and module.running_mean is not None:
+            fits = isinstance(module, nn.BatchNorm2d) == (x.layout == "image")
+            if fits and x.layout != "flat" and len(x.constant) == module.num_features:
+                self.followers.append((module, x))
+                return replace(x, constant=_normalise(module, x.constant))
+        if _depthwise(module) and x.layout == "image":
+            self.followers.append((module, x))
+            return replace(x, constant=_depthwise_constant(module, x.constant))
+        return None
+
+
+def mixes(layer: nn.Module | None) -> bool:
+    """Whether every output of a layer may read every input."""
+    return type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+    )
+
+
+def padded(layer: nn.Module) -> bool:
+    """Whether a layer sees zeros around the image, so that a constant channel is not one to it."""
+    return isinstance(layer, nn.Conv2d) and layer.padding not in ("valid", (0, 0))
+
+
+def by_channel(layer: Any, channels: int) -> Tensor:
+    """Return the weight of a mixing layer as (outputs, channels, weights of one channel)."""
+    weight: Tensor = layer.weight.detach()
+    return weight.reshape(weight.shape[0], channels, -1)
+
+
+def _constant_outputs(layer: Any, x: Channels | None) -> Tensor:
+    weight = layer.weight.detach().double()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    if x is None:
+        varies = weight.flatten(1).any(1)
+        return torch.where(varies, torch.nan, bias)
+    weight = by_channel(layer, len(x.constant)).double()
+    known = ~x.constant.isnan() & (~torch.tensor(padded(layer)) | (x.constant == 0))
+    varies = weight[:, ~known].flatten(1).any(1)
+    constant = bias + weight.sum(2) @ torch.where(known, x.constant, 0.0)
+    return torch.where(varies, torch.nan, constant)
+
+
+def _through_call(node: fx.Node, x: Channels) -> Channels | None:
+    """Follow a function or method of one tensor."""
+    target: Any = node.target
+    if calls_one_of(node, _POINTWISE_CALLS.keys()):
+        settings = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        simple = all(isinstance(v, int | float | str) for v in (*node.args[1:], *settings.values()))
+        function = _POINTWISE_CALLS[target]
+        if not simple:
+            return None
+        return replace(
+            x, constant=_apply(lambda c: function(c, *node.args[1:], **settings), x.constant)
+        )
+    if calls_one_of(node, _POOL_CALLS) and x.layout == "image":
+        whole = target in (F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+        return replace(x, constant=_unless(not whole, x.constant))
+    if calls_one_of(node, {torch.flatten, "flatten"}):
+        over = (*node.args[1:], *node.kwargs.values())
+        return _flatten(x) if over in ((1,), (1, -1)) else None
+    if calls_one_of(node, {"view", "reshape"}) and x.layout == "image":
+        batch_and_rest = len(node.args) == 3 and node.args[2] == -1
+        return _flatten(x) if batch_and_rest and _is_batch_size(node.args[1]) else None
+    if calls_one_of(node, {torch.mean, "mean"}) and x.layout == "image":
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        keep = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
+            return x if keep else replace(x, layout="features")
+    return None
+
+
+def _flatten(x: Channels) -> Channels | None:
+    # Features may have more than two dimensions.
+    return replace(x, layout="flat") if x.layout == "image" else None
+
+
+def _is_batch_size(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and _asks_for_batch(argument)
+
+
+def _asks_for_batch(node: fx.Node) -> bool:
+    """Whether a node is x.size(0), x.shape, or x.shape[0], used for nothing else."""
+    if calls_one_of(node, {"size"}):
+        return node.args[1:] == (0,)
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] == "shape" and all(_asks_for_batch(user) for user in node.users)
+    item = node.op == "call_function" and node.target is operator.getitem
+    return item and bool(node.args[1] == 0)
+
+
+def _apply(function: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
+    # What is not known stays unknown, also through functions that map NaN to a number.
+    return torch.where(constant.isnan(), torch.nan, function(constant.clone()))
+
+
+def _unless(condition: bool, constant: Tensor) -> Tensor:
+    """Return the constants, unknown where they are not zero if `condition` holds."""
+    return torch.where(constant == 0, 0.0, torch.nan) if condition else constant
+
+
+def _normalise(norm: Any, constant: Tensor) -> Tensor:
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    y: Tensor = (constant - norm.running_mean.double()) * scale
+    if norm.affine:
+        y = y * norm.weight.detach().double() + norm.bias.detach().double()
+    return y
+
+
+def _depthwise(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and 1 < layer.groups == layer.in_channels == layer.out_channels
+        and layer.padding_mode == "zeros"
+    )
+
+
+def _depthwise_constant(layer: Any, constant: Tensor) -> Tensor:
+    weight = layer.weight.detach().double().flatten(1)
+    bias = 0.0 if layer.bias is None else layer.bias.detach().double()
+    seen = _unless(padded(layer), constant)
+    through = bias + weight.sum(1) * seen
+    return torch.where(weight.any(1), through, constant.new_zeros(len(constant)) + bias)

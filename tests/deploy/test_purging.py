@@ -1,0 +1,237 @@
+"""A purged model computes what the masked one does, with fewer channels."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import spartan
+from spartan.deploy.purging import purge_channels
+from spartan.errors import DeployError
+from spartan.training.models import mlp, resnet20
+from tests.deploy.test_accelerate import Untraceable
+
+
+class Chain(nn.Module):
+    """Channels with one reader: with and without padding, pooled, flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 16, 1), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(),
+            nn.Linear(16 * 4, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Block(nn.Module):
+    """Pre-activation residual block with a squeeze-and-excitation and a depthwise convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, 24, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.squeeze = nn.Conv2d(24, 6, 1)
+        self.excite = nn.Conv2d(6, 24, 1)
+        self.conv2 = nn.Conv2d(24, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv1(F.relu(self.norm1(x))))
+        y = F.relu(self.depthwise(F.relu(y)))
+        y = y * torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        return self.conv2(y) + self.shortcut(x)
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2))
+        self.norm = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.blocks(self.stem(x))))
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.head(x.view(x.size(0), -1))
+
+
+class Grouped(nn.Module):
+    """Readers that are not understood pin what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.conv2 = nn.Conv2d(8, 8, 3)
+        self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(F.relu(self.grouped(F.relu(self.conv1(x)))))
+        y = torch.cat([x, self.conv3(x)], 1)
+        return self.head(y.mean((2, 3))) + y.softmax(1).sum((1, 2, 3))[:, None]
+
+
+MODELS = {
+    "chain": Chain,
+    "resnet20": lambda: resnet20(3, 8, 5, width=8),
+    "mlp": lambda: mlp(3, 8, 5, width=32),
+    "pre-activation": PreActivation,
+    "grouped": Grouped,
+}
+
+
+def used(model: nn.Module, inputs: bool, share: float, seed: int = 0) -> nn.Module:
+    """Give norms a history, biases values, and zero outputs or inputs of every layer."""
+    torch.manual_seed(seed)
+    model.train()
+    for _ in range(3):
+        model(torch.randn(8, 3, 8, 8))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            dead = torch.rand(module.weight.shape[inputs]) < share
+            with torch.no_grad():
+                (module.weight.transpose(0, 1) if inputs else module.weight)[dead] = 0.0
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def check(model: nn.Module, purged: nn.Module) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        expected, found = model(x), purged(x)
+    assert float((found - expected).norm() / expected.norm().clamp_min(1e-6)) < 1e-5
+
+
+@pytest.mark.parametrize("example", [False, True], ids=["blind", "with example"])
+@pytest.mark.parametrize("inputs", [False, True], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_outputs_fewer_channels(name: str, share: float, inputs: bool, example: bool) -> None:
+    model = used(MODELS[name](), inputs, share)
+    before = copy.deepcopy(model.state_dict())
+    purged = spartan.purge(model, torch.randn(2, 3, 8, 8) if example else None)
+    check(model, purged)
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    if share > 0:
+        assert size(purged) < 0.8 * size(model)
+    check(model, pickle.loads(pickle.dumps(purged)))
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), inputs=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_zeros(seed: int, share: float, inputs: bool) -> None:
+    for make in (Chain, PreActivation):
+        model = used(make(), inputs, share, seed)
+        check(model, spartan.purge(model))
+
+
+def test_residual_networks_lose_what_is_inside_of_branches() -> None:
+    model = used(resnet20(3, 8, 5, width=8), inputs=False, share=0.5)
+    purged = purge_channels(model)
+    convs = {n: m for n, m in purged.model.named_modules() if isinstance(m, nn.Conv2d)}
+    first, second = convs["layer1.1.conv1"], convs["layer1.1.conv2"]
+    assert first.out_channels == second.in_channels < 8
+    assert second.out_channels < 8  # put in its places before the addition
+    assert purged.removed["layer1.1.conv2"] == 8 - second.out_channels
+
+
+def test_parameters_after_purging_are_those_of_kept_inputs_and_outputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)
+    )
+    with torch.no_grad():
+        model[0].weight[:3] = 0.0
+        model[2].weight[:2] = 0.0
+    purged = spartan.purge(model)
+    expected = (5 * 3 * 9 + 5) + (4 * 5 * 9 + 4) + (4 * 4 + 4)
+    assert size(purged) == expected
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(purged(x), model.eval()(x))
+
+
+def test_one_constant_channel_stands_for_all_before_a_padded_convolution() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1))
+    with torch.no_grad():
+        model[0].weight[2:] = 0.0
+    purged = spartan.purge(model)
+    assert purged.get_submodule("0").out_channels == 3
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(purged(x), model(x))
+
+
+def test_a_trained_model_is_purged_exactly() -> None:
+    torch.manual_seed(0)
+    for pattern in (spartan.Channel(), spartan.Channel(inputs=True)):
+        model = Chain()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        sparsifier = spartan.Sparsifier(
+            model, optimizer, spartan.methods.Magnitude(), spartan.Budget(density=0.5, allocation="uniform"), 20,
+            pattern=pattern, exclude="body.13",
+        )  # fmt: skip
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(16, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+        sparsifier.finalize()
+        purged = spartan.purge(model)
+        check(model.eval(), purged)
+        assert size(purged) < 0.7 * size(model)
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(DeployError, match="cannot trace"):
+        spartan.purge(Untraceable())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(6, 4), nn.Flatten(), nn.Linear(20, 3)), (2, 5, 6)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(36, 3)), (2, 3, 8, 8)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(6, 3)), (2, 3, 8, 8)),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU("tanh"), nn.Conv2d(6, 3, 3)), (2, 3, 8, 8)),
+        (nn.Sequential(nn.Linear(6, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 3)), (2, 6)),
+        (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), (2, 6)),
+        (nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5), nn.Linear(8, 3)), (2, 5, 6)),
+        (nn.Sequential(nn.Conv2d(3, 4, 1, padding=1, padding_mode="reflect")), (2, 3, 8, 8)),
+    ],
+)
+@pytest.mark.parametrize("inputs", [False, True])
+def test_shapes_that_mislead(model: nn.Module, shape: tuple[int, ...], inputs: bool) -> None:
+    model = copy.deepcopy(model).double().eval()
+    torch.manual_seed(1)
+    for layer in (m for m in model if isinstance(m, nn.Linear | nn.Conv2d)):
+        dead = torch.rand(layer.weight.shape[inputs]) < 0.5
+        with torch.no_grad():
+            (layer.weight.transpose(0, 1) if inputs else layer.weight)[dead] = 0.0
+    x = torch.randn(shape, dtype=torch.float64)
+    for example in (None, x):
+        with torch.inference_mode():
+            torch.testing.assert_close(spartan.purge(model, example)(x), model(x))
