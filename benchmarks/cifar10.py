@@ -27,7 +27,7 @@ from torch import nn
 
 import one_run
 from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData, MemoryImages, load_data
+from spartan.training.data import ImageData, load_data
 from spartan.training.models import resnet20
 
 METHODS = (
@@ -72,10 +72,7 @@ class Job:
 
 @functools.cache
 def load(path: str, scale: Scale) -> ImageData:
-    data = load_data(path, scale.image_size)
-    assert isinstance(data.train, MemoryImages)
-    images = MemoryImages(data.train.images[: scale.images], data.train.labels[: scale.images])
-    return replace(data, train=images)
+    return one_run.first_images(load_data(path, scale.image_size), scale.images)
 
 
 def run(job: Job, path: str, scale: Scale, threads: int) -> dict[str, object]:

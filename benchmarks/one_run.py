@@ -8,17 +8,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData
+from spartan.training.data import ImageData, MemoryImages
 from spartan.training.run import Run
 from spartan.training.trainer import Row, Trainer
 
 
 def train(config: TrainConfig, data: ImageData) -> Row:
     """Return the row of the held-out images after the last step."""
+    return train_with(config, data)[1]
+
+
+def train_with(config: TrainConfig, data: ImageData) -> tuple[Trainer, Row]:
+    """Return the trainer, with the trained model, and the row of the held-out images."""
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, out=f"{folder}/run")
         trainer = Trainer(config, data)
-        return trainer.fit(Run.create(config), lambda row: None, lambda step, row: None)
+        return trainer, trainer.fit(Run.create(config), lambda row: None, lambda step, row: None)
+
+
+def first_images(data: ImageData, count: int) -> ImageData:
+    """Return the data with at most so many training images."""
+    assert isinstance(data.train, MemoryImages)
+    train = MemoryImages(data.train.images[:count], data.train.labels[:count])
+    return replace(data, train=train)
 
 
 def mean_and_spread(accuracies: Sequence[float]) -> str:

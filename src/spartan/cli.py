@@ -18,7 +18,7 @@ from spartan.errors import ConfigError
 from spartan.report.facts import read_facts
 from spartan.report.inspection import inspect_file
 from spartan.report.page import write_page
-from spartan.report.table import print_inspection, print_layers, print_plan
+from spartan.report.table import print_inspection, print_layers, print_methods, print_plan
 from spartan.training.config import TrainConfig, read_config
 from spartan.training.data import load_data
 from spartan.training.display import Display
@@ -86,11 +86,17 @@ def run_command(words: Sequence[str]) -> int:
         """
         return _inspect(file)
 
+    def methods() -> int:
+        """Print every method: when to choose it, its paper, and what it costs per step."""
+        print_methods(Console())
+        return 0
+
     commands: dict[str, Callable[..., int]] = {
         "train": train,
         "evaluate": evaluate_run,
         "report": report,
         "inspect": inspect,
+        "methods": methods,
         **deploy_commands(),
     }
     code: int = tyro.extras.subcommand_cli_from_dict(

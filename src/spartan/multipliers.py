@@ -62,6 +62,7 @@ class NuPI:
         proportional: K_p.
         integral: K_i.
         smoothing: ν, in [0, 1).
+        signed: Whether the constraint is an equality, whose multiplier may be negative.
 
     Source: Sohrabi et al., "On PI Controllers for Updating Lagrange Multipliers in Constrained
     Optimization", ICML 2024.
@@ -71,6 +72,7 @@ class NuPI:
     proportional: float
     integral: float = 1.0
     smoothing: float = 0.0
+    signed: bool = False
 
     def update(
         self, multiplier: float, violation: float, memory: float | None
@@ -78,4 +80,5 @@ class NuPI:
         before = 0.0 if memory is None else memory
         smoothed = self.smoothing * before + (1.0 - self.smoothing) * violation
         change = self.integral * violation + self.proportional * (smoothed - before)
-        return max(0.0, multiplier + self.step * change), smoothed
+        moved = multiplier + self.step * change
+        return moved if self.signed else max(0.0, moved), smoothed

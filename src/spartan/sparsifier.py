@@ -210,6 +210,7 @@ class Sparsifier:
             site.dual = None if dual is None else Dual(*dual)
             site.active = saved.pop("active")
             site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
+            site.scratch.clear()
         for group, numbers in zip(self.groups, state["groups"], strict=True):
             group.numbers = dict(numbers)
         if self.budget.latency_ms is not None:

@@ -191,8 +191,9 @@ def test_a_trained_model_is_purged_exactly() -> None:
     for pattern in (spartan.Channel(), spartan.Channel(inputs=True)):
         model = Chain()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        budget = spartan.Budget(density=0.5, allocation="uniform")
         sparsifier = spartan.Sparsifier(
-            model, optimizer, spartan.methods.Magnitude(), spartan.Budget(density=0.5, allocation="uniform"), 20,
+            model, optimizer, spartan.methods.Magnitude(), budget, 20,
             pattern=pattern, exclude="body.13",
         )  # fmt: skip
         for _ in range(20):

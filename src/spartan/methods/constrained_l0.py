@@ -6,21 +6,21 @@ with gates on units, g their expected density and ε the budget (see `spartan.me
 constraint for each group of weights that shares a budget, so one for the model, or one for each
 layer, in parameters, FLOPs or bytes. The Lagrangian
 
-    L + λ (g - ε),    λ >= 0
+    L + λ (g - ε)
 
-is descended on in θ and log α, ascended on in λ, simultaneously.
-
-Three things differ from the published algorithm, so that nothing has to be tuned:
+is descended on in θ and log α, and ascended on in λ, simultaneously. Four things differ from the
+published algorithm, so that nothing has to be tuned:
 
 * λ is counted in units of the loss's own pull at the gates, a running mean of its root mean square.
   What a step of λ means then depends neither on the number of gates nor on the scale of the loss.
 * λ follows e = ln(g / ε), which is about (g - ε) / ε near the target: small densities are as
-  visible as large ones. Its sign, and so the feasible set, are those of g - ε.
-* ε begins at the density of the first step and tightens over the warm-up; `warmup=0` is the
-  published constant. At the end the budget is met exactly.
-
-By default λ is moved by νPI: restarts release the pull as soon as the target is crossed, and so end
-just above it.
+  visible as large ones. Its sign is that of g - ε.
+* ε begins at the density of the first step, and over the warm-up goes along the curve of gates that
+  all close at one speed. Gates that are closed in haste close alike, whatever the loss says.
+  `warmup=0` is the published constant.
+* By default λ is moved by νPI, and the constraint is g = ε with a λ of either sign: gates that
+  close by the noise of training are opened again, and the budget is used. `dual="restart"` is the
+  published ascent for g <= ε; it lets go as soon as the target is crossed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ConstrainedL0(Gated):
     Attributes:
         dual: How λ moves: `"nupi"` (a PI controller), `"restart"` (gradient ascent that restarts at
             0 where the constraint holds, as published), `"ascent"` (without restarts).
-        dual_lr: Growth of λ over a whole run in which g stays e times the target.
-        proportional: For `"nupi"`, the λ that answers the same violation at once.
+        dual_lr: What a violation of 1 that lasts for the whole run adds to λ.
+        proportional: For `"nupi"`, what it adds at once.
         warmup: Fraction of the run over which the target tightens.
         gate_lr: See `Gated`, as for the fields below.
         finetune: Last fraction of the run, with gates and masks fixed.
@@ -64,7 +64,7 @@ class ConstrainedL0(Gated):
     dual: Literal["nupi", "restart", "ascent"] = "nupi"
     dual_lr: float = 60.0
     proportional: float = 200.0
-    warmup: float = 0.5
+    warmup: float = 0.6
 
     name: ClassVar[str] = "constrained-l0"
     summary: ClassVar[str] = "learned gates and a constraint; learns how layers share a budget"
@@ -102,5 +102,5 @@ class ConstrainedL0(Gated):
     def _rule(self, total_steps: int) -> DualRule:
         step = self.dual_lr / total_steps
         if self.dual == "nupi":
-            return NuPI(step, self.proportional / step)
+            return NuPI(step, self.proportional / step, signed=True)
         return Ascent(step, restart=self.dual == "restart")

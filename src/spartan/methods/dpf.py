@@ -46,9 +46,7 @@ class DPF(Method):
 
     checks_weights: ClassVar[bool] = True
     name: ClassVar[str] = "dpf"
-    summary: ClassVar[str] = (
-        "gradual pruning whose mistakes come back; cheapest with dense gradients"
-    )
+    summary: ClassVar[str] = "gradual pruning whose mistakes come back; moderate sparsity"
     paper: ClassVar[str] = "Lin et al., ICLR 2020"
     step_cost: ClassVar[str] = "one pass over the weights; a top-k every 16 steps"
 

@@ -21,6 +21,7 @@ the median (given that the gate is open, where the median is 0).
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from spartan.errors import MethodError, PatternError
 from spartan.kernels import Scores, masks_of
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import wide
+from spartan.kernels.units import pool_magnitudes
 from spartan.methods.base import Method, scale_gradients
 from spartan.methods.groups import Group, require_finite
 from spartan.methods.sites import Site
@@ -51,6 +53,8 @@ _CEILING, _FLOOR_SHARE = 0.998, 0.1
 
 _BETAS = (0.5, 0.99)
 _FIRST = 1e3  # ranks before every log α
+# Where the sum of G · θ over units is that much smaller than of |G · θ|, from that step on.
+_UNHEARD, _CHECKED_STEP = 1e-3, 5
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Gated(Method):
     """Base of the methods with gates.
 
     Attributes:
-        gate_lr: How far log α of a gate can travel during the run, in steps of Adam; from open to
-            closed it is about 8.
+        gate_lr: How far log α of a gate travels if it goes one way during the whole run. From open
+            to closed it is about 8; the rest is room for the loss to disagree.
         finetune: Last fraction of the run: the budget is met, and kept weights train with fixed
             gates.
         keep_one: Whether each layer keeps at least its strongest unit.
@@ -69,7 +73,7 @@ class Gated(Method):
         MethodError: A setting is out of range.
     """
 
-    gate_lr: float = 30.0
+    gate_lr: float = 120.0
     finetune: float = 0.2
     keep_one: bool = True
     seed: int = 0
@@ -122,13 +126,15 @@ class Gated(Method):
         if step >= self._last_update(total_steps):
             scale_gradients(sites, [site.tensors["gate"] for site in sites])
             return
+        if any("gate" not in site.scratch for site in sites):
+            raise MethodError(
+                f"No gates were drawn for step {step + 1}: {self.name!r} draws them when the model "
+                "that the sparsifier was made with is called in training mode. Call that model, "
+                "not its parts, after model.train()."
+            )
+        if step == _CHECKED_STEP:
+            _warn_unheard(sites)
         for site in sites:
-            if "gate" not in site.scratch:
-                raise MethodError(
-                    f"No gates were drawn for {site.name!r} in this step: the gates of "
-                    f"{self.name!r} are drawn when the model that the sparsifier was made with is "
-                    "called in training mode. Call that model, not its parts, after model.train()."
-                )
             pulled = site.pool_product(site.required_grad)
             site.scratch["pulled"] = pulled.mul_(site.scratch["slope"]).div_(site.loss_scale)
         scale_gradients(sites, [site.scratch["gate"] for site in sites])
@@ -168,8 +174,12 @@ class Gated(Method):
         group.numbers["start"] = group.numbers["expected"]
 
     def _step_gates(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
-        rows = [torch.stack((expected_cost(g), _pull_of_loss(g))) for g in groups]
-        for group, (cost, pull) in zip(groups, read_back(rows), strict=True):
+        rows = [
+            torch.stack((expected_cost(g), _pull_of_loss(g), _weakest_layer(g))) for g in groups
+        ]
+        for group, (cost, pull, weakest) in zip(groups, read_back(rows), strict=True):
+            if weakest <= (0.0 if self.keep_one else -gates.KAPPA):
+                self._warn_shut(group)
             group.numbers["expected"] = cost / group.share.total
             _follow(group.numbers, "unit", pull)
             multiplier = self.multiplier(group, step, total_steps)
@@ -209,6 +219,20 @@ class Gated(Method):
         if self.keep_one:
             self._hold_one(group, site)
 
+    def _warn_shut(self, group: Group) -> None:
+        """Say once which layers would be shut."""
+        if "warned" in group.numbers:
+            return
+        group.numbers["warned"] = 1.0
+        bound = 0.0 if self.keep_one else -gates.KAPPA
+        shut = [s.name for s in group.sites if float(s.tensors["log_alpha"].max()) <= bound]
+        does = "its strongest is held open" if self.keep_one else "it passes nothing on"
+        warnings.warn(
+            f"All gates of {', '.join(map(repr, shut))} close, so that {does}: the budget leaves "
+            "this layer nothing. Raise the density, exclude the layer, or allocate per layer.",
+            stacklevel=2,
+        )
+
     def _hold_one(self, group: Group, site: Site) -> None:
         """Hold the strongest gate of a layer half open."""
         log_alpha = site.tensors["log_alpha"]
@@ -218,6 +242,8 @@ class Gated(Method):
 
     def _fix(self, group: Group) -> None:
         """Keep what fits the budget, and fix the gates."""
+        group.numbers["expected"] = float(expected_cost(group)) / group.share.total
+        group.numbers["open"] = group.kept / group.share.total
         contest = group.contest(1.0)
         scores = Scores(
             [self._ranks(site) for site in contest.sites],
@@ -241,7 +267,9 @@ class Gated(Method):
         return log_alpha
 
     def monitor(self, group: Group) -> dict[str, float]:
-        return {k: group.numbers[k] for k in ("expected", "multiplier") if k in group.numbers}
+        """Return what the gates alone reach: expected density, and density of those mostly open."""
+        keys = ("expected", "open", "multiplier")
+        return {key: group.numbers[key] for key in keys if key in group.numbers}
 
     def _last_update(self, total_steps: int) -> int:
         return total_steps - int(self.finetune * total_steps)
@@ -265,6 +293,32 @@ def _pull_of_loss(group: Group) -> Tensor:
     count = sum(x.numel() for x in pulled)
     units = sum(site.units for site in group.sites)
     return (squares / count).sqrt() * units
+
+
+def _weakest_layer(group: Group) -> Tensor:
+    """Return the smallest, over layers, of the largest log α."""
+    return torch.stack([site.tensors["log_alpha"].amax() for site in group.sites]).amin().double()
+
+
+def _warn_unheard(sites: Sequence[Site]) -> None:
+    """Warn of gates that the loss cannot hear: a norm behind them takes their scale away."""
+    unheard = []
+    for site in sites:
+        grad, scratch = site.required_grad, site.scratch
+        drawn = scratch["gate"] > 0
+        if site.pattern.unit_numel(site.weight) == 1 or not bool(drawn.any()):
+            continue
+        sum_of_products = site.pool_product(grad).abs()[drawn]
+        products = pool_magnitudes((grad * site.latent).contiguous(), site.grid, drawn.shape)[drawn]
+        if float(sum_of_products.sum()) < _UNHEARD * float(products.sum()):
+            unheard.append(site.name)
+    if unheard:
+        warnings.warn(
+            f"The loss does not change with the gates of {', '.join(map(repr, unheard))}: a norm "
+            "follows each of their units and takes its scale away, so that chance would select. "
+            "Gate what reads these channels: Channel(inputs=True).",
+            stacklevel=2,
+        )
 
 
 def _follow(numbers: dict[str, float], key: str, value: float) -> None:

@@ -57,6 +57,7 @@ class RunFacts:
         tensors: The saved state dict.
         images: Channels, size, class names, mean and standard deviation of the images.
         rows: All metrics rows.
+        monitor: The method's last numbers.
     """
 
     name: str
@@ -68,6 +69,7 @@ class RunFacts:
     tensors: dict[str, Tensor]
     images: dict[str, Any]
     rows: list[dict[str, Any]]
+    monitor: dict[str, float]
 
     @property
     def kept(self) -> int:
@@ -144,6 +146,7 @@ def read_facts(run: Run) -> RunFacts:
             tensors=tensors,
             images=facts["images"],
             rows=run.metrics(),
+            monitor=facts.get("monitor", {}),
         )
     except (KeyError, TypeError) as error:
         raise FileError(

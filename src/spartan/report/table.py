@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from spartan import kernels
+from spartan import kernels, methods
 from spartan.report.facts import read_facts
 from spartan.report.inspection import FileFacts
 from spartan.training.run import Run
@@ -36,6 +36,24 @@ def print_layers(console: Console, run: Run) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if "open" in facts.monitor:
+        console.print(
+            f"the gates alone had reached an expected density of {facts.monitor['expected']:.4%}, "
+            f"with {facts.monitor['open']:.4%} mostly open",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def print_methods(console: Console) -> None:
+    """Print every method: when to choose it, what it costs, where it comes from."""
+    for method in methods.list():
+        source = f"; {method.paper}" if method.paper else ""
+        console.print(
+            f"[bold]{method.name:17}[/] {method.summary}\n{'':17} adds {method.step_cost}{source}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_plan(console: Console, trainer: Trainer) -> None:

@@ -129,6 +129,7 @@ class Trainer:
             },
             "method": self.sparsifier.method.settings(),
             "pattern": str(self.sparsifier.pattern),
+            "monitor": self.sparsifier.monitor(),
             "layers": [
                 {"name": r.name, "units": r.units, "kept_units": r.kept_units, "cost": r.cost}
                 for r in self.sparsifier.layers()
