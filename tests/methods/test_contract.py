@@ -48,7 +48,11 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 STEPS = 20
 
 # Random weights of unequal scale: whole layers may lose all their channels.
-pytestmark = pytest.mark.filterwarnings("ignore:Nothing is kept")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Nothing is kept"),
+    pytest.mark.filterwarnings("ignore:All gates of"),
+    pytest.mark.filterwarnings("ignore:The loss does not change"),
+]
 
 method_param = pytest.mark.parametrize("method", METHODS, ids=repr)
 
