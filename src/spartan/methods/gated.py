@@ -192,11 +192,8 @@ class Gated(Method):
         self, group: Group, site: Site, multiplier: float, step: int, total_steps: int
     ) -> None:
         log_alpha = site.tensors["log_alpha"]
-        p = gates.open_probability(log_alpha)
-        units = sum(s.units for s in group.sites)
-        # units x (task pull + λ c P (1 - P) / sum of c)
-        grad = p.mul_(1 - p).mul_(multiplier * site.cost * units / group.share.total)
-        grad.add_(site.scratch["pulled"], alpha=units)
+        grad = density_gradient(group, site).mul_(multiplier).add_(site.scratch["pulled"])
+        grad.mul_(sum(s.units for s in group.sites))
         adam(
             [log_alpha],
             [grad],
@@ -282,6 +279,12 @@ def expected_cost(group: Group) -> Tensor:
         for site in group.sites
     ]
     return torch.stack(costs).sum()
+
+
+def density_gradient(group: Group, site: Site) -> Tensor:
+    """Return dg / d log α of a site's gates: c P (1 - P) / sum of c."""
+    p = gates.open_probability(site.tensors["log_alpha"])
+    return (p * (1 - p)).mul_(site.cost / group.share.total)
 
 
 def _pull_of_loss(group: Group) -> Tensor:
