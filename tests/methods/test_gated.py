@@ -253,6 +253,44 @@ def test_per_layer_constraints_hold_layer_by_layer() -> None:
         assert group.numbers["expected"] == pytest.approx(density, abs=0.05)
 
 
+def test_layers_may_be_given_nothing_or_everything() -> None:
+    model = mlp(16, 32, 32, 4)
+    budget = Budget(allocation={"0": 1.0, "2": 0.0, "4": 0.5})
+    sparsifier, optimizer = gated(model, budget=budget)
+    with pytest.warns(UserWarning, match="'2.weight'"):
+        train(model, optimizer, STEPS)
+    sparsifier.finalize()
+    kept = [int(model[i].weight.count_nonzero()) for i in (0, 2, 4)]
+    assert kept == [16 * 32, 0, 64]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_short_runs_are_exact(steps: int) -> None:
+    model = mlp(16, 32, 4)
+    sparsifier, optimizer = gated(model, steps=steps, density=0.1)
+    train(model, optimizer, steps)
+    sparsifier.finalize()
+    assert sum(int(model[i].weight.count_nonzero()) for i in (0, 2)) == 64
+
+
+def test_channels_last_weights_have_the_same_gates() -> None:
+    finals = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double()
+        model = model.to(memory_format=memory_format)
+        sparsifier, optimizer = gated(model, density=0.3, steps=20)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(4, 4, 8, 8, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        sparsifier.finalize()
+        finals.append(model[2].weight.detach())
+    torch.testing.assert_close(finals[0], finals[1], rtol=1e-6, atol=1e-9)
+
+
 def test_flops_are_constrained_and_met() -> None:
     model = mlp(16, 64, 8)
     budget = Budget(density=0.25, cost="flops", sample_input=torch.zeros(1, 16))

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from spartan.errors import MethodError, did_you_mean
-from spartan.methods.gated import Gated
+from spartan.methods.gated import Gated, target_density
 from spartan.methods.groups import Group
 from spartan.multipliers import Ascent, DualRule, NuPI
 from spartan.schedules import check_fraction, check_order, interpolate, progress
@@ -90,7 +90,7 @@ class ConstrainedL0(Gated):
         return now * numbers["unit"]
 
     def _target(self, group: Group, step: int, total_steps: int) -> float:
-        density = group.share.kept / group.share.total
+        density = target_density(group)
         tight = progress(step, int(self.warmup * total_steps))
         start = group.numbers["start"]
         if density >= start:

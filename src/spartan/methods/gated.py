@@ -34,6 +34,7 @@ from torch.optim.adam import adam
 from spartan import gates
 from spartan.errors import MethodError, PatternError
 from spartan.kernels import Scores, masks_of
+from spartan.kernels.memory import flat
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import wide
 from spartan.kernels.units import pool_magnitudes
@@ -50,7 +51,7 @@ _START, _SPREAD = math.log(0.95 / 0.05), 0.01
 # Gates stay where they can still move: open with at most this probability, closed with at least
 # this share of the target density.
 _CEILING, _FLOOR_SHARE = 0.998, 0.1
-
+# A longer memory of the first moment would carry gates past the target.
 _BETAS = (0.5, 0.99)
 _FIRST = 1e3  # ranks before every log α
 # Where the sum of G · θ over units is that much smaller than of |G · θ|, from that step on.
@@ -78,7 +79,7 @@ class Gated(Method):
     keep_one: bool = True
     seed: int = 0
 
-    step_cost: ClassVar[str] = "one random number per unit; four floats of state per unit"
+    step_cost: ClassVar[str] = "a random number per unit, in torch; three floats of state each"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gate_lr) and self.gate_lr > 0):
@@ -184,23 +185,25 @@ class Gated(Method):
             _follow(group.numbers, "unit", pull)
             multiplier = self.multiplier(group, step, total_steps)
             group.numbers["multiplier"] = multiplier
-            for site in group.sites:
-                if "pulled" in site.scratch:
-                    self._step_gate(group, site, multiplier, step, total_steps)
+            self._step_group(group, step, total_steps)
 
-    def _step_gate(
-        self, group: Group, site: Site, multiplier: float, step: int, total_steps: int
-    ) -> None:
-        log_alpha = site.tensors["log_alpha"]
-        grad = density_gradient(group, site).mul_(multiplier).add_(site.scratch["pulled"])
-        grad.mul_(sum(s.units for s in group.sites))
+    def _step_group(self, group: Group, step: int, total_steps: int) -> None:
+        sites = [site for site in group.sites if "pulled" in site.scratch]
+        if not sites:
+            return
+        units = sum(site.units for site in group.sites)
+        pulls = [density_gradient(group, site) for site in sites]
+        torch._foreach_mul_(pulls, group.numbers["multiplier"])
+        torch._foreach_add_(pulls, [site.scratch["pulled"] for site in sites])
+        torch._foreach_mul_(pulls, float(units))
+        log_alphas = [site.tensors["log_alpha"] for site in sites]
         adam(
-            [log_alpha],
-            [grad],
-            [site.tensors["mean"]],
-            [site.tensors["square"]],
+            log_alphas,
+            pulls,
+            [site.tensors["mean"] for site in sites],
+            [site.tensors["square"] for site in sites],
             [],
-            [torch.tensor(float(step - 1))],
+            [torch.tensor(float(step - 1)) for _ in sites],
             foreach=True,
             amsgrad=False,
             beta1=_BETAS[0],
@@ -210,11 +213,14 @@ class Gated(Method):
             eps=1e-12,
             maximize=False,
         )
-        density = group.share.kept / group.share.total
-        low = gates.log_alpha_at(min(_FLOOR_SHARE * density, 0.05))
-        log_alpha.clamp_(low, gates.log_alpha_at(_CEILING))
-        if self.keep_one:
-            self._hold_one(group, site)
+        low = gates.log_alpha_at(min(_FLOOR_SHARE * target_density(group), 0.05))
+        for log_alpha in log_alphas:
+            log_alpha.clamp_(low, gates.log_alpha_at(_CEILING))
+            if self.keep_one:
+                # The strongest gate of a layer is held half open.
+                entries = flat(log_alpha)
+                strongest = entries.argmax()
+                entries[strongest] = entries[strongest].clamp_min(0.0)
 
     def _warn_shut(self, group: Group) -> None:
         """Say once which layers would be shut."""
@@ -229,13 +235,6 @@ class Gated(Method):
             "this layer nothing. Raise the density, exclude the layer, or allocate per layer.",
             stacklevel=2,
         )
-
-    def _hold_one(self, group: Group, site: Site) -> None:
-        """Hold the strongest gate of a layer half open."""
-        log_alpha = site.tensors["log_alpha"]
-        strongest = log_alpha.argmax()
-        flat = log_alpha.view(-1)
-        flat[strongest] = flat[strongest].clamp_min(0.0)
 
     def _fix(self, group: Group) -> None:
         """Keep what fits the budget, and fix the gates."""
@@ -260,7 +259,8 @@ class Gated(Method):
     def _ranks(self, site: Site) -> Tensor:
         log_alpha = site.tensors["log_alpha"].clone()
         if self.keep_one:
-            log_alpha.view(-1)[log_alpha.argmax()] = _FIRST
+            entries = flat(log_alpha)
+            entries[entries.argmax()] = _FIRST
         return log_alpha
 
     def monitor(self, group: Group) -> dict[str, float]:
@@ -270,6 +270,12 @@ class Gated(Method):
 
     def _last_update(self, total_steps: int) -> int:
         return total_steps - int(self.finetune * total_steps)
+
+
+def target_density(group: Group) -> float:
+    """Return the density of the budget; for one that keeps nothing, of half a unit."""
+    smallest = 0.5 * min(site.cost for site in group.sites)
+    return max(group.share.kept, smallest) / group.share.total
 
 
 def expected_cost(group: Group) -> Tensor:
@@ -292,7 +298,7 @@ def _pull_of_loss(group: Group) -> Tensor:
     pulled = [site.scratch["pulled"] for site in group.sites if "pulled" in site.scratch]
     if not pulled:
         return torch.zeros((), dtype=torch.float64, device=group.sites[0].latent.device)
-    squares = torch.stack([x.double().square().sum() for x in pulled]).sum()
+    squares = torch.stack([x.square().sum(dtype=torch.float64) for x in pulled]).sum()
     count = sum(x.numel() for x in pulled)
     units = sum(site.units for site in group.sites)
     return (squares / count).sqrt() * units
@@ -325,6 +331,7 @@ def _warn_unheard(sites: Sequence[Site]) -> None:
 
 
 def _follow(numbers: dict[str, float], key: str, value: float) -> None:
+    """Let a running mean follow a value."""
     numbers[key] = value if key not in numbers else numbers[key] + 0.02 * (value - numbers[key])
 
 
