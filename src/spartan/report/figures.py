@@ -42,9 +42,10 @@ def loss(runs: Sequence[RunFacts]) -> str:
 
 
 def schedule(runs: Sequence[RunFacts]) -> str:
-    """Draw density (solid, left) and β (dashed, right) over epochs."""
+    """Draw density (solid, left; of gates the expected one, faint) and β (dashed, right)."""
 
     def draw(axes: Axes) -> None:
+        _curves(axes, runs, "train", "expected", scale=100, faint=True)
         _curves(axes, runs, "train", "density", scale=100)
         if any(run.series("train", "beta")[0] for run in runs):
             right = axes.twinx()

@@ -40,7 +40,8 @@ def _charts(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
         ("Loss", "Held-out images; training batches faint.", figures.loss(runs)),
         (
             "Density and sharpness",
-            "Fraction of the prunable weights kept, and β of the soft mask where there is one.",
+            "Fraction of the prunable weights kept; the expected density of gates, faint, and β of "
+            "the soft mask, dashed, where there are any.",
             figures.schedule(runs),
         ),
         (
