@@ -1,11 +1,15 @@
-"""What a hook must know of an optimizer's step: its closure, a hidden skip."""
+"""What a sparsifier must know of optimizers: their parameters, closures, hidden skips."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
+
+from spartan.errors import StateError
+from spartan.prunable import Prunable
 
 
 def wrap_closure(
@@ -31,3 +35,38 @@ def loss_scale(optimizer: Optimizer) -> float:
     """Return what a GradScaler leaves to a fused optimizer to divide its gradients by; else 1."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
+
+
+def as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """Return one optimizer, several or none as a list."""
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def parameters_of(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer steps now."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], weights: Sequence[Prunable]) -> None:
+    """Warn of weights that no optimizer steps.
+
+    Raises:
+        StateError: The optimizers step none of the weights.
+    """
+    if not optimizers:
+        return
+    anywhere = set().union(*map(parameters_of, optimizers))
+    missing = [w.name for w in weights if id(w.parameter) not in anywhere]
+    if len(missing) == len(weights):
+        raise StateError(
+            "The optimizer steps no prunable weight: give the one that trains the model, made "
+            "from its present parameters."
+        )
+    if missing:
+        warnings.warn(
+            f"No optimizer steps {', '.join(map(repr, missing))}: masked, but not trained. "
+            "Exclude them to keep them dense.",
+            stacklevel=4,
+        )

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class PassHook:
-    """A forward pre-hook that tells a sparsifier what kind of pass begins.
+    """A pre-hook, of passes or of state dicts, that tells a sparsifier what kind of pass begins.
 
     Copies and pickles of the model carry a hook that does nothing.
 

@@ -30,10 +30,17 @@ from spartan.kernels import Dual, finite
 from spartan.methods.base import Method
 from spartan.methods.groups import make_group, require_finite
 from spartan.methods.sites import Site
-from spartan.optimizer_steps import loss_scale, skips_step, wrap_closure
+from spartan.optimizer_steps import (
+    as_list,
+    check_optimizers,
+    loss_scale,
+    parameters_of,
+    skips_step,
+    wrap_closure,
+)
 from spartan.passes import PassHook
 from spartan.patterns import Pattern, Unstructured
-from spartan.prunable import NameFilter, Prunable, find_prunable
+from spartan.prunable import NameFilter, find_prunable
 from spartan.shares import Share
 from spartan.state import STATE_VERSION, check_state
 from spartan.summary import LayerSummary, summarize_masks
@@ -91,8 +98,8 @@ class Sparsifier:
 
         weights = find_prunable(model, include, exclude)
         shares = budget.plan(model, weights, self.pattern)
-        self._optimizers = _as_list(optimizer)
-        self._check_optimizers(weights)
+        self._optimizers = as_list(optimizer)
+        check_optimizers(self._optimizers, weights)
         for weight in weights:
             if not bool(torch.isfinite(weight.parameter).all()):
                 raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")
@@ -101,7 +108,7 @@ class Sparsifier:
         by_name = {site.name: site for group in self.groups for site in group.sites}
         self.sites = [by_name[weight.name] for weight in weights]
         for site in self.sites:
-            site.latent.copy_(method.to_latent(site.latent))
+            site.latent.copy_(method.to_latent(site, site.latent))
         self._writer = WeightWriter(method, self.sites)
         self._inside: list[Site] = []  # sites whose parameter holds θ: a step is under way
         self._guards: list[RemovableHandle] = []
@@ -151,7 +158,7 @@ class Sparsifier:
                 "Weights were written outside the optimizer since the last step; call finalize() "
                 "first and load other weights after it."
             )
-        if not self._at_budget():
+        if not self._at_budget() or self.method.samples(self.step, self._horizon):
             warnings.warn(
                 f"finalize() at step {self.step} of {self.total_steps}, before the schedule "
                 "reached the budget: the rest is pruned at once.",
@@ -230,11 +237,13 @@ class Sparsifier:
     # Around a step ------------------------------------------------------------------------------
 
     def _register_hooks(self) -> list[Any]:
-        passes = (
-            [self.model.register_forward_pre_hook(PassHook(self.model, self._before_pass))]
-            if self.method.samples(0, self._horizon)
-            else []
-        )
+        passes: list[Any] = []
+        if self.method.samples(0, self._horizon):
+            shown, saved = (
+                PassHook(self.model, f) for f in (self._before_pass, self._before_saving)
+            )
+            passes.append(self.model.register_forward_pre_hook(shown))
+            passes.append(self.model.register_state_dict_pre_hook(saved))
         if not self._optimizers:
             return [
                 *passes,
@@ -250,13 +259,18 @@ class Sparsifier:
             )
         ]
 
+    @torch.no_grad()
     def _before_pass(self, training: bool) -> None:
         """Let a training pass see sampled weights, and every other one the plain w."""
         self._leave_step()
+        self._writer.adopt(self.sites, self.step)
         if training and self.method.samples(self.step, self._horizon):
             self._writer.write_sample(self.sites, self.step)
         elif any(site.sampled for site in self.sites):
             self._writer.write(self.sites)
+
+    def _before_saving(self, training: bool) -> None:
+        self._before_pass(training=False)
 
     @torch.no_grad()
     def _before_step(
@@ -411,12 +425,12 @@ class Sparsifier:
         """Return the sites an optimizer steps now; its parameter groups may have grown."""
         if self._optimizers and not any(optimizer is known for known in self._optimizers):
             return []
-        stepped = _parameters_of(optimizer)
+        stepped = parameters_of(optimizer)
         return [site for site in self.sites if id(site.weight.parameter) in stepped]
 
     def _mark_active(self) -> None:
         """Weights that no optimizer steps keep the masks they get when the budget is reached."""
-        stepped = set().union(*map(_parameters_of, self._optimizers))
+        stepped = set().union(*map(parameters_of, self._optimizers))
         for site in self.sites:
             site.active = not self._optimizers or id(site.weight.parameter) in stepped
 
@@ -425,23 +439,6 @@ class Sparsifier:
         if not self._optimizers:
             return True
         return optimizer is [o for o in self._optimizers if self._sites_of(o)][-1]
-
-    def _check_optimizers(self, weights: list[Prunable]) -> None:
-        if not self._optimizers:
-            return
-        anywhere = set().union(*map(_parameters_of, self._optimizers))
-        if not any(id(weight.parameter) in anywhere for weight in weights):
-            raise StateError(
-                "The optimizer steps no prunable weight: give the one that trains the model, made "
-                "from its present parameters."
-            )
-        missing = [w.name for w in weights if id(w.parameter) not in anywhere]
-        if missing:
-            warnings.warn(
-                f"No optimizer steps {', '.join(map(repr, missing))}: masked, but not trained. "
-                "Exclude them to keep them dense.",
-                stacklevel=3,
-            )
 
     def _at_budget(self) -> bool:
         return all(group.kept <= group.share.kept for group in self.groups)
@@ -458,13 +455,3 @@ class Sparsifier:
             "latency_ms": self.budget.latency_ms,
             "budgets": [[g.share.kept, g.share.total, *g.share.costs] for g in self.groups],
         }
-
-
-def _as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-
-
-def _parameters_of(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -77,7 +77,8 @@ class WeightWriter:
                     f"NaN or infinity was written into {site.name!r} after step {step}."
                 )
             changed = parameter != self._method.materialize(site)
-            latent.copy_(torch.where(changed, self._method.to_latent(parameter), latent))
+            latent.copy_(torch.where(changed, self._method.to_latent(site, parameter), latent))
+            site.sampled = False
             if not self._warned:
                 self._warned = True
                 warnings.warn(

@@ -236,3 +236,118 @@ def test_shapes_that_mislead(model: nn.Module, shape: tuple[int, ...], inputs: b
     for example in (None, x):
         with torch.inference_mode():
             torch.testing.assert_close(spartan.purge(model, example)(x), model(x))
+
+
+class InPlace(nn.Module):
+    """Tensors that are changed after, or while, others read them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 4, 3)
+        self.relu = nn.ReLU(inplace=True)
+        self.nothing = nn.Identity()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.kind == "unused result":
+            self.relu(y)
+            return self.second(y)
+        if self.kind == "pre-activation":
+            return self.second(self.relu(y)).sum((2, 3)) + y.sum((2, 3))[:, :4]
+        if self.kind == "operator":
+            z = y
+            z += 1
+            return self.second(y)
+        if self.kind == "keyword":
+            z = F.relu(y, inplace=True)
+            return self.second(y) + self.second(z)
+        if self.kind == "method":
+            y.add_(1.0)
+            return self.second(y)
+        z = self.nothing(y)
+        z += 1
+        return self.second(y)
+
+
+@pytest.mark.parametrize(
+    "kind", ["unused result", "pre-activation", "operator", "keyword", "method", "alias"]
+)
+def test_changes_in_place(kind: str) -> None:
+    model = used(InPlace(kind), inputs=False, share=0.6)
+    check(model, spartan.purge(model))
+
+
+class Odd(nn.Module):
+    """Graphs with something in them that is not understood, or easily misunderstood."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.read = nn.Conv2d(8, 8, 3)
+        self.pool = nn.AvgPool2d(2, divisor_override=1)
+        self.fc = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm2d(8)
+        self.norm.requires_grad_(False)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> object:
+        y = self.conv(x)
+        if self.kind == "item":
+            return self.read(y), {"first": y[0]}
+        if self.kind == "divisor":
+            return self.read(self.pool(y))
+        if self.kind == "average":
+            return self.read(F.avg_pool2d(y, 2))
+        if self.kind == "indices":
+            return self.read(F.max_pool2d(y, 2, return_indices=True)[0])
+        if self.kind == "weights apart":
+            return self.read(y) + F.conv2d(y, self.read.weight)
+        if self.kind == "frozen norm":
+            return self.read(self.norm(F.relu(y)))
+        z = self.fc(F.relu(y.mean((2, 3))))
+        return F.linear(z, self.fc.weight) * y.shape[0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["item", "divisor", "average", "indices", "weights apart", "frozen norm", "tied"]
+)
+def test_odd_graphs(kind: str) -> None:
+    model = used(Odd(kind), inputs=False, share=0.6)
+    x = torch.randn(4, 3, 8, 8)
+    purged = spartan.purge(model, x)
+    with torch.inference_mode():
+        torch.testing.assert_close(purged(x), model(x), rtol=1e-4, atol=1e-5)
+    model.requires_grad_(False)
+    assert not any(p.requires_grad for p in spartan.purge(model).parameters())
+
+
+def test_hooked_layers_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[:4] = 0.0
+        model[2].weight[:4] = 0.0
+    model[2].register_forward_hook(lambda layer, args, output: output * 2 + 3)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(spartan.purge(model, x)(x), model(x))
+    masked = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    torch.nn.utils.prune.ln_structured(masked[0], "weight", 0.5, n=2, dim=0)
+    masked(x)
+    with pytest.raises(DeployError, match="prune.remove"):
+        spartan.purge(masked)
+
+
+def test_purged_models_can_be_purged_and_accelerated() -> None:
+    model = used(resnet20(3, 8, 5, width=16), inputs=False, share=0.5)
+    purged = spartan.purge(model)
+    check(model, spartan.purge(purged))
+    x = torch.randn(2, 3, 8, 8)
+    fast = spartan.accelerate(purged, x, verbose=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_is_compared_as_it_can_be() -> None:
+    model = used(Chain(), inputs=False, share=0.5).to(torch.bfloat16)
+    spartan.purge(model, torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))

@@ -17,7 +17,7 @@ from torch import nn
 
 import spartan
 from spartan import Budget, Channel, Sparsifier, gates
-from spartan.errors import MethodError
+from spartan.errors import BudgetError, MethodError
 from spartan.methods import ConstrainedL0, PenalisedL0
 from spartan.methods.gated import Gated, density_gradient, expected_cost
 from spartan.methods.groups import Group
@@ -26,6 +26,9 @@ from tests.conftest import VECTORS
 
 FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())
 STEPS = 40
+
+# Most runs here are too short for that.
+pytestmark = pytest.mark.filterwarnings("ignore:The gates of")
 
 
 def gated(
@@ -424,3 +427,124 @@ def test_steps_without_a_draw_are_refused() -> None:
 def test_bad_settings(method: type[Gated], options: dict[str, Any], message: str) -> None:
     with pytest.raises(MethodError, match=message):
         method(**options)
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["at rest", "after a training pass"])
+def test_weights_written_from_outside_are_taken(shown: bool) -> None:
+    model = mlp(16, 32, 4)
+    sparsifier, optimizer = gated(model)
+    train(model, optimizer, 3)
+    site = sparsifier.sites[0]
+    x = torch.randn(8, 16)
+    if shown:
+        model(x)
+    with torch.no_grad():
+        model[0].weight.fill_(5.0)
+    with pytest.warns(UserWarning, match="written outside"):
+        model(x)
+    assert bool((site.latent >= 5.0 - 1e-5).all())
+    expected = site.latent * site.scratch["gate"]
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+
+
+def test_weights_scaled_from_outside_are_not_gated_twice() -> None:
+    model = mlp(16, 32, 4)
+    _, optimizer = gated(model)
+    train(model, optimizer, STEPS - 4)
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+    kept = model[0].weight.detach().clone()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with pytest.warns(UserWarning, match="written outside"):
+        train(model, optimizer, 2, start=STEPS - 4)
+    torch.testing.assert_close(model[0].weight.detach(), kept)
+
+
+@pytest.mark.parametrize("method", [ConstrainedL0(), PenalisedL0(penalty=100.0)])
+def test_finalize_ahead_of_time_is_exact(method: Gated) -> None:
+    model = mlp(16, 32, 4)
+    sparsifier, optimizer = gated(model, method, density=0.3, steps=100)
+    train(model, optimizer, 60)
+    with pytest.warns(UserWarning, match="before the schedule"):
+        sparsifier.finalize()
+    kept = sum(int(model[i].weight.count_nonzero()) for i in (0, 2))
+    assert kept == round(0.3 * 640)
+
+
+def test_a_unit_of_each_layer_is_kept_or_the_budget_refused() -> None:
+    model = mlp(16, 32, 32, 4)
+    budget = Budget(density=0.1, cost={"0": 100.0, "2": 1.0, "4": 1.0})
+    sparsifier, optimizer = gated(model, budget=budget, pattern=Channel())
+    train(model, optimizer, STEPS)
+    sparsifier.finalize()
+    assert all(site.kept >= 1 for site in sparsifier.sites)
+    assert sparsifier.groups[0].kept <= sparsifier.groups[0].share.kept
+    model = mlp(16, 32, 32, 4)
+    with pytest.raises(BudgetError, match=r"one unit of each of 3 layers .*'0.weight'"):
+        gated(model, density=0.02, pattern=Channel())
+    gated(model, ConstrainedL0(keep_one=False), density=0.02, pattern=Channel())
+
+
+@pytest.mark.filterwarnings("ignore:All gates of")
+def test_layers_without_gradients_do_not_starve_the_others() -> None:
+    model = mlp(16, 32, 32, 4)
+    model[2].weight.requires_grad_(False)
+    sparsifier, optimizer = gated(model, density=0.2, steps=200)
+    with pytest.warns(UserWarning, match="No gradient reaches '2.weight'"):
+        train(model, optimizer, 200)
+    sparsifier.finalize()
+    assert sparsifier.monitor()["expected"] == pytest.approx(0.2, abs=0.05)
+    trained = [site for site in sparsifier.sites if site.name != "2.weight"]
+    assert all(site.kept / site.units > 0.2 for site in trained)
+
+
+def test_state_dicts_after_a_training_pass_are_at_rest() -> None:
+    model = mlp(16, 32, 4)
+    _, optimizer = gated(model)
+    train(model, optimizer, 10)
+    resting = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model(torch.randn(8, 16))
+    assert all(torch.equal(resting[k], v) for k, v in model.state_dict().items())
+
+
+def test_two_optimizers_watched_without_being_named() -> None:
+    model = mlp(16, 32, 4)
+    Sparsifier(model, None, ConstrainedL0(), Budget(density=0.5), STEPS)
+    optimizers = [torch.optim.SGD(model[i].parameters(), lr=0.05) for i in (0, 2)]
+    for _ in range(3):
+        model(torch.randn(8, 16)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Wrapper(nn.Module):
+    """Names its model as torch's wrappers do."""
+
+    def __init__(self, module: nn.Sequential) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return self.module[i]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+def test_wrappers_do_not_change_the_draws() -> None:
+    losses = []
+    for model in (mlp(16, 32, 4), Wrapper(mlp(16, 32, 4))):
+        _, optimizer = gated(model)
+        losses.append(train(model, optimizer, 5))
+    assert losses[0] == losses[1]
+
+
+def test_a_constraint_that_is_missed_is_told() -> None:
+    model = mlp(16, 32, 4)
+    sparsifier, optimizer = gated(model, ConstrainedL0(gate_lr=1e-3), density=0.1)
+    with pytest.warns(UserWarning, match="makes up the difference"):
+        train(model, optimizer, STEPS)
+    assert sparsifier.density == 0.1

@@ -18,6 +18,8 @@ from spartan.methods import ConstrainedL0, Spartan
 METHODS = {"constrained-l0": ConstrainedL0, "spartan": Spartan}
 STEPS = 12
 
+pytestmark = pytest.mark.filterwarnings("ignore:The gates of")
+
 
 def train(method: str, rank: int, world: int) -> dict[str, Any]:
     torch.set_num_threads(1)

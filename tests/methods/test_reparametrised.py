@@ -47,7 +47,7 @@ def test_powerpropagation(fact: dict[str, Any]) -> None:
     expected = torch.tensor([fact["grad_theta"]], dtype=torch.float64)
     torch.testing.assert_close(layer.weight.grad, expected, **close)
     torch.testing.assert_close(site.latent, theta - expected, **close)
-    small = method.to_latent(torch.tensor([0.04], dtype=torch.float64))
+    small = method.to_latent(site, torch.tensor([0.04], dtype=torch.float64))
     assert float(small) == pytest.approx(fact["init_theta_from_dense_0p04"], abs=1e-12)
 
 
@@ -140,7 +140,8 @@ def test_dpf_moves_its_masks_every_period_and_lets_pruned_weights_return() -> No
     [
         (lambda: Powerpropagation(alpha=0.5), "at least 1"),
         (lambda: Powerpropagation(begin=0.9), "begin <= end"),
-        (lambda: DPF(period=0), "at least 1 step"),
+        (lambda: DPF(period=0), "at least 1"),
+        (lambda: DPF(period=1.5), "a number of steps"),
         (lambda: DPF(end=1.5), "between 0 and 1"),
     ],
 )

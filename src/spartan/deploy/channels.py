@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from spartan.deploy.graph import calls, calls_one_of, module_of
+from spartan.deploy.graph import calls, calls_one_of, changes_in_place, module_of
 
 _POINTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
@@ -48,8 +48,8 @@ class Channels:
     Attributes:
         space: Number of the space they are in.
         constant: For each, the number it holds everywhere; NaN if it is not constant. Float64.
-        layout: `"image"` (…, C, H, W), `"features"` (…, C), or `"flat"`: an image flattened to
-            (N, C x H x W).
+        layout: `"image"` (N, C, H, W), `"features"` (…, C), `"matrix"` (N, C), or `"flat"`: an
+            image flattened to (N, C x H x W).
     """
 
     space: int
@@ -77,13 +77,19 @@ class ChannelFlow:
         self.pinned: set[int] = set()
         self._parents: list[int] = []
         self._known: dict[fx.Node, Channels] = {}
+        self._matrices: set[fx.Node] = set()  # nodes known to have two dimensions
+        self._aliases: dict[fx.Node, list[fx.Node]] = {}  # nodes that may share memory
         counts = calls(traced)
         for node in traced.graph.nodes:
+            module = module_of(traced, node)
             once = node.op != "call_module" or counts[node.target] == 1
-            found = self._follow(node, module_of(traced, node)) if once else None
+            if once and _flattens(node, module):
+                self._matrices.add(node)
+            self._note_alias(node, module)
+            found = self._follow(node, module) if once else None
             if found is not None:
                 self._known[node] = found
-            elif not _asks_for_batch(node):
+            elif not self._is_batch_size(node):
                 for source in node.all_input_nodes:
                     self._pin(source)
         self.pinned = {self.root(space) for space in self.pinned}
@@ -94,9 +100,34 @@ class ChannelFlow:
             space = self._parents[space]
         return space
 
+    def _is_batch_size(self, node: fx.Node) -> bool:
+        """Whether a node asks for the size of a dimension that cannot be that of channels."""
+        sources = [self._known.get(source) for source in node.all_input_nodes]
+        return _asks_for_batch(node) and all(x is None or x.layout != "features" for x in sources)
+
     def _pin(self, node: fx.Node) -> None:
         if node in self._known:
             self.pinned.add(self._known[node].space)
+
+    def _note_alias(self, node: fx.Node, module: nn.Module | None) -> None:
+        """Forget what is known of tensors that this node changes for others to read."""
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source is None:
+            return
+        in_place = changes_in_place(node, module)
+        if not (in_place or isinstance(module, nn.Identity | nn.Flatten) or _views(node)):
+            return
+        family = self._aliases.setdefault(source, [source])
+        family.append(node)
+        self._aliases[node] = family
+        readers = {user for member in family for user in member.users} - set(family)
+        if in_place and (readers - set(node.users) or any(n is not node for n in source.users)):
+            for member in family:
+                self._pin(member)
+                if member in self._known:
+                    known = self._known[member]
+                    nothing = torch.full_like(known.constant, torch.nan)
+                    self._known[member] = replace(known, constant=nothing)
 
     def _new_space(self) -> int:
         self._parents.append(len(self._parents))
@@ -122,12 +153,15 @@ class ChannelFlow:
 
     def _mix(self, node: fx.Node, layer: Any, x: Channels | None) -> Channels:
         image = isinstance(layer, nn.Conv2d)
+        source = node.args[0]
+        matrix = source in self._matrices or (x is not None and x.layout in ("matrix", "flat"))
         if x is not None and (x.layout == "image") != image:
             self._pin(node.args[0])  # type: ignore[arg-type]
             x = None
         self.readers.append((node, layer, x))
         constant = _constant_outputs(layer, x)
-        y = Channels(self._new_space(), constant, "image" if image else "features")
+        layout = "image" if image else "matrix" if matrix or _rank(node) == 2 else "features"
+        y = Channels(self._new_space(), constant, layout)
         self.writers.append((node, layer, y))
         return y
 
@@ -157,15 +191,17 @@ class ChannelFlow:
         if isinstance(module, _POINTWISE):
             return replace(x, constant=_apply(module, x.constant))
         if isinstance(module, _POOLS) and x.layout == "image":
-            padding = getattr(module, "padding", 0)
-            padded = isinstance(module, nn.AvgPool2d) and padding not in (0, (0, 0))
+            if getattr(module, "return_indices", False):
+                return None
             # The average of a constant and of padding depends on the place.
-            return replace(x, constant=_unless(padded, x.constant))
+            average = isinstance(module, nn.AvgPool2d)
+            plain = average and module.padding in (0, (0, 0)) and module.divisor_override is None
+            return replace(x, constant=_unless(average and not plain, x.constant))
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return _flatten(x)
         if isinstance(module, _NORMS) and module.running_mean is not None:
-            fits = isinstance(module, nn.BatchNorm2d) == (x.layout == "image")
-            if fits and x.layout != "flat" and len(x.constant) == module.num_features:
+            wanted = "image" if isinstance(module, nn.BatchNorm2d) else "matrix"
+            if x.layout == wanted and len(x.constant) == module.num_features:
                 self.followers.append((module, x))
                 return replace(x, constant=_normalise(module, x.constant))
         if _depthwise(module) and x.layout == "image":
@@ -218,6 +254,8 @@ def _through_call(node: fx.Node, x: Channels) -> Channels | None:
             x, constant=_apply(lambda c: function(c, *node.args[1:], **settings), x.constant)
         )
     if calls_one_of(node, _POOL_CALLS) and x.layout == "image":
+        if node.kwargs.get("return_indices"):
+            return None
         whole = target in (F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
         return replace(x, constant=_unless(not whole, x.constant))
     if calls_one_of(node, {torch.flatten, "flatten"}):
@@ -225,32 +263,56 @@ def _through_call(node: fx.Node, x: Channels) -> Channels | None:
         return _flatten(x) if over in ((1,), (1, -1)) else None
     if calls_one_of(node, {"view", "reshape"}) and x.layout == "image":
         batch_and_rest = len(node.args) == 3 and node.args[2] == -1
-        return _flatten(x) if batch_and_rest and _is_batch_size(node.args[1]) else None
+        return _flatten(x) if batch_and_rest and _asks_for_batch(node.args[1]) else None
     if calls_one_of(node, {torch.mean, "mean"}) and x.layout == "image":
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         keep = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
         if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
-            return x if keep else replace(x, layout="features")
+            return x if keep else replace(x, layout="matrix")
     return None
 
 
 def _flatten(x: Channels) -> Channels | None:
     # Features may have more than two dimensions.
+    if x.layout == "matrix":
+        return x
     return replace(x, layout="flat") if x.layout == "image" else None
 
 
-def _is_batch_size(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and _asks_for_batch(argument)
+def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node turns whatever it gets into (N, the rest)."""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    called = calls_one_of(node, {torch.flatten, "flatten"})
+    return called and (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
 
 
-def _asks_for_batch(node: fx.Node) -> bool:
-    """Whether a node is x.size(0), x.shape, or x.shape[0], used for nothing else."""
+def _rank(node: fx.Node) -> int | None:
+    shape = node.meta.get("shape")
+    return None if shape is None else len(shape)
+
+
+def _views(node: fx.Node) -> bool:
+    names = {"view", "reshape", "flatten", "contiguous", torch.flatten}
+    return calls_one_of(node, names)
+
+
+def _reads_shape(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not getattr:
+        return False
+    return bool(node.args[1] == "shape")
+
+
+def _asks_for_batch(node: Any) -> bool:
+    """Whether a node is x.size(0), x.shape[0], or an x.shape of which only that is read."""
+    if not isinstance(node, fx.Node):
+        return False
     if calls_one_of(node, {"size"}):
         return node.args[1:] == (0,)
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] == "shape" and all(_asks_for_batch(user) for user in node.users)
+    if _reads_shape(node):
+        return all(_asks_for_batch(user) for user in node.users)
     item = node.op == "call_function" and node.target is operator.getitem
-    return item and bool(node.args[1] == 0)
+    return item and _reads_shape(node.args[0]) and bool(node.args[1] == 0)
 
 
 def _apply(function: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
@@ -260,7 +322,7 @@ def _apply(function: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
 
 def _unless(condition: bool, constant: Tensor) -> Tensor:
     """Return the constants, unknown where they are not zero if `condition` holds."""
-    return torch.where(constant == 0, 0.0, torch.nan) if condition else constant
+    return torch.where(constant == 0, constant, torch.nan) if condition else constant
 
 
 def _normalise(norm: Any, constant: Tensor) -> Tensor:

@@ -24,6 +24,30 @@ _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; by itself torch.fx takes it for `x = x + y`."""
+
+    def _change(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
     """Return the model as a graph that shares its modules, or None if it cannot be traced.
 
@@ -36,7 +60,7 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
     if left_out is None:
         return None
     try:
-        graph = fx.Tracer().trace(model, concrete_args=dict.fromkeys(left_out) or None)
+        graph = _Tracer().trace(model, concrete_args=dict.fromkeys(left_out) or None)
         for node in reversed(graph.nodes):
             node.type = None  # annotations that are kept as text cannot be pickled
             if getattr(node.target, "__name__", "") == "_assert_is_none":
@@ -156,8 +180,19 @@ class _Shapes(fx.Interpreter):
 
 
 def calls(traced: fx.GraphModule) -> Counter[Any]:
-    """Return how often each module is called."""
-    return Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    """Return how often each module is called, counting twice what its call does not tell.
+
+    That is: a module with hooks, or one of whose parameters is read apart from it.
+    """
+    counts = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            counts[str(node.target).rpartition(".")[0]] += 2
+    for name in list(counts):
+        module = traced.get_submodule(str(name))
+        if module._forward_hooks or module._forward_pre_hooks:
+            counts[name] += 2
+    return counts
 
 
 def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -205,16 +240,21 @@ def _changes_between(traced: fx.GraphModule, first: fx.Node, last: fx.Node) -> b
     """Whether a tensor may be changed in place between two nodes."""
     node = first.next
     while node is not last:
-        in_place = bool(getattr(module_of(traced, node), "inplace", False))
-        named = str(getattr(node.target, "__name__", node.target))
-        method = node.op == "call_method" and named.endswith("_")
-        function = node.op == "call_function" and (
-            named.endswith("_") or (named.startswith("i") and hasattr(operator, named))
-        )
-        if in_place or method or function or node.kwargs.get("inplace"):
+        if changes_in_place(node, module_of(traced, node)):
             return True
         node = node.next
     return False
+
+
+def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node may change a tensor that it is given."""
+    named = str(getattr(node.target, "__name__", node.target))
+    method = node.op == "call_method" and named.endswith("_")
+    function = node.op == "call_function" and (
+        named.endswith("_") or (named.startswith("i") and hasattr(operator, named))
+    )
+    asked = node.kwargs.get("inplace") or (node.op == "call_function" and True in node.args)
+    return bool(getattr(module, "inplace", False)) or method or function or bool(asked)
 
 
 def _activation(traced: fx.GraphModule, node: fx.Node | None) -> str:

@@ -10,12 +10,14 @@ writes fewer channels, and they are put in their places, or reads only those it 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
 from spartan.deploy.graph import simplify, trace
@@ -41,9 +43,10 @@ class Purged:
 def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
     """Return a smaller dense model that computes the same, without the channels that carry nothing.
 
-    For models whose weights were pruned by `Channel()`, or by `Channel(inputs=True)`; zeros inside
-    of channels stay. Batch norms are folded into the layers before them, residual connections keep
-    their width. The result is in evaluation mode and shares nothing with the model.
+    For Linear and Conv2d layers whose weights were pruned by `Channel()`, or by
+    `Channel(inputs=True)`; zeros inside of channels stay, and images come in batches. Batch norms
+    are folded into the layers before them, residual connections keep their width. The result is in
+    evaluation mode and shares nothing with the model.
 
     Args:
         model: Any model that torch.fx can trace; it is not changed.
@@ -61,7 +64,14 @@ def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     """Do the work of `purge`, and count."""
-    traced = trace(copy.deepcopy(model).eval(), example_input)
+    try:
+        copied = copy.deepcopy(model).eval()
+    except RuntimeError as reason:
+        raise DeployError(
+            f"The model cannot be copied ({reason}). Remove parametrizations and "
+            "torch.nn.utils.prune's masks first: prune.remove(module, 'weight')."
+        ) from reason
+    traced = trace(copied, example_input)
     if traced is None:
         raise DeployError(
             "torch.fx cannot trace this model, so nobody knows which layer reads which channel: "
@@ -69,7 +79,7 @@ def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
         )
     simplify(traced)
     purged = Purged(traced)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         # Layers that lose outputs may be the only ones that read a channel before them.
         while _purge_spaces(traced, purged.removed):
             pass
@@ -82,16 +92,24 @@ def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
 def _compare(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
     original = copy.deepcopy(model).eval()
     with torch.inference_mode():
-        expected = run_on(original, copy.deepcopy(example_input))
-        found = run_on(purged, copy.deepcopy(example_input))
-    if not isinstance(expected, Tensor):
-        return
-    error = float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
-    if not error <= _TOLERANCE:
-        raise DeployError(
-            f"The purged model's output differs by {error:.1e}; keep the model as it is, and "
-            "please report its structure."
-        )
+        expected = tree_leaves(run_on(original, copy.deepcopy(example_input)))
+        try:
+            found = tree_leaves(run_on(purged, copy.deepcopy(example_input)))
+        except Exception as reason:
+            raise DeployError(
+                f"The purged model fails ({reason}); keep the model as it is."
+            ) from reason
+    for x, y in zip(expected, found, strict=True):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            difference = math.inf
+            if x.shape == y.shape:
+                difference = float((y - x).double().norm() / x.double().norm().clamp_min(1e-30))
+            # Half precision cannot agree to more than it resolves.
+            if not difference <= max(_TOLERANCE, 4 * torch.finfo(x.dtype).eps):
+                raise DeployError(
+                    f"The purged model's output differs by {difference:.1e}; keep the model as it "
+                    "is, and please report its structure."
+                )
 
 
 def _purge_spaces(traced: fx.GraphModule, removed: dict[str, int]) -> bool:
@@ -155,12 +173,12 @@ def _read_without(layer: Any, constant: Tensor, gone: Tensor, carrier: int | Non
         shift = weight.sum(2) @ values
         if shift.any():
             old = 0.0 if layer.bias is None else layer.bias
-            layer.bias = nn.Parameter((old + shift).to(layer.weight.dtype))
+            layer.bias = _like(layer.weight, old + shift)
     elif carrier is not None and values.any():
         share = torch.einsum("ock,c->ok", weight, values / constant[carrier])
         whole = weight.clone()
         whole[:, carrier] += share
-        layer.weight = nn.Parameter(whole.reshape(layer.weight.shape).to(layer.weight.dtype))
+        layer.weight = _like(layer.weight, whole.reshape(layer.weight.shape))
     repeats = layer.weight.shape[1] // count
     _keep_inputs(layer, ~gone.repeat_interleave(repeats))
 
@@ -218,14 +236,17 @@ class Places(nn.Module):
     def __init__(self, live: Tensor, constant: Tensor, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer("index", live.nonzero().flatten())
+        # One channel of zeros behind the given ones is chosen for all others.
+        self.padding = [0, 0] * (-dim - 1) + [0, 1]
+        place = live.cumsum(0) - 1
+        self.register_buffer("index", torch.where(live, place, live.sum()))
+        self.constants = bool(constant.any())
         self.register_buffer("constant", constant.reshape(-1, *[1] * (-dim - 1)).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, live channels, …) to (…, C, …)."""
-        shape = list(x.shape)
-        shape[self.dim] = len(self.constant)
-        return self.constant.expand(shape).index_copy(x.dim() + self.dim, self.index, x)
+        y = nn.functional.pad(x, self.padding).index_select(self.dim, self.index)
+        return y + self.constant if self.constants else y
 
 
 class Chosen(nn.Module):
@@ -245,7 +266,7 @@ class Chosen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, C, …) to (…, wanted channels, …)."""
-        return x.index_select(x.dim() + self.dim, self.index)
+        return x.index_select(self.dim, self.index)
 
 
 def _dim(layer: nn.Module) -> int:
@@ -259,15 +280,15 @@ def _call(traced: fx.GraphModule, name: str, module: nn.Module) -> fx.Node:
 
 def _keep_outputs(layer: Any, keep: Tensor) -> None:
     keep = keep.to(layer.weight.device)
-    layer.weight = nn.Parameter(layer.weight[keep].contiguous())
+    layer.weight = _like(layer.weight, layer.weight[keep])
     if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias[keep].contiguous())
+        layer.bias = _like(layer.bias, layer.bias[keep])
     name = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
     setattr(layer, name, int(keep.sum()))
 
 
 def _keep_inputs(layer: Any, keep: Tensor) -> None:
-    layer.weight = nn.Parameter(layer.weight[:, keep.to(layer.weight.device)].contiguous())
+    layer.weight = _like(layer.weight, layer.weight[:, keep.to(layer.weight.device)])
     name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
     setattr(layer, name, int(keep.sum()))
 
@@ -282,5 +303,12 @@ def _keep_followed(layer: Any, keep: Tensor) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         values = getattr(layer, name)
         if values is not None:
-            kept = values[keep.to(values.device)].contiguous()
-            setattr(layer, name, nn.Parameter(kept) if values.requires_grad else kept)
+            kept = values[keep.to(values.device)]
+            parameter = isinstance(values, nn.Parameter)
+            setattr(layer, name, _like(values, kept) if parameter else kept.contiguous())
+
+
+def _like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Return a parameter with other values, of the same dtype, trained or not like the first."""
+    values = values.detach().to(parameter.dtype).contiguous()
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)

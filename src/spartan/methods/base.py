@@ -82,7 +82,8 @@ class Method(ABC):
     def samples(self, step: int, total_steps: int) -> bool:
         """Say whether training passes after `step` compute with random weights; see `write_sample`.
 
-        Elsewhere (evaluation, state dicts, copies) the model holds what `write` wrote.
+        From a training pass to the step after it, or to the next pass of another kind or the next
+        state dict, the parameters hold them; otherwise what `write` wrote.
         """
         return False
 
@@ -90,8 +91,8 @@ class Method(ABC):
         """Write the w that the training passes of one step compute with, and set `site.sampled`."""
         raise NotImplementedError
 
-    def to_latent(self, weight: Tensor) -> Tensor:
-        """Return the θ that gives this w where everything is kept."""
+    def to_latent(self, site: Site, weight: Tensor) -> Tensor:
+        """Return the θ that gives this w where it is kept."""
         return weight
 
     def monitor(self, group: Group) -> dict[str, float]:

@@ -66,6 +66,7 @@ class ConstrainedL0(Gated):
     proportional: float = 200.0
     warmup: float = 0.6
 
+    constrained: ClassVar[bool] = True
     name: ClassVar[str] = "constrained-l0"
     summary: ClassVar[str] = "learned gates and a constraint; learns how layers share a budget"
     paper: ClassVar[str] = "Gallego-Posada et al., NeurIPS 2022"

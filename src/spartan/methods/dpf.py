@@ -51,8 +51,8 @@ class DPF(Method):
     step_cost: ClassVar[str] = "one pass over the weights; a top-k every 16 steps"
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            raise MethodError(f"period={self.period} must be at least 1 step.")
+        if not (isinstance(self.period, int) and self.period >= 1):
+            raise MethodError(f"period={self.period} must be a number of steps, at least 1.")
         check_fraction("end", self.end)
 
     def moves_masks(self, step: int, total_steps: int) -> bool:

@@ -21,6 +21,7 @@ the median (given that the gate is open, where the median is 0).
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -37,9 +38,14 @@ from spartan.kernels import Scores, masks_of
 from spartan.kernels.memory import flat
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import wide
-from spartan.kernels.units import pool_magnitudes
 from spartan.methods.base import Method, scale_gradients
-from spartan.methods.groups import Group, require_finite
+from spartan.methods.gate_checks import (
+    refuse_too_little,
+    warn_idle,
+    warn_missed,
+    warn_unheard,
+)
+from spartan.methods.groups import Contest, Group, require_finite
 from spartan.methods.sites import Site
 from spartan.methods.writing import write_scaled
 from spartan.schedules import check_fraction
@@ -53,9 +59,8 @@ _START, _SPREAD = math.log(0.95 / 0.05), 0.01
 _CEILING, _FLOOR_SHARE = 0.998, 0.1
 # A longer memory of the first moment would carry gates past the target.
 _BETAS = (0.5, 0.99)
-_FIRST = 1e3  # ranks before every log α
-# Where the sum of G · θ over units is that much smaller than of |G · θ|, from that step on.
-_UNHEARD, _CHECKED_STEP = 1e-3, 5
+_LAST = -1e3  # ranks behind every log α
+_CHECKED_STEP = 5  # at which gates are checked for whether the loss hears them
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Gated(Method):
             to closed it is about 8; the rest is room for the loss to disagree.
         finetune: Last fraction of the run: the budget is met, and kept weights train with fixed
             gates.
-        keep_one: Whether each layer keeps at least its strongest unit.
+        keep_one: Whether each layer keeps at least its strongest unit; layers that are given a
+            density of 0 do not.
         seed: Of the gates' draws, the same in every process.
 
     Raises:
@@ -79,6 +85,7 @@ class Gated(Method):
     keep_one: bool = True
     seed: int = 0
 
+    constrained: ClassVar[bool] = False  # whether gates are meant to reach the budget by themselves
     step_cost: ClassVar[str] = "a random number per unit, in torch; three floats of state each"
 
     def __post_init__(self) -> None:
@@ -89,6 +96,12 @@ class Gated(Method):
         check_fraction("finetune", self.finetune)
         if self.finetune == 1.0:
             raise MethodError("finetune=1 leaves no step in which gates could be trained.")
+
+    def to_latent(self, site: Site, weight: Tensor) -> Tensor:
+        if not site.tensors:
+            return weight
+        gate = site.spread(_shown_gate(site))
+        return torch.where(gate > 0, wide(weight) / gate, wide(weight)).to(weight.dtype)
 
     @abstractmethod
     def multiplier(self, group: Group, step: int, total_steps: int) -> float:
@@ -109,7 +122,7 @@ class Gated(Method):
         for site in sites:
             if "gate" not in site.scratch:
                 generator = torch.Generator(site.latent.device)
-                generator.manual_seed(derive_seed(self.seed, site.name, step))
+                generator.manual_seed(derive_seed(self.seed, _own_name(site), step))
                 gate, slope = gates.draw(site.tensors["log_alpha"], generator)
                 site.scratch["gate"], site.scratch["slope"] = gate, slope
             write_scaled(site, site.scratch["gate"])
@@ -120,8 +133,8 @@ class Gated(Method):
             write_scaled(site, _resting_gate(site))
 
     def materialize(self, site: Site) -> Tensor:
-        gate = site.scratch["gate"] if site.sampled else _resting_gate(site)
-        return (wide(site.theta) * site.spread(gate)).add_(0.0).to(site.latent.dtype)
+        gate = site.spread(_shown_gate(site))
+        return (wide(site.theta) * gate).add_(0.0).to(site.latent.dtype)
 
     def pull_back(self, group: Group, sites: Sequence[Site], step: int, total_steps: int) -> None:
         if step >= self._last_update(total_steps):
@@ -131,10 +144,12 @@ class Gated(Method):
             raise MethodError(
                 f"No gates were drawn for step {step + 1}: {self.name!r} draws them when the model "
                 "that the sparsifier was made with is called in training mode. Call that model, "
-                "not its parts, after model.train()."
+                "not its parts, after model.train(), after loading a state, and compile it after "
+                "making the sparsifier."
             )
-        if step == _CHECKED_STEP:
-            _warn_unheard(sites)
+        if step >= _CHECKED_STEP and "heard" not in group.numbers:
+            group.numbers["heard"] = 1.0
+            warn_unheard(sites)
         for site in sites:
             pulled = site.pool_product(site.required_grad)
             site.scratch["pulled"] = pulled.mul_(site.scratch["slope"]).div_(site.loss_scale)
@@ -153,7 +168,8 @@ class Gated(Method):
             if step < self._last_update(total_steps):
                 for site in group.sites:
                     site.mask = site.tensors["log_alpha"] > -gates.KAPPA
-                    site.scratch.clear()
+                    if "pulled" in site.scratch:  # else the draw may be for another optimizer
+                        site.scratch.clear()
             else:
                 self._fix(group)
 
@@ -164,8 +180,10 @@ class Gated(Method):
                 "pattern fixes it for every few weights. Use 'spartan' or 'dpf' for N:M, or choose "
                 "unstructured, block or channel."
             )
+        if self.keep_one:
+            refuse_too_little(group)
         for site in group.sites:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, site.name, -1))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, _own_name(site), -1))
             start = torch.randn(site.stored_mask.shape, generator=generator) * _SPREAD + _START
             mask = site.stored_mask
             for key in ("log_alpha", "mean", "square"):
@@ -178,6 +196,8 @@ class Gated(Method):
         rows = [
             torch.stack((expected_cost(g), _pull_of_loss(g), _weakest_layer(g))) for g in groups
         ]
+        if step == _CHECKED_STEP:
+            warn_idle(groups)
         for group, (cost, pull, weakest) in zip(groups, read_back(rows), strict=True):
             if weakest <= (0.0 if self.keep_one else -gates.KAPPA):
                 self._warn_shut(group)
@@ -188,13 +208,9 @@ class Gated(Method):
             self._step_group(group, step, total_steps)
 
     def _step_group(self, group: Group, step: int, total_steps: int) -> None:
-        sites = [site for site in group.sites if "pulled" in site.scratch]
-        if not sites:
-            return
-        units = sum(site.units for site in group.sites)
-        pulls = [density_gradient(group, site) for site in sites]
-        torch._foreach_mul_(pulls, group.numbers["multiplier"])
-        torch._foreach_add_(pulls, [site.scratch["pulled"] for site in sites])
+        sites = group.sites
+        units = sum(site.units for site in sites)
+        pulls = [self._pull(group, site) for site in sites]
         torch._foreach_mul_(pulls, float(units))
         log_alphas = [site.tensors["log_alpha"] for site in sites]
         adam(
@@ -222,46 +238,59 @@ class Gated(Method):
                 strongest = entries.argmax()
                 entries[strongest] = entries[strongest].clamp_min(0.0)
 
+    def _pull(self, group: Group, site: Site) -> Tensor:
+        """Return the gradient of a site's log α."""
+        pull = density_gradient(group, site).mul_(group.numbers["multiplier"])
+        if "pulled" in site.scratch:
+            return pull.add_(site.scratch["pulled"])
+        # A weight without a gradient has no say: its gates close as far as the average has to.
+        p = gates.open_probability(site.tensors["log_alpha"]).mean()
+        return pull.mul_((p > target_density(group)).to(pull.dtype))
+
     def _warn_shut(self, group: Group) -> None:
-        """Say once which layers would be shut."""
-        if "warned" in group.numbers:
-            return
-        group.numbers["warned"] = 1.0
+        """Say once of each layer that it would be shut."""
         bound = 0.0 if self.keep_one else -gates.KAPPA
         shut = [s.name for s in group.sites if float(s.tensors["log_alpha"].max()) <= bound]
-        does = "its strongest is held open" if self.keep_one else "it passes nothing on"
-        warnings.warn(
-            f"All gates of {', '.join(map(repr, shut))} close, so that {does}: the budget leaves "
-            "this layer nothing. Raise the density, exclude the layer, or allocate per layer.",
-            stacklevel=2,
-        )
+        new = [name for name in shut if f"shut {name}" not in group.numbers]
+        group.numbers.update({f"shut {name}": 1.0 for name in new})
+        if new:
+            does = "its strongest is held open" if self.keep_one else "it passes nothing on"
+            warnings.warn(
+                f"All gates of {', '.join(map(repr, new))} close, so that {does}: the budget "
+                "leaves the layer nothing. Raise the density, exclude it, or allocate per layer.",
+                stacklevel=2,
+            )
 
     def _fix(self, group: Group) -> None:
         """Keep what fits the budget, and fix the gates."""
         group.numbers["expected"] = float(expected_cost(group)) / group.share.total
         group.numbers["open"] = group.kept / group.share.total
+        if self.constrained:
+            warn_missed(group)
         contest = group.contest(1.0)
-        scores = Scores(
-            [self._ranks(site) for site in contest.sites],
-            [1.0] * len(contest.sites),
-            [site.cost for site in contest.sites],
-            absolute=False,
-        )
-        masks = masks_of(scores, find_cut(scores, contest.budget))
-        for site, mask in zip(contest.sites, masks, strict=True):
-            log_alpha = site.tensors.pop("log_alpha")
+        for site, mask in zip(contest.sites, self._most_open(contest), strict=True):
+            log_alpha = site.tensors["log_alpha"]
             gate = gates.median(log_alpha)
             gate = torch.where(gate > 0, gate, gates.open_median(log_alpha))
             site.tensors = {"gate": torch.where(mask, gate, 0.0)}
             site.mask = mask
             site.scratch.clear()
 
-    def _ranks(self, site: Site) -> Tensor:
-        log_alpha = site.tensors["log_alpha"].clone()
-        if self.keep_one:
-            entries = flat(log_alpha)
-            entries[entries.argmax()] = _FIRST
-        return log_alpha
+    def _most_open(self, contest: Contest) -> list[Tensor]:
+        """Return masks of the units most probably open that fit the budget."""
+        ranks = [site.tensors["log_alpha"].clone() for site in contest.sites]
+        costs = [site.cost for site in contest.sites]
+        budget = contest.budget
+        held = [torch.zeros_like(rank, dtype=torch.bool) for rank in ranks]
+        if self.keep_one and sum(costs) <= budget:
+            budget -= sum(costs)
+            for rank, hold in zip(ranks, held, strict=True):
+                strongest = flat(rank).argmax()
+                flat(hold)[strongest] = True
+                flat(rank)[strongest] = _LAST
+        scores = Scores(ranks, [1.0] * len(ranks), costs, absolute=False)
+        masks = masks_of(scores, find_cut(scores, budget))
+        return [mask | hold for mask, hold in zip(masks, held, strict=True)]
 
     def monitor(self, group: Group) -> dict[str, float]:
         """Return what the gates alone reach: expected density, and density of those mostly open."""
@@ -309,30 +338,19 @@ def _weakest_layer(group: Group) -> Tensor:
     return torch.stack([site.tensors["log_alpha"].amax() for site in group.sites]).amin().double()
 
 
-def _warn_unheard(sites: Sequence[Site]) -> None:
-    """Warn of gates that the loss cannot hear: a norm behind them takes their scale away."""
-    unheard = []
-    for site in sites:
-        grad, scratch = site.required_grad, site.scratch
-        drawn = scratch["gate"] > 0
-        if site.pattern.unit_numel(site.weight) == 1 or not bool(drawn.any()):
-            continue
-        sum_of_products = site.pool_product(grad).abs()[drawn]
-        products = pool_magnitudes((grad * site.latent).contiguous(), site.grid, drawn.shape)[drawn]
-        if float(sum_of_products.sum()) < _UNHEARD * float(products.sum()):
-            unheard.append(site.name)
-    if unheard:
-        warnings.warn(
-            f"The loss does not change with the gates of {', '.join(map(repr, unheard))}: a norm "
-            "follows each of their units and takes its scale away, so that chance would select. "
-            "Gate what reads these channels: Channel(inputs=True).",
-            stacklevel=2,
-        )
-
-
 def _follow(numbers: dict[str, float], key: str, value: float) -> None:
     """Let a running mean follow a value."""
     numbers[key] = value if key not in numbers else numbers[key] + 0.02 * (value - numbers[key])
+
+
+def _own_name(site: Site) -> str:
+    """Return the name of the weight in the model itself: wrappers do not change what is drawn."""
+    return re.sub(r"(^|\.)(module|_orig_mod)\.", r"\1", site.name)
+
+
+def _shown_gate(site: Site) -> Tensor:
+    """Return the gates that the parameter was written with."""
+    return site.scratch["gate"] if site.sampled else _resting_gate(site)
 
 
 def _resting_gate(site: Site) -> Tensor:

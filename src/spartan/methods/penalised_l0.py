@@ -22,7 +22,7 @@ class PenalisedL0(Gated):
     """Hard-concrete gates under a fixed penalty; the budget is met at the end only.
 
     Attributes:
-        penalty: λ, in units of the loss at full density.
+        penalty: λ: what the density of 1 adds to the loss.
         gate_lr: See `Gated`, as for the fields below.
         finetune: Last fraction of the run, with gates and masks fixed.
         keep_one: Whether each layer keeps at least its strongest unit.

@@ -62,7 +62,7 @@ class Powerpropagation(Magnitude):
         if not (math.isfinite(self.alpha) and self.alpha >= 1):
             raise MethodError(f"alpha={self.alpha} must be at least 1; 1 is magnitude pruning.")
 
-    def to_latent(self, weight: Tensor) -> Tensor:
+    def to_latent(self, site: Site, weight: Tensor) -> Tensor:
         return _power(weight, 1 / self.alpha).to(weight.dtype)
 
     def materialize(self, site: Site) -> Tensor:
