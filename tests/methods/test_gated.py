@@ -509,6 +509,7 @@ def test_state_dicts_after_a_training_pass_are_at_rest() -> None:
     assert all(torch.equal(resting[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:No gradient reaches")  # in the first of the two steps
 def test_two_optimizers_watched_without_being_named() -> None:
     model = mlp(16, 32, 4)
     Sparsifier(model, None, ConstrainedL0(), Budget(density=0.5), STEPS)
