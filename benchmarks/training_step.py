@@ -10,6 +10,7 @@ whatever else the machine does meets both; the ratio of medians comes first.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def make_step(
     loss: Callable[[], Tensor],
 ) -> Step:  # fmt: skip
     if method is not None:
-        settings = {} if method == "magnitude" else {"warmup": 0.0}
+        fields = {field.name for field in dataclasses.fields(METHODS[method])}
+        settings = {"warmup": 0.0} if "warmup" in fields else {}
         budget = Budget(density=0.05, allocation="uniform")
         Sparsifier(model, optimizer, create(method, **settings), budget, 10**6)
 
