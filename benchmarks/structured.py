@@ -51,6 +51,7 @@ METHODS = (
     ("magnitude", "channel", "uniform"),
     ("spartan", "channel", "uniform"),
     ("magnitude", "input-channel", "uniform"),
+    ("spartan", "input-channel", "uniform"),
     ("constrained-l0", "input-channel", "global"),
 )
 JOBS = [
