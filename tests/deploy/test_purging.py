@@ -160,6 +160,34 @@ def test_residual_networks_lose_what_is_inside_of_branches() -> None:
     assert purged.removed["layer1.1.conv2"] == 8 - second.out_channels
 
 
+class Joined(nn.Module):
+    """A residual connection whose channels all layers follow, and of which each reads a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = x + F.relu(self.second(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_layers_in_one_space_each_skip_what_is_zero_to_them() -> None:
+    torch.manual_seed(0)
+    model = Joined()
+    with torch.no_grad():
+        model.second.weight[:, :8] = 0.0
+        model.second.weight[12:] = 0.0
+        model.first.weight[:2] = 0.0
+    purged = spartan.purge(model)
+    first, second = (purged.get_submodule(name) for name in ("first", "second"))
+    assert (first.out_channels, second.in_channels, second.out_channels) == (14, 8, 12)
+    check(model, purged)
+
+
 def test_parameters_after_purging_are_those_of_kept_inputs_and_outputs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,8 +187,10 @@ def _read_without(layer: Any, constant: Tensor, gone: Tensor, carrier: int | Non
 def _skip_zeros(traced: fx.GraphModule, removed: dict[str, int]) -> None:
     """Neither compute zero outputs nor read inputs of zero weights, of channels that stay."""
     flow = ChannelFlow(traced)
+    writers = Counter(flow.root(y.space) for _, _, y in flow.writers)
     for node, layer, y in flow.writers:
-        if flow.root(y.space) not in flow.pinned:
+        # A layer that is alone in its space has lost what it could; what is left stands for others.
+        if flow.root(y.space) not in flow.pinned and writers[flow.root(y.space)] == 1:
             continue
         dead = ~layer.weight.flatten(1).any(1)
         if dead.all():
@@ -202,9 +205,7 @@ def _skip_zeros(traced: fx.GraphModule, removed: dict[str, int]) -> None:
                 put = _call(traced, f"{name}_places", places)
             node.replace_all_uses_with(put)
             put.args = (node,)
-    for node, layer, x in flow.readers:
-        if x is not None and flow.root(x.space) not in flow.pinned:
-            continue
+    for node, layer, _ in flow.readers:
         unread = ~layer.weight.transpose(0, 1).flatten(1).any(1)
         if unread.all():
             unread[0] = False
