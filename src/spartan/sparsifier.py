@@ -6,7 +6,8 @@
  optimizer.step                             θ ← θ - lr · …(grad_θ)
  after the step      masks ← select(θ);     parameter ← materialize(θ)
 
-The parameter objects keep their identity; values are copied in place. No module is touched.
+The parameter objects keep their identity; values are copied in place. No module is changed; under
+methods that sample, the model has two hooks that show training passes their weights.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spartan.budget import Budget
 from spartan.errors import NonFiniteError, ScheduleError, StateError
-from spartan.kernels import Dual, finite
+from spartan.kernels import finite
 from spartan.methods.base import Method
 from spartan.methods.groups import make_group, require_finite
 from spartan.methods.sites import Site
@@ -42,7 +43,7 @@ from spartan.passes import PassHook
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, find_prunable
 from spartan.shares import Share
-from spartan.state import STATE_VERSION, check_state
+from spartan.state import STATE_VERSION, check_state, restore, state_of
 from spartan.summary import LayerSummary, summarize_masks
 from spartan.writer import WeightWriter
 
@@ -63,9 +64,10 @@ class Sparsifier:
         include: Which parameters are prunable, see `find_prunable`.
         exclude: Which are not.
 
-    Between steps every prunable parameter holds w, exactly sparse; inside `optimizer.step()` it
-    holds the latent θ. Parameters in which something else writes between steps (loading weights,
-    averaging) are noticed at the next step: the written values become the new θ, with a warning.
+    Between steps every prunable parameter holds w, exactly sparse (methods that sample show other
+    weights to training passes, see `Method.samples`); inside `optimizer.step()` it holds the latent
+    θ. Parameters in which something else writes between steps (loading weights, averaging) are
+    noticed at the next step: the written values become the new θ, with a warning.
     Writes through `.data` escape notice, as they do autograd.
     A step whose gradients or weights are not finite raises before it does harm, and names itself.
 
@@ -184,16 +186,7 @@ class Sparsifier:
             "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self.step,
-            "sites": {
-                site.name: {
-                    "latent": site.latent.clone(),
-                    "mask": site.mask.clone(),
-                    "dual": None if site.dual is None else list(site.dual.astuple()),
-                    "active": site.active,
-                    **{key: value.clone() for key, value in site.tensors.items()},
-                }
-                for site in self.sites
-            },
+            "sites": {site.name: state_of(site) for site in self.sites},
             "groups": [dict(group.numbers) for group in self.groups],
         }
 
@@ -210,14 +203,7 @@ class Sparsifier:
         self._end_step()
         self.step = int(state["step"])
         for site in self.sites:
-            saved = dict(state["sites"][site.name])
-            site.latent.copy_(saved.pop("latent"))
-            site.mask = torch.empty_like(site.mask).copy_(saved.pop("mask"))
-            dual = saved.pop("dual")
-            site.dual = None if dual is None else Dual(*dual)
-            site.active = saved.pop("active")
-            site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
-            site.scratch.clear()
+            restore(site, state["sites"][site.name])
         for group, numbers in zip(self.groups, state["groups"], strict=True):
             group.numbers = dict(numbers)
         if self.budget.latency_ms is not None:

@@ -1,4 +1,4 @@
-"""Whether a saved state fits the sparsifier that is to continue from it."""
+"""The state of a sparsifier's weights, and whether a saved one fits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,33 @@ import torch
 from torch import Tensor
 
 from spartan.errors import StateError
+from spartan.kernels import Dual
 from spartan.methods.sites import Site
 
 STATE_VERSION = 2
+
+
+def state_of(site: Site) -> dict[str, Any]:
+    """Return what a site needs to continue from."""
+    return {
+        "latent": site.latent.clone(),
+        "mask": site.mask.clone(),
+        "dual": None if site.dual is None else list(site.dual.astuple()),
+        "active": site.active,
+        **{key: value.clone() for key, value in site.tensors.items()},
+    }
+
+
+def restore(site: Site, state: Mapping[str, Any]) -> None:
+    """Give a site the state that `state_of` returned."""
+    saved = dict(state)
+    site.latent.copy_(saved.pop("latent"))
+    site.mask = torch.empty_like(site.mask).copy_(saved.pop("mask"))
+    dual = saved.pop("dual")
+    site.dual = None if dual is None else Dual(*dual)
+    site.active = saved.pop("active")
+    site.tensors = {k: v.to(site.mask.device, copy=True) for k, v in saved.items()}
+    site.scratch.clear()
 
 
 def check_state(

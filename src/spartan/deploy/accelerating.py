@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spartan.deploy.agreement import copy_of, relative_error, run
 from spartan.deploy.graph import fuse, simplify, trace
 from spartan.deploy.layers import SparseLayer, replaceable, sparse_layer
 from spartan.deploy.plan import LayerPlan, Plan, pattern_of
@@ -50,8 +51,8 @@ def accelerate(
     """
     # Outside inference mode: the copy's buffers are to be ordinary tensors.
     with torch.inference_mode(False), torch.no_grad():
-        dense = _copy_of(model).eval().requires_grad_(False)
-        reference = _run(dense, example_input)
+        dense = copy_of(model).eval().requires_grad_(False)
+        reference = run(dense, example_input)
         warning = busy_warning()
         try:
             work, layers, traced = _build(dense, example_input, reference, seconds, tracing=True)
@@ -88,25 +89,6 @@ def plan_of(accelerated: nn.Module) -> Plan:
     return plan
 
 
-def _copy_of(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise DeployError(
-            f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "
-            "has weight norms, make them permanent first (prune.remove, remove_weight_norm)."
-        ) from error
-
-
-def _run(model: nn.Module, sample: Any) -> Any:
-    try:
-        return run_on(model, copy.deepcopy(sample))  # the model may write into it
-    except Exception as error:
-        raise DeployError(
-            f"The model does not run on the example input: {type(error).__name__}: {error}"
-        ) from error
-
-
 def _build(
     dense: nn.Module, sample: Any, reference: Any, seconds: float, tracing: bool
 ) -> tuple[nn.Module, list[LayerPlan], bool]:
@@ -124,7 +106,7 @@ def _build(
     _replace(work, sparse)
     if traced is not None:
         fuse(traced)
-    _compare(_run(work, sample), reference)
+    _refuse_difference(run(work, sample), reference)
     return work, layers, traced is not None
 
 
@@ -206,37 +188,17 @@ def _inputs(model: nn.Module, sample: Any) -> dict[nn.Module, Tensor]:
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     try:
-        _run(model, sample)
+        run(model, sample)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def _compare(result: Any, reference: Any) -> None:
-    ours, theirs = list(_tensors(result)), list(_tensors(reference))
-    worst = 0.0 if len(ours) == len(theirs) else float("inf")
-    for a, b in zip(ours, theirs, strict=False):
-        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
-            worst = float("inf")
-        elif b.is_floating_point():
-            finite = b.isfinite()
-            wanted = b[finite].double()
-            error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
-            worst = max(worst, float(error))
-    if worst > _TOLERANCE:
+def _refuse_difference(result: Any, reference: Any) -> None:
+    error = relative_error(result, reference)
+    if error > _TOLERANCE:
         raise DeployError(
-            f"The accelerated model would differ from the given one (relative error {worst:.1e}). "
+            f"The accelerated model would differ from the given one (relative error {error:.1e}). "
             "Does the model compute something random in evaluation mode?"
         )
-
-
-def _tensors(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

@@ -147,9 +147,9 @@ class ChannelFlow:
             return None
         if calls_one_of(node, _SUMS) or calls_one_of(node, _PRODUCTS):
             return self._combine(node)
-        if module is not None:
-            return self._through_module(module, x)
-        return _through_call(node, x)
+        if _flattens(node, module):
+            return _flatten(x)
+        return _through_call(node, x) if module is None else self._through_module(module, x)
 
     def _mix(self, node: fx.Node, layer: Any, x: Channels | None) -> Channels:
         image = isinstance(layer, nn.Conv2d)
@@ -197,8 +197,6 @@ class ChannelFlow:
             average = isinstance(module, nn.AvgPool2d)
             plain = average and module.padding in (0, (0, 0)) and module.divisor_override is None
             return replace(x, constant=_unless(average and not plain, x.constant))
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            return _flatten(x)
         if isinstance(module, _NORMS) and module.running_mean is not None:
             wanted = "image" if isinstance(module, nn.BatchNorm2d) else "matrix"
             if x.layout == wanted and len(x.constant) == module.num_features:
@@ -258,9 +256,6 @@ def _through_call(node: fx.Node, x: Channels) -> Channels | None:
             return None
         whole = target in (F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
         return replace(x, constant=_unless(not whole, x.constant))
-    if calls_one_of(node, {torch.flatten, "flatten"}):
-        over = (*node.args[1:], *node.kwargs.values())
-        return _flatten(x) if over in ((1,), (1, -1)) else None
     if calls_one_of(node, {"view", "reshape"}) and x.layout == "image":
         batch_and_rest = len(node.args) == 3 and node.args[2] == -1
         return _flatten(x) if batch_and_rest and _asks_for_batch(node.args[1]) else None

@@ -9,8 +9,6 @@ writes fewer channels, and they are put in their places, or reads only those it 
 
 from __future__ import annotations
 
-import copy
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from spartan.deploy.agreement import copy_of, relative_error, run, tensors_of
 from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
 from spartan.deploy.graph import simplify, trace
 from spartan.errors import DeployError
-from spartan.samples import run_on
 
 _TOLERANCE = 1e-5
 
@@ -59,20 +56,13 @@ def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
     """
     purged = purge_channels(model, example_input).model
     if example_input is not None:
-        _compare(model, purged, example_input)
+        _refuse_difference(model, purged, example_input)
     return purged
 
 
 def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     """Do the work of `purge`, and count."""
-    try:
-        copied = copy.deepcopy(model).eval()
-    except RuntimeError as reason:
-        raise DeployError(
-            f"The model cannot be copied ({reason}). Remove parametrizations and "
-            "torch.nn.utils.prune's masks first: prune.remove(module, 'weight')."
-        ) from reason
-    traced = trace(copied, example_input)
+    traced = trace(copy_of(model).eval(), example_input)
     if traced is None:
         raise DeployError(
             "torch.fx cannot trace this model, so nobody knows which layer reads which channel: "
@@ -90,27 +80,17 @@ def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     return purged
 
 
-def _compare(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
-    original = copy.deepcopy(model).eval()
+def _refuse_difference(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
     with torch.inference_mode():
-        expected = tree_leaves(run_on(original, copy.deepcopy(example_input)))
-        try:
-            found = tree_leaves(run_on(purged, copy.deepcopy(example_input)))
-        except Exception as reason:
-            raise DeployError(
-                f"The purged model fails ({reason}); keep the model as it is."
-            ) from reason
-    for x, y in zip(expected, found, strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point():
-            difference = math.inf
-            if x.shape == y.shape:
-                difference = float((y - x).double().norm() / x.double().norm().clamp_min(1e-30))
-            # Half precision cannot agree to more than it resolves.
-            if not difference <= max(_TOLERANCE, 4 * torch.finfo(x.dtype).eps):
-                raise DeployError(
-                    f"The purged model's output differs by {difference:.1e}; keep the model as it "
-                    "is, and please report its structure."
-                )
+        expected = run(copy_of(model).eval(), example_input)
+        error = relative_error(run(purged, example_input, "purged model"), expected)
+    # Half precision cannot agree to more than it resolves.
+    resolved = [torch.finfo(x.dtype).eps for x in tensors_of(expected) if x.is_floating_point()]
+    if not error <= max([_TOLERANCE, *(4 * eps for eps in resolved)]):
+        raise DeployError(
+            f"The purged model's output differs by {error:.1e}; keep the model as it is, and "
+            "please report its structure."
+        )
 
 
 def _purge_spaces(traced: fx.GraphModule, removed: dict[str, int]) -> bool:

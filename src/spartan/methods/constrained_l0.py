@@ -48,10 +48,7 @@ class ConstrainedL0(Gated):
         dual_lr: What a violation of 1 that lasts for the whole run adds to λ.
         proportional: For `"nupi"`, what it adds at once.
         warmup: Fraction of the run over which the target tightens.
-        gate_lr: See `Gated`, as for the fields below.
-        finetune: Last fraction of the run, with gates and masks fixed.
-        keep_one: Whether each layer keeps at least its strongest unit.
-        seed: Of the gates' draws.
+        gate_lr, finetune, keep_one, seed: See `Gated`.
 
     Raises:
         MethodError: A setting is out of range.

@@ -59,6 +59,7 @@ _START, _SPREAD = math.log(0.95 / 0.05), 0.01
 _CEILING, _FLOOR_SHARE = 0.998, 0.1
 # A longer memory of the first moment would carry gates past the target.
 _BETAS = (0.5, 0.99)
+_FOLLOW = 0.02  # how fast the unit of λ follows the pull of the loss
 _LAST = -1e3  # ranks behind every log α
 _CHECKED_STEP = 5  # at which gates are checked for whether the loss hears them
 
@@ -158,20 +159,20 @@ class Gated(Method):
     # Gates --------------------------------------------------------------------------------------
 
     def select(self, groups: Sequence[Group], step: int, total_steps: int) -> None:
+        if step >= self._last_update(total_steps):
+            for group in groups:
+                self._fix(group)
+            return
         if step == 0:
             for group in groups:
                 self._start(group)
-        elif step < self._last_update(total_steps):
+        else:
             require_finite([site for group in groups for site in group.sites])
             self._step_gates(groups, step, total_steps)
-        for group in groups:
-            if step < self._last_update(total_steps):
-                for site in group.sites:
-                    site.mask = site.tensors["log_alpha"] > -gates.KAPPA
-                    if "pulled" in site.scratch:  # else the draw may be for another optimizer
-                        site.scratch.clear()
-            else:
-                self._fix(group)
+        for site in (site for group in groups for site in group.sites):
+            site.mask = site.tensors["log_alpha"] > -gates.KAPPA
+            if "pulled" in site.scratch:  # else the draw may be for another optimizer
+                site.scratch.clear()
 
     def _start(self, group: Group) -> None:
         if group.share.rows:
@@ -202,7 +203,8 @@ class Gated(Method):
             if weakest <= (0.0 if self.keep_one else -gates.KAPPA):
                 self._warn_shut(group)
             group.numbers["expected"] = cost / group.share.total
-            _follow(group.numbers, "unit", pull)
+            unit = group.numbers.get("unit", pull)
+            group.numbers["unit"] = unit + _FOLLOW * (pull - unit)
             multiplier = self.multiplier(group, step, total_steps)
             group.numbers["multiplier"] = multiplier
             self._step_group(group, step, total_steps)
@@ -336,11 +338,6 @@ def _pull_of_loss(group: Group) -> Tensor:
 def _weakest_layer(group: Group) -> Tensor:
     """Return the smallest, over layers, of the largest log α."""
     return torch.stack([site.tensors["log_alpha"].amax() for site in group.sites]).amin().double()
-
-
-def _follow(numbers: dict[str, float], key: str, value: float) -> None:
-    """Let a running mean follow a value."""
-    numbers[key] = value if key not in numbers else numbers[key] + 0.02 * (value - numbers[key])
 
 
 def _own_name(site: Site) -> str:

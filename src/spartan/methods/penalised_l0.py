@@ -23,10 +23,7 @@ class PenalisedL0(Gated):
 
     Attributes:
         penalty: λ: what the density of 1 adds to the loss.
-        gate_lr: See `Gated`, as for the fields below.
-        finetune: Last fraction of the run, with gates and masks fixed.
-        keep_one: Whether each layer keeps at least its strongest unit.
-        seed: Of the gates' draws.
+        gate_lr, finetune, keep_one, seed: See `Gated`.
 
     Raises:
         MethodError: A setting is out of range.

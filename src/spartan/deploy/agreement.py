@@ -1,0 +1,72 @@
+"""Copies of a model, and whether what became of them still computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.errors import DeployError
+from spartan.samples import run_on
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy.
+
+    Raises:
+        DeployError: The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise DeployError(
+            f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "
+            "has weight norms, make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
+
+
+def run(model: nn.Module, sample: Any, what: str = "model") -> Any:
+    """Return a model's output on a sample input, which stays as it is.
+
+    Raises:
+        DeployError: The model fails; `what` says which it is.
+    """
+    try:
+        return run_on(model, copy.deepcopy(sample))  # the model may write into it
+    except Exception as error:
+        raise DeployError(
+            f"The {what} does not run on the example input: {type(error).__name__}: {error}"
+        ) from error
+
+
+def relative_error(result: Any, reference: Any) -> float:
+    """Return the largest relative difference, in norm, of the tensors in two outputs.
+
+    Infinite where shapes, numbers of tensors or infinite entries differ.
+    """
+    ours, theirs = list(tensors_of(result)), list(tensors_of(reference))
+    worst = 0.0 if len(ours) == len(theirs) else float("inf")
+    for a, b in zip(ours, theirs, strict=False):
+        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+            worst = float("inf")
+        elif b.is_floating_point():
+            finite = b.isfinite()
+            wanted = b[finite].double()
+            error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+            worst = max(worst, float(error))
+    return worst
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an output: a tensor, or dicts, lists and tuples of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
