@@ -64,9 +64,10 @@ def refuse_too_little(group: Group) -> None:
     least = sum(site.cost for site in group.sites)
     if 0 < group.share.kept < least:
         names = ", ".join(repr(site.name) for site in group.sites[:3])
+        names += ", …" if len(group.sites) > 3 else ""
         raise BudgetError(
             f"A density of {group.share.kept / group.share.total:.3g} has no room for one unit of "
-            f"each of {len(group.sites)} layers ({names}, …); the smallest reachable density is "
+            f"each of {len(group.sites)} layers ({names}); the smallest reachable density is "
             f"{least / group.share.total:.3g}. Raise it, exclude layers, or let layers go with "
             "keep_one=False."
         )
