@@ -24,7 +24,7 @@ from spartan.shares import (
 )
 
 COSTS = ("parameters", "flops", "bytes")
-ALLOCATIONS = ("global", "uniform", "erk")
+ALLOCATIONS = ("global", "uniform", "er", "erk")
 COUNTS = ("prunable", "all")
 
 
@@ -40,9 +40,11 @@ class Budget:
             their dense size; weights of less than a few kilobytes stay dense in the file and can
             exceed it), or a mapping from parameter name to cost per weight.
         allocation: How the budget spreads over layers: `"global"` (units compete across layers),
-            `"uniform"` (the same density in each), `"erk"` (Erdős-Rényi-kernel: density of a layer
-            proportional to sum(shape) / prod(shape); Evci et al. 2020, section 3), or a mapping
-            from parameter or module name to density; layers it does not name get `density`.
+            `"uniform"` (the same density in each), `"er"` (Erdős-Rényi: density of a layer
+            proportional to (inputs + outputs) / (inputs * outputs), a convolution seen as a matrix;
+            Mocanu et al. 2018), `"erk"` (with kernels: to sum(shape) / prod(shape); Evci et al.
+            2020, section 3), or a mapping from parameter or module name to density; layers it
+            does not name get `density`.
         count: Which parameters the density refers to: the `"prunable"` ones, or `"all"` of the
             model (the prunable ones then carry the difference).
         sample_input: One batch for `cost="flops"`.
@@ -52,7 +54,7 @@ class Budget:
         example_input: One batch for `latency_ms`, of the size that is to take this time.
 
     The number of kept units is exactly round(density x units), halves to even, where all units cost
-    the same, per layer for per-layer allocations (`"erk"` hits the total). Otherwise the kept
+    the same, per layer for per-layer allocations (`"er"` and `"erk"` hit the total). Otherwise the kept
     cost is the largest greedy prefix that does not exceed density x total cost. Decimal densities
     are taken at their written value: 0.1 is one tenth, not the float nearest to it.
 
@@ -141,7 +143,7 @@ class Budget:
                     f"smallest reachable density is {1 / sum(units):.3g}."
                 )
             return [share]
-        if self.allocation == "erk":
+        if self.allocation in ("er", "erk"):
             return self._plan_erk(model, weights, units, costs)
         densities = self._densities(model, weights)
         shares = [make_share([i], units, costs, d) for i, d in enumerate(densities)]
@@ -177,7 +179,7 @@ class Budget:
     def _plan_bytes(
         self, model: nn.Module, weights: Sequence[Prunable], pattern: Pattern, units: list[int]
     ) -> list[Share]:
-        if isinstance(pattern, NM) or self.allocation == "erk":
+        if isinstance(pattern, NM) or self.allocation in ("er", "erk"):
             raise BudgetError(
                 "cost='bytes' goes with global, uniform or given allocations, and not with N:M "
                 "patterns, whose size is fixed."
@@ -246,7 +248,10 @@ class Budget:
     ) -> list[Share]:
         density = float(self._density_of_prunable(model, weights))
         totals = [n * cost for n, cost in zip(units, costs, strict=True)]
-        densities = erk_densities([tuple(w.shape) for w in weights], density, totals)
+        shapes = [tuple(w.shape) for w in weights]
+        if self.allocation == "er":
+            shapes = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+        densities = erk_densities(shapes, density, totals)
         shares = [make_share([i], units, costs, Fraction(d)) for i, d in enumerate(densities)]
         if len(set(costs)) == 1:
             wanted = round(self._density_of_prunable(model, weights) * sum(units))
@@ -264,7 +269,7 @@ class Budget:
         else:
             densities = [self.fraction, *(Fraction(str(d)) for d in self.allocation.values())]
         agree = all(d is None or abs(d - wanted) < 1e-9 for d in densities)
-        if not agree or self.allocation == "erk" or self.count == "all":
+        if not agree or self.allocation in ("er", "erk") or self.count == "all":
             raise BudgetError(
                 f"The pattern {pattern} keeps exactly {pattern.n} of every {pattern.m} weights in "
                 f"every layer: ask for density={float(wanted):g} of the prunable weights, "

@@ -43,6 +43,11 @@ class Prunable:
         return self.parameter.shape
 
     @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
     def oriented_shape(self) -> tuple[int, ...]:
         """Shape as (out, in, …)."""
         out, inputs, *rest = self.shape

@@ -221,4 +221,5 @@ def test_two_parameter_groups_change_nothing(method: Method, make_net: Callable[
 
 def test_every_method_has_a_row() -> None:
     tested = {type(m) for m in METHODS}
-    assert tested == set(spartan.methods.METHODS.values()) - {spartan.methods.Fixed}
+    masking = {m for m in spartan.methods.METHODS.values() if issubclass(m, Method)}
+    assert tested == masking - {spartan.methods.Fixed}

@@ -75,9 +75,14 @@ def native_for(*lists: Sequence[Tensor]) -> Any:
     return native if all(map(alike, zip(*given, strict=True))) else None
 
 
+def native_module() -> Any:
+    """Return the native module, or None if the torch versions run."""
+    return _chosen()[1]
+
+
 def native_for_any_order(*tensors: Tensor) -> Any:
     """Return the native module if these are float32 tensors on the CPU, else None."""
-    native = _chosen()[1]
+    native = native_module()
     for tensor in tensors:
         if (
             tensor.dtype is not torch.float32

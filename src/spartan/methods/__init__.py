@@ -1,7 +1,17 @@
-"""The methods: one file each, behind the contract of `spartan.methods.base`."""
+"""The methods: one file each.
+
+Those that mask weights are here, behind the contract of `spartan.methods.base`; those that grow
+the connections of always-sparse layers are in `spartan.always_sparse`, behind that of `growth`.
+"""
 
 from typing import Any
 
+from spartan.always_sparse.dst_ee import DSTEE
+from spartan.always_sparse.growth import Growth
+from spartan.always_sparse.gse import GSE
+from spartan.always_sparse.rigl import RigL
+from spartan.always_sparse.set import SET
+from spartan.always_sparse.static import Static
 from spartan.errors import MethodError, did_you_mean
 from spartan.methods.base import Method
 from spartan.methods.constrained_l0 import ConstrainedL0
@@ -13,16 +23,17 @@ from spartan.methods.penalised_l0 import PenalisedL0
 from spartan.methods.powerpropagation import Powerpropagation
 from spartan.methods.spartan import Spartan
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method] | type[Growth]] = {
     cls.name: cls
     for cls in (
         *(Spartan, DualAveraging, Magnitude, DPF, Powerpropagation),
         *(ConstrainedL0, PenalisedL0, Fixed),
+        *(GSE, SET, RigL, DSTEE, Static),
     )
 }
 
 
-def create(name: str, **settings: Any) -> Method:
+def create(name: str, **settings: Any) -> Method | Growth:
     """Make a method by its name.
 
     Raises:
@@ -39,22 +50,28 @@ def create(name: str, **settings: Any) -> Method:
     return cls(**settings)
 
 
-def list() -> tuple[type[Method], ...]:
+def list() -> tuple[type[Method] | type[Growth], ...]:
     """Return every method; each has a `name`, `summary`, `paper` and `step_cost` in one line."""
     return tuple(METHODS.values())
 
 
 __all__ = [
     "DPF",
+    "DSTEE",
+    "GSE",
     "METHODS",
+    "SET",
     "ConstrainedL0",
     "DualAveraging",
     "Fixed",
+    "Growth",
     "Magnitude",
     "Method",
     "PenalisedL0",
     "Powerpropagation",
+    "RigL",
     "Spartan",
+    "Static",
     "create",
     "list",
 ]

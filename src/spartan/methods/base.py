@@ -15,15 +15,15 @@ sites and groups, from where the sparsifier saves it.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spartan import kernels
+from spartan.described import Described
 from spartan.kernels import units
 from spartan.kernels.scores import wide
 from spartan.methods.groups import Group
@@ -31,15 +31,10 @@ from spartan.methods.sites import Site
 from spartan.methods.writing import write_given, write_kept
 
 
-class Method(ABC):
-    """Base of all methods. Subclasses are frozen dataclasses; their fields are the settings."""
+class Method(Described, ABC):
+    """Base of the methods that mask weights."""
 
-    scheduled: ClassVar[bool] = True  # whether it needs to know the length of the run
     checks_weights: ClassVar[bool] = False  # whether `select` refuses weights that are not finite
-    name: ClassVar[str]
-    summary: ClassVar[str]  # when to choose it, in a line
-    paper: ClassVar[str]
-    step_cost: ClassVar[str]  # what it adds to a training step
 
     @abstractmethod
     def moves_masks(self, step: int, total_steps: int) -> bool:
@@ -98,12 +93,6 @@ class Method(ABC):
     def monitor(self, group: Group) -> dict[str, float]:
         """Return numbers worth logging for a group."""
         return {}
-
-    def settings(self) -> dict[str, Any]:
-        """Return the method's name and settings as plain values."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-        return {"name": self.name, **plain}
 
 
 def scale_gradients(sites: Sequence[Site], factors: Sequence[Tensor]) -> None:

@@ -65,9 +65,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
             row.name, _shape(row.shape), f"{row.numel:,}", f"{row.units:,}", f"{row.cost:.4g}"
         )
     console.print(table)
-    for group in sparsifier.groups:
-        share = group.share
-        names = group.sites[0].name if len(group.sites) == 1 else f"{len(group.sites)} weights"
+    for names, share in sparsifier.shares():
         unit = "units" if share.counted else "of cost"
         where = " in each row" if share.rows else ""
         console.print(
@@ -76,7 +74,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
         )
     total = trainer.total_steps
     method = sparsifier.method
-    fixed = max(s for s in range(total + 1) if method.moves_masks(s, total))
+    fixed = max((s for s in range(total + 1) if sparsifier.moves_after(s)), default=0)
     settings = ", ".join(f"{k}={v}" for k, v in method.settings().items() if k != "name")
     console.print(
         f"kernels {kernels.backend()}\n"
@@ -85,10 +83,10 @@ def print_plan(console: Console, trainer: Trainer) -> None:
         f"fixed from step {fixed:,} on",
         highlight=False,
     )
-    end = next(s for s in range(total + 1) if method.progress(s, total) == 1.0)
-    share = sparsifier.groups[0].share
+    end = next(s for s in range(total + 1) if sparsifier.progress_after(s) == 1.0)
+    _, share = sparsifier.shares()[0]
     marks = sorted({round(end * quarter / 4) for quarter in range(5)})
-    densities = [share.at(method.progress(step, total)) / share.total for step in marks]
+    densities = [share.at(sparsifier.progress_after(step)) / share.total for step in marks]
     shown = ", ".join(f"step {s:,}: {d:.2%}" for s, d in zip(marks, densities, strict=True))
     console.print(f"density {shown}", highlight=False)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spartan import methods
+from spartan.always_sparse.growth import Growth
 from spartan.budget import Budget
 from spartan.errors import ConfigError, FileError, did_you_mean
 from spartan.methods.base import Method
@@ -42,7 +43,7 @@ class TrainConfig:
     pattern: str = "unstructured"
     """unstructured, channel, input-channel, block:ROWSxCOLS, or N:M."""
     allocation: str = "global"
-    """How the budget spreads over layers: global, uniform or erk."""
+    """How the budget spreads over layers: global, uniform, er or erk."""
     cost: str = "parameters"
     """What the budget counts: parameters, flops or bytes."""
     count: str = "prunable"
@@ -109,7 +110,7 @@ class TrainConfig:
             if value not in known:
                 raise ConfigError(f"Unknown {field} {value!r}; {did_you_mean(value, known)}")
 
-    def make_method(self) -> Method:
+    def make_method(self) -> Method | Growth:
         """Create the method with its settings."""
         settings = {}
         for text in self.method_args:

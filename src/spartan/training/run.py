@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spartan.always_sparse.conversion import dense_state
 from spartan.errors import ConfigError, FileError
 from spartan.files import load_state, load_tensors, write_text
 from spartan.training.config import TrainConfig, read_config
@@ -111,4 +112,5 @@ class Run:
                 f"The run {str(self.folder)!r} has neither a model nor a checkpoint yet."
             )
         state = load_state(self.checkpoint_path)
-        return state["model"], state["facts"]
+        shapes = {layer["name"]: layer["shape"] for layer in state["facts"]["layers"]}
+        return dense_state(state["model"], shapes), state["facts"]

@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from spartan.always_sparse.conversion import convert, sparse_layers, to_dense
+from spartan.always_sparse.growth import Growth
+from spartan.budget import Budget
 from spartan.errors import ConfigError, StateError
 from spartan.files import load_state, save_state, save_tensors
+from spartan.methods.base import Method
 from spartan.seeds import derive_seed
 from spartan.sparsifier import Sparsifier
 from spartan.training.config import TrainConfig
@@ -54,16 +58,18 @@ class Trainer:
         self.model = build_model(config.model, data.channels, data.size, len(data.classes))
         self.model.to(self.device)
         self._check_model()
+        method = config.make_method()
+        budget = config.make_budget(example_input(data.channels, data.size, device=self.device))
+        self._convert(method, budget)
         self.optimizer, self.peak_lr = make_optimizer(config, self.model)
         self.sparsifier = Sparsifier(
             self.model,
             self.optimizer,
-            config.make_method(),
-            config.make_budget(example_input(data.channels, data.size, device=self.device)),
+            method,
+            budget,
             self.total_steps,
             pattern=config.make_pattern(),
-            include=config.include or None,
-            exclude=config.exclude or None,
+            **({} if isinstance(method, Growth) else self._filters()),
         )
         half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self._autocast = torch.autocast(self.device.type, half, enabled=config.amp)
@@ -74,7 +80,7 @@ class Trainer:
             torch.compile(self.model) if config.compile else self.model
         )
         self._tally = torch.zeros(3, dtype=torch.float64)  # loss sum, correct, images
-        self._masks_before = self._masks()
+        self._selected_before = self.sparsifier.selected()
 
     def fit(self, run: Run, show: Callable[[Row], None], tick: Callable[[int, Row], None]) -> Row:
         """Train to the end and write the final model.
@@ -106,6 +112,7 @@ class Trainer:
                         self._stop(run, signum)
             self.sparsifier.finalize()
             row = self._log_test(log)
+            self.model = to_dense(self.model)
             save_tensors(run.model_path, self.model.state_dict(), self.facts())
             return row
         finally:
@@ -131,8 +138,14 @@ class Trainer:
             "pattern": str(self.sparsifier.pattern),
             "monitor": self.sparsifier.monitor(),
             "layers": [
-                {"name": r.name, "units": r.units, "kept_units": r.kept_units, "cost": r.cost}
-                for r in self.sparsifier.layers()
+                {
+                    "name": _dense_name(row.name),
+                    "shape": list(row.shape),
+                    "units": row.units,
+                    "kept_units": row.kept_units,
+                    "cost": row.cost,
+                }
+                for row in self.sparsifier.layers()
             ],
         }
 
@@ -147,7 +160,7 @@ class Trainer:
                 "scaler": self._scaler.state_dict(),
                 "sparsifier": self.sparsifier.state_dict(),
                 "tally": self._tally,
-                "masks_before": self._masks_before,
+                "selected_before": self._selected_before,
                 "facts": self.facts(),
             },
         )
@@ -172,8 +185,8 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
             self._tally = state["tally"]
-            masks = state["masks_before"]
-            self._masks_before = {name: mask.to(self.device) for name, mask in masks.items()}
+            before = state["selected_before"]
+            self._selected_before = {name: kept.to(self.device) for name, kept in before.items()}
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             if isinstance(error, StateError):
                 raise
@@ -196,6 +209,17 @@ class Trainer:
             )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError(f"The model {name!r} has nothing to train.")
+
+    def _convert(self, method: Method | Growth, budget: Budget) -> None:
+        """Make the layers sparse whose connections a growth method is to move."""
+        if not isinstance(method, Growth):
+            return
+        allocation = "er" if budget.allocation == "global" else budget.allocation
+        density = None if budget.fraction is None else float(budget.fraction)
+        self.model = convert(self.model, density, allocation, **self._filters())
+
+    def _filters(self) -> dict[str, Any]:
+        return {"include": self.config.include or None, "exclude": self.config.exclude or None}
 
     # One epoch ----------------------------------------------------------------------------------
 
@@ -262,9 +286,8 @@ class Trainer:
     def _train_row(self, images_per_second: float) -> Row:
         loss, correct, images = self._tally.tolist()
         self._tally = torch.zeros(3, dtype=torch.float64)
-        masks = self._masks()
-        changed = sum(int((masks[k] != self._masks_before[k]).sum()) for k in masks)
-        self._masks_before = masks
+        churn = self.sparsifier.churn(self._selected_before)
+        self._selected_before = self.sparsifier.selected()
         return {
             "split": "train",
             "step": self.step,
@@ -272,7 +295,7 @@ class Trainer:
             "loss": loss / images,
             "accuracy": correct / images,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "churn": changed / sum(mask.numel() for mask in masks.values()),
+            "churn": churn,
             "images_per_second": images_per_second,
             **self.sparsifier.monitor(),
         }
@@ -290,8 +313,11 @@ class Trainer:
         log.write(row)
         return row
 
-    def _masks(self) -> dict[str, Tensor]:
-        return {site.name: site.mask.clone() for site in self.sparsifier.sites}
+
+def _dense_name(name: str) -> str:
+    """Return the name that the values of an always-sparse layer have in the final model."""
+    prefix = name.removesuffix("values")
+    return name if prefix == name else f"{prefix}weight"
 
 
 def evaluate(
@@ -316,8 +342,10 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> tuple[Optimizer, fl
     if name == "auto":
         attention = any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
         name = "adamw" if attention or config.model.startswith("timm:vit") else "sgd"
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    values = {id(layer.values) for layer in sparse_layers(model).values()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 or id(p) in values]
+    plain = [p for p in trained if not (p.dim() > 1 or id(p) in values)]
     decay = config.weight_decay
     if name == "sgd":
         lr = config.lr if config.lr is not None else 0.1

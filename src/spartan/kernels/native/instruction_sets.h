@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "connections.h"
 #include "loops.h"
 #include "products.h"
 
@@ -15,6 +16,7 @@ namespace spartan {
 struct InstructionSet {
   const Loops* loops;
   const ProductLoops* products;
+  const ConnectionLoops* connections;
 };
 
 const InstructionSet& current_set();
@@ -22,5 +24,6 @@ std::vector<std::string> instruction_sets();
 void use_instruction_set(const std::string& name);
 
 void bind_layers(nanobind::module_&);
+void bind_connections(nanobind::module_&);
 
 }  // namespace spartan

@@ -1,3 +1,4 @@
 #define SPARTAN_SET avx2
 #include "loops.inc"
 #include "products.inc"
+#include "connections.inc"

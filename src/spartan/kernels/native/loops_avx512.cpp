@@ -1,3 +1,4 @@
 #define SPARTAN_SET avx512
 #include "loops.inc"
 #include "products.inc"
+#include "connections.inc"

@@ -1,3 +1,4 @@
 #define SPARTAN_SET baseline
 #include "loops.inc"
 #include "products.inc"
+#include "connections.inc"

@@ -1,0 +1,87 @@
+r"""Dynamic sparse training with exploration and exploitation, DST-EE (Huang et al., 2023).
+
+    N_ba ← N_ba + 1 for each connection that an update leaves
+    S_ba = |∇_ba| + c m ln(t) / (N_ba + ε)
+    G ← the k unconnected pairs with the largest S_ba
+
+The bonus draws growth to pairs that were rarely connected; c = 0 is RigL. As c has the unit of a
+gradient, it is given here in units of m, the mean |∇| of the unconnected pairs of the layer. N is
+kept for pairs that ever were connected only: it is 0 for all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spartan.always_sparse.growth import AnnealedGrowth, SparseSite
+from spartan.always_sparse.rigl import Best, Slice, dense_gradient
+from spartan.errors import MethodError
+
+
+@dataclass(frozen=True)
+class DSTEE(AnnealedGrowth):
+    """Grow the connections of largest gradient, with a bonus for those rarely tried.
+
+    Attributes:
+        fraction: α, share of the connections that the first update replaces.
+        period: T, steps between two updates.
+        end: T_end, as a fraction of the run.
+        seed: Of all random choices.
+        exploration: c, in units of the mean |∇|. The paper's value could not be confirmed.
+        epsilon: ε.
+
+    Raises:
+        MethodError: A setting is out of range.
+
+    Source: Huang et al., "Dynamic Sparse Training via Balancing the Exploration-Exploitation
+    Trade-off", DAC 2023.
+    """
+
+    exploration: float = 1.0
+    epsilon: float = 1.0
+
+    name: ClassVar[str] = "dst-ee"
+    summary: ClassVar[str] = "always-sparse layers; RigL with a bonus for what was rarely tried"
+    paper: ClassVar[str] = "Huang et al., DAC 2023"
+    step_cost: ClassVar[str] = "nothing; a dense gradient, in slices, twice at each update"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.exploration < math.inf:
+            raise MethodError(f"exploration={self.exploration!r} must be 0 or positive.")
+        if not 0 < self.epsilon < math.inf:
+            raise MethodError(f"epsilon={self.epsilon!r} must be positive.")
+
+    def grow(self, sites: Sequence[SparseSite], count: int, step: int) -> list[Tensor]:
+        best = Best(sites, count)
+        for i, site in enumerate(sites):
+            total = 0.0
+            for part in dense_gradient(site):
+                part.magnitudes[part.connected] = 0.0
+                total += float(part.magnitudes.sum(dtype=torch.float64))
+            c = self.exploration * total / max(1, site.unconnected)
+            for part in dense_gradient(site):
+                rounds = _rounds(site, part)
+                score = acquisition(part.magnitudes, rounds, step, c, self.epsilon)
+                best.offer(i, part, score)
+        return best.keys
+
+
+def acquisition(gradient: Tensor, rounds: Tensor, step: int, c: float, epsilon: float) -> Tensor:
+    """Return S, in float64: a large bonus would round small gradients away."""
+    return gradient.double().abs() + c * math.log(max(step, 1)) / (rounds.double() + epsilon)
+
+
+def _rounds(site: SparseSite, part: Slice) -> Tensor:
+    """Return N of the pairs of a slice."""
+    rounds = torch.zeros_like(part.magnitudes, dtype=site.rounds.dtype)
+    ends = (part.first, part.first + part.magnitudes.numel())
+    low, high = (int(torch.searchsorted(site.tried, end)) for end in ends)
+    rounds[site.tried[low:high] - part.first] = site.rounds[low:high]
+    return rounds

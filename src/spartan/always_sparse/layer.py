@@ -1,0 +1,224 @@
+"""What layers that store only their nonzeros have in common."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.always_sparse.product import Passes, product
+from spartan.always_sparse.random_graphs import random_connections
+from spartan.errors import BudgetError, KernelError, StateError
+from spartan.kernels.connections import Connections
+
+
+class SparseLayer(nn.Module):
+    """A matrix of outputs x inputs of which only single connections exist.
+
+    Attributes:
+        values: One weight for each connection: (connections,), by output and then by input.
+        row_starts: int32, (outputs + 1,): where the connections of each output begin in `values`.
+        columns: int32, (connections,): the input of each connection.
+        bias: (outputs,), or None.
+    """
+
+    values: nn.Parameter
+    row_starts: Tensor
+    columns: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        connections: Connections,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.matrix_shape = (outputs, inputs)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.values = nn.Parameter(torch.empty(connections.count, **made))
+        self.register_buffer("row_starts", connections.starts.to(self.values.device))
+        self.register_buffer("columns", connections.columns.to(self.values.device))
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs, **made)) if bias else None)
+        self._known: Connections | None = None
+        self.passes: Passes | None = None
+        self.reset_parameters()
+
+    @property
+    def connections(self) -> Connections:
+        """The graph; indices that the products need are kept until it changes."""
+        known = self._known
+        if known is None or known.starts is not self.row_starts or known.columns is not self.columns:
+            known = Connections(self.row_starts, self.columns, self.matrix_shape[1])
+            self._known = known
+        return known
+
+    @property
+    def density(self) -> float:
+        """Connections as a fraction of all pairs."""
+        return self.values.numel() / math.prod(self.matrix_shape)
+
+    def reset_parameters(self) -> None:
+        """Draw values and bias uniformly from ±sqrt(3 / fan-in), each unit with its own fan-in.
+
+        Inputs of unit variance then give outputs of unit variance (the initialisation of the code
+        of Heddes et al., 2024).
+        """
+        with torch.no_grad():
+            fan_in = self.connections.fan_in
+            bound = (3 / fan_in.clamp(min=1)).sqrt().to(self.values.dtype)
+            each = bound.repeat_interleave(fan_in, output_size=self.values.numel())
+            self.values.uniform_(-1, 1).mul_(each)
+            if self.bias is not None:
+                self.bias.uniform_(-1, 1).mul_(bound)
+
+    @torch.no_grad()
+    def rewire(self, connections: Connections, values: Tensor) -> None:
+        """Take other connections, with their values; `values` stays the same parameter."""
+        resize(self.values, values)
+        self.row_starts, self.columns = connections.starts, connections.columns
+        self._known = connections
+
+    @property
+    @abstractmethod
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, were it dense."""
+
+    @torch.no_grad()
+    def copy_to(self, dense: nn.Module) -> None:
+        """Write the weights, zeros included, and what else a dense layer shares with this one."""
+        weight, bias = dense.get_parameter("weight"), self.bias
+        weight.zero_()
+        weight.view(-1)[self.connections.keys()] = self.values
+        weight.requires_grad_(self.values.requires_grad)
+        if bias is not None:
+            dense.get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
+        dense.train(self.training)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return W x + b; see `product`."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.values.dtype)
+        if x.dtype != self.values.dtype or x.device != self.values.device:
+            raise RuntimeError(
+                f"The input is {x.dtype} on {x.device}, the layer {self.values.dtype} on "
+                f"{self.values.device}: they must agree."
+            )
+        return product(x, self.values, self.bias, self.connections, self.passes)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the state's graph, which may have another number of connections."""
+        keys = [prefix + key for key in ("values", "row_starts", "columns")]
+        given = [state_dict.get(key) for key in keys]
+        if all(isinstance(tensor, Tensor) for tensor in given):
+            values, starts, columns = given
+            device = self.values.device
+            try:
+                found = Connections(
+                    starts.to(device, copy=True), columns.to(device, copy=True), self.matrix_shape[1]
+                )
+                if (found.outputs, found.count) != (self.matrix_shape[0], values.numel()):
+                    raise KernelError(
+                        f"there are {values.numel():,} values and rows for {found.outputs:,} "
+                        f"outputs, and the layer has {self.matrix_shape[0]:,}."
+                    )
+            except KernelError as error:
+                raise StateError(
+                    f"The state of {prefix.rstrip('.') or 'the layer'!r} is damaged or of another "
+                    f"layer; nothing of it was loaded. {error}"
+                ) from error
+            self.rewire(found, values.to(self.values))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"bias={self.bias is not None}, connections={self.values.numel():,}, "
+            f"density={self.density:.4g}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None, "passes": None}
+
+
+def resize(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter other values, perhaps of another length."""
+    if parameter.shape == values.shape:
+        parameter.copy_(values)
+        return
+    # A graph that is still alive holds the node that accumulates this gradient, and with it the
+    # old shape; torch makes a new one only when the dtype changes.
+    other = torch.float32 if values.dtype != torch.float32 else torch.float64
+    parameter.data = torch.empty(0, dtype=other, device=values.device)
+    parameter.data = values
+
+
+def draw_connections(
+    outputs: int,
+    inputs: int,
+    density: float | None,
+    connections_per_unit: float | None,
+    connections: Connections | None,
+    every_unit: bool,
+) -> Connections:
+    """Return the graph of a new layer: a random one, or the one that is given.
+
+    Raises:
+        BudgetError: Not one of density, connections_per_unit and connections is given, or it cannot
+            be reached.
+    """
+    if min(outputs, inputs) < 1:
+        raise BudgetError(f"A layer of {inputs} inputs and {outputs} outputs has no connections.")
+    if sum(given is not None for given in (density, connections_per_unit, connections)) != 1:
+        raise BudgetError("Give one of density=, connections_per_unit= and connections=.")
+    if connections is not None:
+        if (connections.outputs, connections.inputs) != (outputs, inputs):
+            raise BudgetError(
+                f"The connections are of {connections.inputs:,} inputs and "
+                f"{connections.outputs:,} outputs, the layer has {inputs:,} and {outputs:,}."
+            )
+        return connections
+    pairs = outputs * inputs
+    if density is not None:
+        asked, most = f"density={density}", 1.0
+        given, count = density, round(density * pairs)
+    else:
+        assert connections_per_unit is not None
+        asked, most = f"connections_per_unit={connections_per_unit}", float(inputs)
+        given, count = connections_per_unit, round(connections_per_unit * outputs)
+    if not 0 < given <= most:
+        raise BudgetError(f"{asked} must be more than 0 and at most {most:g}.")
+    fewest = outputs if every_unit else 1
+    if count < fewest:
+        raise BudgetError(
+            f"{asked} gives {count:,} connections to {outputs:,} output units; at least {fewest:,} "
+            f"are needed, a density of {fewest / pairs:.3g}."
+        )
+    drawn = random_connections(outputs, inputs, count, every_unit)
+    warn_of_unconnected({"": drawn})
+    return drawn
+
+
+def warn_of_unconnected(drawn: Mapping[str, Connections]) -> None:
+    """Warn of output units that nothing leads to, of layers by their names."""
+    empty = {name: int((graph.fan_in == 0).sum()) for name, graph in drawn.items()}
+    found = [
+        f"{empty[name]:,} of {graph.outputs:,} output units{f' of {name!r}' if name else ''}"
+        for name, graph in drawn.items()
+        if empty[name]
+    ]
+    if found:
+        warnings.warn(
+            f"{', '.join(found)} have no connection and give their bias only. Take a higher "
+            "density, or every_unit=True to give each unit at least one.",
+            stacklevel=4,
+        )

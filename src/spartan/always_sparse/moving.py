@@ -1,0 +1,89 @@
+"""Moving connections, with everything that is kept for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from spartan.always_sparse.growth import SparseSite, is_in
+from spartan.kernels.connections import Connections
+
+
+@dataclass(frozen=True)
+class Move:
+    """What an update does to one layer.
+
+    Attributes:
+        site: The layer.
+        kept: Which of its connections survive, in their order.
+        grown: Keys of new ones: int64, rising, not connected now.
+    """
+
+    site: SparseSite
+    kept: Tensor
+    grown: Tensor
+
+
+def apply(move: Move, optimizers: Iterable[Optimizer]) -> None:
+    """Prune and grow.
+
+    Values, gradient and whatever an optimizer keeps for each weight follow the connections that
+    survive; for new ones they are zero.
+
+    Args:
+        move: What to do.
+        optimizers: Those that may keep something for the layer's values.
+    """
+    site, layer = move.site, move.site.layer
+    outputs, inputs = layer.matrix_shape
+    survivors = site.connections.keys()[move.kept]
+    keys, places = merge(survivors, move.grown)
+    old = layer.values
+
+    def carried(entries: Tensor) -> Tensor:
+        new = entries.new_zeros(keys.numel())
+        new[places] = entries[move.kept]
+        return new
+
+    shape = old.shape
+    values = carried(old.detach())
+    gradient = None if old.grad is None else carried(old.grad)
+    for optimizer in optimizers:
+        state = optimizer.state.get(old, {})
+        for name, entries in state.items():
+            if isinstance(entries, Tensor) and entries.shape == shape:
+                state[name] = carried(entries)
+    old.grad = None
+    layer.rewire(Connections.from_keys(keys, outputs, inputs), values)
+    layer.values.grad = gradient
+    _remember(site, survivors, move.grown)
+
+
+def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two rising lists that share nothing.
+
+    Returns:
+        The merged list, and where the entries of the first one are in it.
+    """
+    places = torch.searchsorted(first, second)
+    places += torch.arange(second.numel(), device=second.device)
+    of_first = torch.ones(first.numel() + second.numel(), dtype=torch.bool, device=first.device)
+    of_first[places] = False
+    merged = torch.empty_like(of_first, dtype=first.dtype)
+    kept = of_first.nonzero()[:, 0]
+    merged[kept], merged[places] = first, second
+    return merged, kept
+
+
+def _remember(site: SparseSite, survivors: Tensor, grown: Tensor) -> None:
+    """Count the update for those that survived, and add those never connected before."""
+    site.rounds[torch.searchsorted(site.tried, survivors)] += 1
+    new = grown[~is_in(grown, site.tried)]
+    tried, places = merge(site.tried, new)
+    rounds = torch.zeros_like(tried, dtype=site.rounds.dtype)
+    rounds[places] = site.rounds
+    site.tried, site.rounds = tried, rounds

@@ -1,0 +1,106 @@
+r"""The product of a layer that stores single connections, as an autograd function.
+
+    y = W x + b
+    dx = Wᵀ dy,    dθ_i = dy_b · x_a  for each connection i = (b, a),    db = Σ dy
+
+Nothing of the size of W is formed, forward or backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spartan.kernels import connected
+from spartan.kernels.connections import Connections
+
+
+@dataclass
+class Passes:
+    """What backward passes went through a layer, for gradients at pairs that are not connected.
+
+    Attributes:
+        parts: Inputs and gradients of the outputs: (panels, features, samples) each.
+    """
+
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def gradient(self, connections: Connections) -> Tensor:
+        """Return the weight gradient of all passes at these connections, float32 or float64."""
+        gradients = [connected.at_pairs(connections, x, dy) for x, dy in self.parts]
+        return torch.stack(gradients).sum(0)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        connections: Connections,
+        passes: Passes | None,
+    ) -> Tensor:
+        images = _images(x)
+        parts = connected.split(images)
+        ctx.save_for_backward(values, *parts)
+        ctx.connections, ctx.passes, ctx.shape = connections, passes, x.shape
+        outputs = [connected.multiply(connections, values, bias, part) for part in parts]
+        return _like(x.shape, connected.join(outputs, images.shape[0]))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc,untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, *inputs = ctx.saved_tensors
+        dy = _images(grad)
+        parts = list(zip(inputs, connected.split(dy), strict=True))
+        if ctx.passes is not None:
+            ctx.passes.parts += parts
+        dbias = dy.sum((0, 2)) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            dvalues = [connected.at_pairs(ctx.connections, x, d) for x, d in parts]
+            return None, _total(dvalues), dbias, None, None
+        both = [connected.gradients(ctx.connections, values, x, d) for x, d in parts]
+        dx = connected.join([dx for dx, _ in both], dy.shape[0])
+        return _like(ctx.shape, dx), _total([dvalues for _, dvalues in both]), dbias, None, None
+
+
+# Views are made inside of the function, where they leave no nodes in the graph.
+def _images(x: Tensor) -> Tensor:
+    return x.t().unsqueeze(0) if x.dim() == 2 else x
+
+
+def _like(shape: torch.Size, images: Tensor) -> Tensor:
+    return images.squeeze(0).t() if len(shape) == 2 else images
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+@torch.compiler.disable
+def product(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    connections: Connections,
+    passes: Passes | None = None,
+) -> Tensor:
+    """Return W x + b.
+
+    Args:
+        x: (samples, inputs) or (images, inputs, samples), floating point.
+        values: W at its connections, (connections,), of the same dtype and device.
+        bias: (outputs,), or None.
+        connections: Where W is not zero.
+        passes: Where backward passes leave their inputs and gradients; None for nowhere.
+
+    Returns:
+        (samples, outputs), in which samples are neighbours in memory, or (images, outputs, samples).
+    """
+    y: Tensor = _Product.apply(x, values, bias, connections, passes)
+    return y

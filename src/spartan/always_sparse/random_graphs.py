@@ -1,0 +1,57 @@
+"""Random graphs with exactly as many connections as asked for, without a dense mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spartan.kernels.connections import Connections
+
+
+def random_connections(outputs: int, inputs: int, count: int, every_unit: bool) -> Connections:
+    """Draw an Erdős-Rényi graph with an exact number of connections, from torch's generator.
+
+    Args:
+        outputs: Output units.
+        inputs: Input units.
+        count: Connections, at most outputs * inputs; at least `outputs` with `every_unit`.
+        every_unit: Whether every output unit is given a connection first.
+    """
+    if not every_unit:
+        return Connections.from_keys(distinct(count, outputs * inputs), outputs, inputs)
+    own = torch.arange(outputs) * inputs + torch.randint(inputs, (outputs,))
+    others = nth_outside(own, distinct(count - outputs, outputs * inputs - outputs))
+    return Connections.from_keys(torch.cat((own, others)).sort().values, outputs, inputs)
+
+
+def distinct(count: int, population: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw `count` of the numbers 0 ... population - 1: int64, sorted, each subset as likely.
+
+    Memory and time grow with `count`, not with the population.
+    """
+    if 2 * count > population:
+        drawn = torch.randperm(population, generator=generator)[:count]
+        return drawn.sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < count:
+        missing = count - drawn.numel()
+        more = torch.randint(population, (missing + missing // 8 + 16,), generator=generator)
+        drawn = torch.unique(torch.cat((drawn, more)))
+    surplus = drawn.numel() - count
+    if surplus:
+        kept = torch.ones(drawn.numel(), dtype=torch.bool)
+        kept[torch.randperm(drawn.numel(), generator=generator)[:surplus]] = False
+        drawn = drawn[kept]
+    return drawn
+
+
+def nth_outside(taken: Tensor, ranks: Tensor) -> Tensor:
+    """Return the numbers that are at these ranks among those not taken.
+
+    Args:
+        taken: int64, sorted, distinct, not negative.
+        ranks: int64, counted from 0.
+    """
+    # Before the i-th taken number lie taken[i] - i numbers that are not.
+    before = taken - torch.arange(taken.numel(), device=taken.device)
+    return ranks + torch.searchsorted(before, ranks, right=True)

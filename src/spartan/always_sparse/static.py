@@ -1,0 +1,29 @@
+"""A random graph that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from spartan.always_sparse.growth import Growth, SparseSite
+
+
+@dataclass(frozen=True)
+class Static(Growth):
+    """Train the connections that are there; the baseline of the growth methods."""
+
+    uses_gradients: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = False
+    name: ClassVar[str] = "static"
+    summary: ClassVar[str] = "always-sparse layers whose connections stay: the baseline"
+    paper: ClassVar[str] = ""
+    step_cost: ClassVar[str] = "nothing"
+
+    def fraction_at(self, step: int, total_steps: int) -> float:
+        return 0.0
+
+    def grow(self, sites: Sequence[SparseSite], count: int, step: int) -> list[Tensor]:
+        return [site.tried[:0] for site in sites]

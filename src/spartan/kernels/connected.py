@@ -1,0 +1,167 @@
+"""Products of single connections with activations, and their gradients.
+
+Activations are batches of panels, (panels, features, samples of a panel), in which samples are
+neighbours: one connection is a vector operation, and rows of samples that are gathered stay in the
+cache. The torch versions serve other dtypes, CUDA, and machines without a compiler; they use the
+sparse products of torch, and both orders of the connections, which are made when the graph changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spartan.kernels.connections import Connections
+from spartan.kernels.dispatch import native_for_any_order
+from spartan.kernels.scores import wide
+
+# Samples of a panel: so many are processed where they are, more are cut into panels.
+_WHOLE, _PANEL = 256, 128
+
+
+def split(x: Tensor) -> list[Tensor]:
+    """Cut samples into panels.
+
+    Args:
+        x: (images, features, samples of an image).
+
+    Returns:
+        Tensors (panels, features, samples) in which samples are neighbours; `x` itself if it is so.
+    """
+    samples = x.shape[2]
+    if samples <= _WHOLE:
+        return [x if x.stride(2) == 1 or samples == 1 else x.contiguous()]
+    full = samples // _PANEL * _PANEL
+    panels = x[:, :, :full].unflatten(2, (-1, _PANEL)).transpose(1, 2).contiguous().flatten(0, 1)
+    return [panels] if full == samples else [panels, x[:, :, full:].contiguous()]
+
+
+def join(parts: list[Tensor], images: int) -> Tensor:
+    """Undo `split`: return (images, features, samples)."""
+    if len(parts) == 1 and parts[0].shape[0] == images:
+        return parts[0]
+    whole = parts[0].unflatten(0, (images, -1)).transpose(1, 2).flatten(2)
+    return whole if len(parts) == 1 else torch.cat((whole, parts[1]), 2)
+
+
+def multiply(connections: Connections, values: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return W x + b.
+
+    Args:
+        connections: Where W is not zero.
+        values: (connections,), floating point.
+        bias: (outputs,), or None.
+        x: (panels, inputs, samples).
+
+    Returns:
+        (panels, outputs, samples).
+    """
+    given = (values, x) if bias is None else (values, x, bias)
+    native = _native(x, *given)
+    if native is None:
+        w = _matrix(connections.starts, connections.columns, values, connections.inputs)
+        y = _product(w, x)
+        return y if bias is None else y + bias[:, None]
+    y = x.new_empty(x.shape[0], connections.outputs, x.shape[2])
+    native.connections_forward(
+        connections.by_output.described(x.shape[2]),
+        [x.shape[0], x.shape[2]],
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        _panels(x),
+        _panels(y),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def gradients(
+    connections: Connections, values: Tensor, x: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the input and of the values; see `multiply`.
+
+    Args:
+        connections: Where W is not zero.
+        values: (connections,).
+        x: (panels, inputs, samples).
+        dy: (panels, outputs, samples), the gradient of W x.
+
+    Returns:
+        Tensors like `x` and `values`.
+    """
+    native = _native(x, values, x, dy)
+    if native is None:
+        by_input, order = connections.by_input, connections.order
+        w = _matrix(by_input.starts, by_input.others, values[order], connections.outputs)
+        return _product(w, dy), at_pairs(connections, x, dy)
+    dx, dvalues = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(values)
+    native.connections_backward(
+        connections.by_input.described(x.shape[2]),
+        [x.shape[0], x.shape[2]],
+        values.data_ptr(),
+        connections.order.data_ptr(),
+        _panels(x),
+        _panels(dy),
+        _panels(dx),
+        dvalues.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dx, dvalues
+
+
+def at_pairs(connections: Connections, x: Tensor, dy: Tensor) -> Tensor:
+    """Return the entries of the weight gradient dy xᵀ at the connections, whatever has values there.
+
+    Args:
+        connections: The entries.
+        x: (panels, inputs, samples).
+        dy: (panels, outputs, samples).
+
+    Returns:
+        (connections,).
+    """
+    native = _native(x, x, dy)
+    if native is None:
+        zeros = wide(x).new_zeros(connections.count)
+        pattern = _matrix(connections.starts, connections.columns, zeros, connections.inputs)
+        product = torch.sparse.sampled_addmm(pattern, _flat(dy), _flat(x).t())
+        return product.values().to(x.dtype)
+    dvalues = x.new_empty(connections.count)
+    native.connections_pairs(
+        connections.by_output.described(x.shape[2]),
+        [x.shape[0], x.shape[2]],
+        _panels(dy),
+        _panels(x),
+        dvalues.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dvalues
+
+
+def _native(x: Tensor, *given: Tensor) -> Any:
+    return native_for_any_order(*given) if x.numel() else None
+
+
+def _panels(x: Tensor) -> list[int]:
+    return [x.data_ptr(), x.stride(0), x.stride(1)]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return (features, all samples), in float32 or float64."""
+    return wide(x).transpose(0, 1).flatten(1)
+
+
+def _product(w: Tensor, x: Tensor) -> Tensor:
+    panels, _, samples = x.shape
+    y = torch.sparse.mm(w, _flat(x).contiguous())
+    return y.unflatten(1, (panels, samples)).transpose(0, 1).to(x.dtype)
+
+
+def _matrix(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse ", UserWarning)
+        shape = (starts.numel() - 1, width)
+        return torch.sparse_csr_tensor(starts, columns, wide(values), shape, check_invariants=False)

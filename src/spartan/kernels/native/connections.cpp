@@ -1,0 +1,89 @@
+#include "connections.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "parallel.h"
+
+namespace spartan {
+namespace {
+
+// Lines a thread takes at a time: many, because each sweep reads the blocks anew.
+constexpr std::int64_t kFewest = 64, kTasks = 4;
+
+// Calls f(panel, part) for all panels, lines and blocks. The blocks of a line follow each other in
+// one thread, and so do the panels if `panels_together`.
+template <class F>
+void sweep(const Lines& lines, const Batch& batch, bool panels_together, int threads, F f) {
+  const std::int64_t most = std::max<std::int64_t>(1, lines.count / kFewest);
+  const std::int64_t chunks = std::min<std::int64_t>(most, threads > 1 ? kTasks * threads : 1);
+  const std::int64_t groups = panels_together ? 1 : batch.panels;
+  const std::int64_t together = panels_together ? batch.panels : 1;
+  parallel(chunks * groups, threads, [&](int, std::int64_t task) {
+    const std::int64_t chunk = task % chunks, panel = task / chunks;
+    const std::int64_t first = lines.count * chunk / chunks;
+    const std::int64_t last = lines.count * (chunk + 1) / chunks;
+    for (std::int64_t p = panel; p < panel + together; ++p)
+      for (std::int64_t block = 0; block < lines.blocks; ++block)
+        f(p, Part{first, last, block, batch.lanes, block == 0});
+  });
+}
+
+}  // namespace
+
+void forward(const ConnectionLoops& loops, const Lines& by_output, const Batch& batch,
+             const float* values, const float* bias, Panels<const float> z, Panels<float> y,
+             int threads) {
+  sweep(by_output, batch, false, threads, [&](std::int64_t p, const Part& part) {
+    loops.forward(by_output, part, values, bias, z.at(p), y.at(p));
+  });
+}
+
+void backward(const ConnectionLoops& loops, const Lines& by_input, const Batch& batch,
+              const float* values, const std::int32_t* order, Panels<const float> x,
+              Panels<const float> dy, Panels<float> dx, float* dvalues, int threads) {
+  sweep(by_input, batch, true, threads, [&](std::int64_t p, const Part& part) {
+    loops.backward(by_input, part, values, order, x.at(p), dy.at(p), dx.at(p), dvalues, p == 0);
+  });
+}
+
+void pairs(const ConnectionLoops& loops, const Lines& by_output, const Batch& batch,
+           Panels<const float> dy, Panels<const float> x, float* dvalues, int threads) {
+  sweep(by_output, batch, true, threads, [&](std::int64_t p, const Part& part) {
+    loops.pairs(by_output, part, dy.at(p), x.at(p), dvalues, p == 0);
+  });
+}
+
+void transpose(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
+               std::int64_t columns, std::int32_t* column_starts, std::int32_t* column_lines,
+               std::int32_t* order) {
+  std::fill_n(column_starts, columns + 1, 0);
+  const std::int64_t count = starts[lines];
+  for (std::int64_t e = 0; e < count; ++e) ++column_starts[others[e] + 1];
+  std::partial_sum(column_starts, column_starts + columns + 1, column_starts);
+  std::vector<std::int32_t> next(column_starts, column_starts + columns);
+  for (std::int64_t line = 0; line < lines; ++line)
+    for (std::int32_t e = starts[line]; e < starts[line + 1]; ++e) {
+      const std::int32_t place = next[others[e]]++;
+      column_lines[place] = static_cast<std::int32_t>(line);
+      order[place] = e;
+    }
+}
+
+void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
+         std::int64_t blocks, std::int64_t per_block, std::int32_t* cuts, int threads) {
+  constexpr std::int64_t chunk = 4096;
+  parallel((lines + chunk - 1) / chunk, threads, [&](int, std::int64_t task) {
+    for (std::int64_t line = task * chunk; line < std::min(lines, (task + 1) * chunk); ++line) {
+      std::int32_t e = starts[line];
+      for (std::int64_t block = 0; block <= blocks; ++block) {
+        const std::int64_t bound = block * per_block;
+        while (e < starts[line + 1] && (block == blocks || others[e] < bound)) ++e;
+        cuts[block * lines + line] = e;
+      }
+    }
+  });
+}
+
+}  // namespace spartan
