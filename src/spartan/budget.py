@@ -54,9 +54,9 @@ class Budget:
         example_input: One batch for `latency_ms`, of the size that is to take this time.
 
     The number of kept units is exactly round(density x units), halves to even, where all units cost
-    the same, per layer for per-layer allocations (`"er"` and `"erk"` hit the total). Otherwise the kept
-    cost is the largest greedy prefix that does not exceed density x total cost. Decimal densities
-    are taken at their written value: 0.1 is one tenth, not the float nearest to it.
+    the same, per layer for per-layer allocations (`"er"` and `"erk"` hit the total). Otherwise the
+    kept cost is the largest greedy prefix that does not exceed density x total cost. Decimal
+    densities are taken at their written value: 0.1 is one tenth, not the float nearest to it.
 
     Raises:
         BudgetError: A field is out of range or unknown.

@@ -62,7 +62,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], weights: Sequence[Prunable
     if len(missing) == len(weights):
         raise StateError(
             "The optimizer steps no prunable weight: give the one that trains the model, made "
-            "from its present parameters."
+            "from its present parameters (and so made after always_sparse.convert, which replaces "
+            "weights)."
         )
     if missing:
         warnings.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,12 +21,6 @@ from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter, Prunable
 from spartan.shares import Share
 from spartan.summary import LayerSummary
-
-
-class Governed(Protocol):
-    """A weight that a sparsifier keeps at its budget."""
-
-    weight: Prunable
 
 
 class Sparsifier:
@@ -64,7 +58,8 @@ class Sparsifier:
         from spartan.masking import MaskingSparsifier
 
         method = kwargs["method"] if "method" in kwargs else (*args, None, None, None)[2]
-        return super().__new__(GrowingSparsifier if isinstance(method, Growth) else MaskingSparsifier)
+        kind = GrowingSparsifier if isinstance(method, Growth) else MaskingSparsifier
+        return super().__new__(kind)
 
     def __init__(
         self,
@@ -89,7 +84,7 @@ class Sparsifier:
         self.step = 0
         self._optimizers = as_list(optimizer)
         self._handles: list[Any] = []
-        self.sites: Sequence[Governed] = []
+        self.sites: Sequence[Any] = []  # what has a `weight`
 
     # What the user asks -------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spartan import Budget, Sparsifier
-from spartan.methods import ConstrainedL0, Spartan
+from spartan.always_sparse import convert
+from spartan.errors import BudgetError
+from spartan.methods import ConstrainedL0, RigL, Spartan
 
 METHODS = {"constrained-l0": ConstrainedL0, "spartan": Spartan}
 STEPS = 12
@@ -58,3 +60,48 @@ def test_two_processes_do_what_one_does(method: str, tmp_path: Path) -> None:
     assert first["numbers"] == second["numbers"]
     for ours, theirs in zip(alone["numbers"], first["numbers"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+def train_sparse(rank: int, world: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)  # every process draws another graph; that of the first one is taken
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8)).double()
+    convert(net, 0.3, every_unit=True)
+    if world == 1:
+        model: nn.Module = net
+    else:
+        net(torch.randn(2, 12, dtype=torch.float64))  # makes indices of the graph drawn here
+        model = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    budget = Budget(density=0.3, allocation="er")
+    sparsifier = Sparsifier(net, optimizer, RigL(period=2, end=1.0), budget, STEPS)
+    before = sparsifier.selected()
+    torch.manual_seed(rank)
+    for step in range(STEPS):
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x.chunk(world)[rank]).square().mean().backward()
+        optimizer.step()
+    assert sparsifier.churn(before) > 0.1
+    sparsifier.finalize()
+    return net.state_dict()
+
+
+def work_sparse(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save(train_sparse(rank, world), f"{folder}/{rank}.pt")
+    with pytest.raises(BudgetError, match="several processes"):
+        net = convert(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), 0.3, every_unit=True)
+        Sparsifier(net, None, RigL(), Budget(density=0.3), STEPS)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_two_processes_grow_what_one_does(tmp_path: Path) -> None:
+    mp.spawn(work_sparse, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = train_sparse(0, 1)
+    torch.set_num_threads(2)
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=1e-6, atol=1e-9)

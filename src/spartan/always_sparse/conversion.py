@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from spartan.always_sparse.convolution import SparseConv2d
+from spartan.always_sparse.convolution import SparseConv2d, pair
 from spartan.always_sparse.layer import SparseLayer, warn_of_unconnected
 from spartan.always_sparse.linear import SparseLinear
 from spartan.always_sparse.random_graphs import random_connections
@@ -69,6 +70,7 @@ def convert(
             )
         graphs[weight.name] = random_connections(outputs, inputs, count, every_unit)
     warn_of_unconnected(graphs)
+    model.register_load_state_dict_pre_hook(_check_first)
     made = {module: _sparse(module, graphs[weight.name]) for weight, module in targets.items()}
     return _replaced(model, made)
 
@@ -122,6 +124,12 @@ def density(model: nn.Module) -> float:
     return sum(layer.values.numel() for layer in layers) / pairs
 
 
+def _check_first(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a damaged state before any layer has loaded its part."""
+    for name, layer in sparse_layers(model).items():
+        layer.connections_of(state, f"{prefix}{name}." if name else prefix)
+
+
 def _targets(model: nn.Module, weights: list[Prunable]) -> dict[Prunable, nn.Module]:
     """Return the modules to replace, by their weights."""
     owners: dict[nn.Parameter, list[nn.Module]] = {}
@@ -170,29 +178,37 @@ def _convertible(module: nn.Module) -> bool:
 
 def _sparse(module: nn.Module, connections: Connections) -> SparseLayer:
     weight, bias = module.get_parameter("weight"), module._parameters["bias"]
-    make: Callable[..., SparseLayer]
+    made: dict[str, Any] = {
+        "connections": connections,
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
+    layer: SparseLayer
     if isinstance(module, nn.Conv2d):
-        numbers = (module.kernel_size, module.stride, module.padding, module.dilation)
-        sizes, make = (module.in_channels, module.out_channels, *numbers), SparseConv2d
+        assert not isinstance(module.padding, str)
+        layer = SparseConv2d(
+            module.in_channels,
+            module.out_channels,
+            pair(module.kernel_size),
+            pair(module.stride),
+            pair(module.padding),
+            pair(module.dilation),
+            bias is not None,
+            **made,
+        )
     else:
         assert isinstance(module, nn.Linear)
-        sizes, make = (module.in_features, module.out_features), SparseLinear
-    layer = make(
-        *sizes,
-        bias=bias is not None,
-        connections=connections,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+        layer = SparseLinear(module.in_features, module.out_features, bias is not None, **made)
     layer.values.requires_grad_(weight.requires_grad)
     layer.bias = bias
-    return layer.train(module.training)
+    layer.train(module.training)
+    return layer
 
 
 def _replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in made:
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in made:
                 setattr(parent, name, made[child])
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     # Its fast path reads weights past the layers.

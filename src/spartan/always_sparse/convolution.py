@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,12 @@ _Pair = tuple[int, int]
 
 
 class SparseConv2d(SparseLayer):
-    """A 2-D convolution of whose filters only single connections exist, ever.
+    """A 2-D convolution of whose filters only single connections exist.
 
-    Takes the place of `nn.Conv2d` with one group and zero padding. The input is unfolded to patches,
-    and the filters are the matrix out_channels x (in_channels · kernel rows · kernel columns) of
-    `SparseLinear`; the patches take as many times the memory of the input as a kernel has positions.
+    Takes the place of `nn.Conv2d` with one group and zero padding. The input is unfolded to
+    patches, and the filters are a matrix out_channels x (in_channels · kernel rows · kernel
+    columns) as in `SparseLinear`; the patches take as many times the memory of the input as a
+    kernel has positions.
 
     Args:
         in_channels: Channels of the input.
@@ -57,16 +59,18 @@ class SparseConv2d(SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        kernel = _pair(kernel_size)
+        kernel = pair(kernel_size)
         inputs = in_channels * math.prod(kernel)
-        drawn = draw_connections(out_channels, inputs, density, connections_per_unit, connections, every_unit)
+        drawn = draw_connections(
+            out_channels, inputs, density, connections_per_unit, connections, every_unit
+        )
         super().__init__(out_channels, inputs, drawn, bias, device, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = kernel
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
+        self.stride = pair(stride)
+        self.padding = pair(padding)
+        self.dilation = pair(dilation)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -87,7 +91,7 @@ class SparseConv2d(SparseLayer):
         else:
             geometry = (self.kernel_size, self.dilation, self.padding, self.stride)
             patches = F.unfold(images, *geometry)
-        y = self.multiply(patches).unflatten(2, (rows, columns))
+        y = self.multiply(patches).view(len(images), self.out_channels, rows, columns)
         return y if x.dim() == 4 else y[0]
 
     def _size(self, size: int, axis: int) -> int:
@@ -96,7 +100,7 @@ class SparseConv2d(SparseLayer):
 
     def to_dense(self) -> nn.Conv2d:
         """Return an `nn.Conv2d` with the same weights, zeros included."""
-        dense = nn.utils.skip_init(
+        dense: nn.Conv2d = nn.utils.skip_init(
             nn.Conv2d,
             self.in_channels,
             self.out_channels,
@@ -119,5 +123,6 @@ class SparseConv2d(SparseLayer):
         )
 
 
-def _pair(value: int | _Pair) -> _Pair:
+def pair(value: int | Sequence[int]) -> _Pair:
+    """Return a number twice, or the two numbers that are given."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,12 +1,13 @@
 r"""Dynamic sparse training with exploration and exploitation, DST-EE (Huang et al., 2023).
 
-    N_ba ← N_ba + 1 for each connection that an update leaves
+    N_ba ← N_ba + 1 for each connection there was when an update comes
     S_ba = |∇_ba| + c m ln(t) / (N_ba + ε)
     G ← the k unconnected pairs with the largest S_ba
 
 The bonus draws growth to pairs that were rarely connected; c = 0 is RigL. As c has the unit of a
 gradient, it is given here in units of m, the mean |∇| of the unconnected pairs of the layer. N is
-kept for pairs that ever were connected only: it is 0 for all others.
+kept for pairs that ever were connected only: it is 0 for all others. Counted before pruning, it
+also knows of the connections that the next update takes away again.
 """
 
 from __future__ import annotations

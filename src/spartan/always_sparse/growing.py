@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from spartan.always_sparse.conversion import density, sparse_layers
+from spartan.always_sparse.conversion import sparse_layers
 from spartan.always_sparse.growth import (
     Growth,
     SparseSite,
@@ -33,7 +33,7 @@ from spartan.errors import (
     StateError,
 )
 from spartan.kernels import finite
-from spartan.optimizer_steps import check_optimizers, parameters_of, skips_step
+from spartan.optimizer_steps import check_optimizers, skips_step
 from spartan.patterns import Pattern, Unstructured
 from spartan.prunable import NameFilter
 from spartan.shares import Share
@@ -98,12 +98,16 @@ class GrowingSparsifier(Sparsifier):
                 "Growth governs all always-sparse layers: name layers in always_sparse.convert."
             )
         if not isinstance(self.pattern, Unstructured):
-            raise PatternError(f"{self.method.name!r} grows single connections, not {self.pattern}.")
+            raise PatternError(
+                f"{self.method.name!r} grows single connections, not {self.pattern}."
+            )
         if self.budget.cost != "parameters" or self.budget.latency_ms is not None:
             raise BudgetError("Growth keeps a number of connections: only cost='parameters' goes.")
         if self.budget.count != "prunable":
-            raise BudgetError("Growth counts always-sparse layers only: count='prunable' it must be.")
-        if any(isinstance(optimizer, LBFGS) for optimizer in self._optimizers):
+            raise BudgetError(
+                "Growth counts always-sparse layers only: count='prunable' it must be."
+            )
+        if self.method.moves and any(isinstance(o, LBFGS) for o in self._optimizers):
             raise MethodError(
                 "LBFGS keeps a history that is not one number a weight, so it cannot follow moving "
                 "connections; use another optimizer."
@@ -118,11 +122,11 @@ class GrowingSparsifier(Sparsifier):
                 names = "the layers" if len(sites) > 1 else repr(sites[0].name)
                 raise BudgetError(
                     f"The budget is {share.kept:,} connections of {names}, and there are "
-                    f"{found:,}: give Budget(density={density(self.model):.10g}), or convert the "
+                    f"{found:,}: give Budget(density={self.density:.10g}), or convert the "
                     f"model with the density and the allocation {self.budget.allocation!r} of the "
                     "budget. (With 'global', they may be spread in any way.)"
                 )
-            if len(sites) > 1 and processes() > 1 and not _is_static(self.method):
+            if len(sites) > 1 and processes() > 1 and self.method.moves:
                 raise BudgetError(
                     "In several processes the connections of each layer must keep their number: "
                     "use allocation='er', 'erk' or 'uniform'."
@@ -133,7 +137,8 @@ class GrowingSparsifier(Sparsifier):
     @property
     def density(self) -> float:
         """Connections as a fraction of all pairs."""
-        return density(self.model)
+        kept = sum(site.connections.count for site in self.sites)
+        return kept / sum(site.weight.numel for site in self.sites)
 
     def layers(self) -> list[LayerSummary]:
         """Return what each layer keeps, in the order of the model."""
@@ -257,6 +262,11 @@ class GrowingSparsifier(Sparsifier):
             if self.method.uses_gradients:
                 sites = [site for site in sites if site.passes]
             total = sum(site.connections.count for site in sites)
+            if len(sites) == len(share.members) and total != share.kept:
+                raise StateError(
+                    f"The layers hold {total:,} connections, and the budget is {share.kept:,}: "
+                    "something else has changed them since the sparsifier was made."
+                )
             wanted = min(math.ceil(fraction * total), sum(site.unconnected for site in sites))
             if wanted == 0:
                 continue
@@ -322,7 +332,3 @@ def _weight(name: str, layer: SparseLayer) -> SparseWeight:
 def _site(weight: SparseWeight, layer: SparseLayer) -> SparseSite:
     keys = layer.connections.keys()
     return SparseSite(weight, layer, keys, torch.zeros_like(keys, dtype=torch.int32))
-
-
-def _is_static(method: Growth) -> bool:
-    return not method.scheduled

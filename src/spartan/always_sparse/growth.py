@@ -1,11 +1,11 @@
-"""The contract of the methods that grow and prune the connections of always-sparse layers.
+r"""The contract of the methods that grow and prune the connections of always-sparse layers.
 
 After some optimizer steps, the budget being N connections of a layer, or of all layers together:
 
     k = min(⌈α_t N⌉, candidates)
     G = k unconnected pairs, which the method chooses
     P = the k connections of smallest |θ|
-    A ← (A \\ P) ∪ G, the grown ones at value 0
+    A ← (A \ P) ∪ G, the grown ones at value 0
 
 G and P are chosen on the same A: what was just pruned is not grown, and what was just grown is not
 pruned. Gradients are those of the step just done.
@@ -55,7 +55,7 @@ class SparseSite:
         weight: Its values.
         layer: The layer.
         tried: Every pair that was ever connected, as keys output * inputs + input: int64, rising.
-        rounds: In how many updates each of `tried` was connected and stayed so.
+        rounds: For each of `tried`, between how many updates it was connected.
     """
 
     weight: SparseWeight
@@ -99,6 +99,7 @@ class SparseSite:
 class Growth(Described, ABC):
     """Base of the growth methods."""
 
+    moves: ClassVar[bool] = True  # whether connections move at all
     uses_gradients: ClassVar[bool] = True  # whether it looks at activations and gradients
 
     @abstractmethod

@@ -88,7 +88,7 @@ class GSE(AnnealedGrowth):
         generator = site.generator(self.seed, step)
         a = _draw(f, inputs, draws, generator).to(connected.device)
         b = _draw(g, outputs, draws, generator).to(connected.device)
-        subset = torch.unique(b * inputs + a)
+        subset: Tensor = torch.unique(b * inputs + a)
         return subset[~is_in(subset, connected)]
 
     def distributions(self, site: SparseSite, step: int) -> tuple[Tensor | None, Tensor | None]:

@@ -47,19 +47,27 @@ class SparseLayer(nn.Module):
         self.values = nn.Parameter(torch.empty(connections.count, **made))
         self.register_buffer("row_starts", connections.starts.to(self.values.device))
         self.register_buffer("columns", connections.columns.to(self.values.device))
-        self.register_parameter("bias", nn.Parameter(torch.empty(outputs, **made)) if bias else None)
-        self._known: Connections | None = None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(outputs, **made)) if bias else None
+        )
+        self._known: tuple[tuple[int, ...], Connections] | None = None
         self.passes: Passes | None = None
         self.reset_parameters()
 
     @property
     def connections(self) -> Connections:
         """The graph; indices that the products need are kept until it changes."""
-        known = self._known
-        if known is None or known.starts is not self.row_starts or known.columns is not self.columns:
-            known = Connections(self.row_starts, self.columns, self.matrix_shape[1])
-            self._known = known
-        return known
+        stamp = self._stamp()
+        if self._known is None or self._known[0] != stamp:
+            found = Connections(self.row_starts, self.columns, self.matrix_shape[1])
+            self._known = stamp, found
+        return self._known[1]
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Return what changes when the tensors of the graph are others, or are written into."""
+        tensors = (self.row_starts, self.columns)
+        versions = (0 if t.is_inference() else t._version for t in tensors)
+        return (*map(id, tensors), *versions)
 
     @property
     def density(self) -> float:
@@ -85,12 +93,16 @@ class SparseLayer(nn.Module):
         """Take other connections, with their values; `values` stays the same parameter."""
         resize(self.values, values)
         self.row_starts, self.columns = connections.starts, connections.columns
-        self._known = connections
+        self._known = self._stamp(), connections
 
     @property
     @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight, were it dense."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """Return a dense layer with the same weights, zeros included."""
 
     @torch.no_grad()
     def copy_to(self, dense: nn.Module) -> None:
@@ -112,32 +124,43 @@ class SparseLayer(nn.Module):
                 f"The input is {x.dtype} on {x.device}, the layer {self.values.dtype} on "
                 f"{self.values.device}: they must agree."
             )
-        return product(x, self.values, self.bias, self.connections, self.passes)
+        y: Tensor = product(x, self.values, self.bias, self.connections, self.passes)
+        return y
+
+    def connections_of(self, state: Mapping[str, Any], prefix: str) -> Connections | None:
+        """Return the graph of a state dict; None if the state does not hold it.
+
+        Raises:
+            StateError: It is no graph of this layer.
+        """
+        given = [state.get(prefix + key) for key in ("values", "row_starts", "columns")]
+        if not all(isinstance(tensor, Tensor) for tensor in given):
+            return None
+        values, starts, columns = (
+            t.to(self.values.device, copy=True) for t in given if t is not None
+        )
+        outputs, inputs = self.matrix_shape
+        try:
+            found = Connections(starts, columns, inputs)
+            if (found.outputs, found.count) != (outputs, values.numel()):
+                raise KernelError(
+                    f"There are {values.numel():,} values, {found.count:,} columns and row_starts "
+                    f"of {found.outputs:,} outputs, and the layer has {outputs:,} outputs."
+                )
+        except KernelError as error:
+            raise StateError(
+                f"The state of {prefix.rstrip('.') or 'the layer'!r} is damaged or of another "
+                f"layer, and was not loaded. {error}"
+            ) from error
+        return found
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the state's graph, which may have another number of connections."""
-        keys = [prefix + key for key in ("values", "row_starts", "columns")]
-        given = [state_dict.get(key) for key in keys]
-        if all(isinstance(tensor, Tensor) for tensor in given):
-            values, starts, columns = given
-            device = self.values.device
-            try:
-                found = Connections(
-                    starts.to(device, copy=True), columns.to(device, copy=True), self.matrix_shape[1]
-                )
-                if (found.outputs, found.count) != (self.matrix_shape[0], values.numel()):
-                    raise KernelError(
-                        f"there are {values.numel():,} values and rows for {found.outputs:,} "
-                        f"outputs, and the layer has {self.matrix_shape[0]:,}."
-                    )
-            except KernelError as error:
-                raise StateError(
-                    f"The state of {prefix.rstrip('.') or 'the layer'!r} is damaged or of another "
-                    f"layer; nothing of it was loaded. {error}"
-                ) from error
-            self.rewire(found, values.to(self.values))
+        found = self.connections_of(state_dict, prefix)
+        if found is not None:
+            self.rewire(found, state_dict[f"{prefix}values"].to(self.values, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -189,14 +212,15 @@ def draw_connections(
         return connections
     pairs = outputs * inputs
     if density is not None:
-        asked, most = f"density={density}", 1.0
-        given, count = density, round(density * pairs)
+        asked, share = f"density={density}", density
     else:
         assert connections_per_unit is not None
-        asked, most = f"connections_per_unit={connections_per_unit}", float(inputs)
-        given, count = connections_per_unit, round(connections_per_unit * outputs)
-    if not 0 < given <= most:
-        raise BudgetError(f"{asked} must be more than 0 and at most {most:g}.")
+        asked = f"connections_per_unit={connections_per_unit}"
+        share = connections_per_unit / inputs
+    if not 0 < share <= 1:
+        most = f"{inputs:,} inputs" if density is None else "1"
+        raise BudgetError(f"{asked} must be more than 0 and at most {most}.")
+    count = round(share * pairs)
     fewest = outputs if every_unit else 1
     if count < fewest:
         raise BudgetError(
@@ -219,6 +243,6 @@ def warn_of_unconnected(drawn: Mapping[str, Connections]) -> None:
     if found:
         warnings.warn(
             f"{', '.join(found)} have no connection and give their bias only. Take a higher "
-            "density, or every_unit=True to give each unit at least one.",
+            "density, or every_unit=True (--every-unit) to give each unit at least one.",
             stacklevel=4,
         )

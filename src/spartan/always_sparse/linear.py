@@ -78,7 +78,7 @@ class SparseLinear(SparseLayer):
     def to_dense(self) -> nn.Linear:
         """Return an `nn.Linear` with the same weights, zeros included."""
         made = {"device": self.values.device, "dtype": self.values.dtype}
-        dense = nn.utils.skip_init(
+        dense: nn.Linear = nn.utils.skip_init(
             nn.Linear, self.in_features, self.out_features, self.bias is not None, **made
         )
         self.copy_to(dense)

@@ -40,8 +40,8 @@ def apply(move: Move, optimizers: Iterable[Optimizer]) -> None:
     """
     site, layer = move.site, move.site.layer
     outputs, inputs = layer.matrix_shape
-    survivors = site.connections.keys()[move.kept]
-    keys, places = merge(survivors, move.grown)
+    before = site.connections.keys()
+    keys, places = merge(before[move.kept], move.grown)
     old = layer.values
 
     def carried(entries: Tensor) -> Tensor:
@@ -60,7 +60,9 @@ def apply(move: Move, optimizers: Iterable[Optimizer]) -> None:
     old.grad = None
     layer.rewire(Connections.from_keys(keys, outputs, inputs), values)
     layer.values.grad = gradient
-    _remember(site, survivors, move.grown)
+    _remember(site, before)
+    site.rounds[torch.searchsorted(site.tried, before)] += 1
+    _remember(site, keys)
 
 
 def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,11 +81,9 @@ def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return merged, kept
 
 
-def _remember(site: SparseSite, survivors: Tensor, grown: Tensor) -> None:
-    """Count the update for those that survived, and add those never connected before."""
-    site.rounds[torch.searchsorted(site.tried, survivors)] += 1
-    new = grown[~is_in(grown, site.tried)]
-    tried, places = merge(site.tried, new)
+def _remember(site: SparseSite, keys: Tensor) -> None:
+    """Add the pairs that were never connected before."""
+    tried, places = merge(site.tried, keys[~is_in(keys, site.tried)])
     rounds = torch.zeros_like(tried, dtype=site.rounds.dtype)
     rounds[places] = site.rounds
     site.tried, site.rounds = tried, rounds

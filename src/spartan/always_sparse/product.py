@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
         return _like(x.shape, connected.join(outputs, images.shape[0]))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, *inputs = ctx.saved_tensors
         dy = _images(grad)
@@ -82,7 +82,7 @@ def _total(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def product(
     x: Tensor,
     values: Tensor,
@@ -100,7 +100,10 @@ def product(
         passes: Where backward passes leave their inputs and gradients; None for nowhere.
 
     Returns:
-        (samples, outputs), in which samples are neighbours in memory, or (images, outputs, samples).
+        (samples, outputs), in which samples are neighbours in memory, or (images, outputs,
+        samples).
     """
-    y: Tensor = _Product.apply(x, values, bias, connections, passes)
+    y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        x, values, bias, connections, passes
+    )
     return y

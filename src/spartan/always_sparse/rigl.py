@@ -101,6 +101,8 @@ class Best:
         self._scores[site] = torch.cat((self._scores.get(site, found[:0]), found))
         if sum(kept.numel() for kept in self._scores.values()) <= self.count:
             return
-        for i, mask in zip(self._scores, largest([*self._scores.values()], self.count), strict=True):
+        for i, mask in zip(
+            self._scores, largest([*self._scores.values()], self.count), strict=True
+        ):
             self.keys[i], self._scores[i] = self.keys[i][mask], self._scores[i][mask]
         self._floor = min(float(s.min()) for s in self._scores.values() if s.numel())

@@ -15,6 +15,7 @@ from spartan.always_sparse.growth import Growth, SparseSite
 class Static(Growth):
     """Train the connections that are there; the baseline of the growth methods."""
 
+    moves: ClassVar[bool] = False
     uses_gradients: ClassVar[bool] = False
     scheduled: ClassVar[bool] = False
     name: ClassVar[str] = "static"

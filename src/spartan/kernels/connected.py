@@ -97,7 +97,7 @@ def gradients(
         by_input, order = connections.by_input, connections.order
         w = _matrix(by_input.starts, by_input.others, values[order], connections.outputs)
         return _product(w, dy), at_pairs(connections, x, dy)
-    dx, dvalues = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(values)
+    dx, dvalues = x.new_empty(x.shape), torch.empty_like(values)
     native.connections_backward(
         connections.by_input.described(x.shape[2]),
         [x.shape[0], x.shape[2]],
@@ -113,7 +113,7 @@ def gradients(
 
 
 def at_pairs(connections: Connections, x: Tensor, dy: Tensor) -> Tensor:
-    """Return the entries of the weight gradient dy xᵀ at the connections, whatever has values there.
+    """Return the weight gradient dy xᵀ at some entries, connected or not.
 
     Args:
         connections: The entries.
@@ -128,7 +128,8 @@ def at_pairs(connections: Connections, x: Tensor, dy: Tensor) -> Tensor:
         zeros = wide(x).new_zeros(connections.count)
         pattern = _matrix(connections.starts, connections.columns, zeros, connections.inputs)
         product = torch.sparse.sampled_addmm(pattern, _flat(dy), _flat(x).t())
-        return product.values().to(x.dtype)
+        at_entries: Tensor = product.values()
+        return at_entries.to(x.dtype)
     dvalues = x.new_empty(connections.count)
     native.connections_pairs(
         connections.by_output.described(x.shape[2]),
@@ -156,7 +157,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _product(w: Tensor, x: Tensor) -> Tensor:
     panels, _, samples = x.shape
-    y = torch.sparse.mm(w, _flat(x).contiguous())
+    y: Tensor = torch.sparse.mm(w, _flat(x).contiguous())
     return y.unflatten(1, (panels, samples)).transpose(0, 1).to(x.dtype)
 
 

@@ -4,6 +4,7 @@ Those that mask weights are here, behind the contract of `spartan.methods.base`;
 the connections of always-sparse layers are in `spartan.always_sparse`, behind that of `growth`.
 """
 
+import dataclasses
 from typing import Any
 
 from spartan.always_sparse.dst_ee import DSTEE
@@ -42,7 +43,7 @@ def create(name: str, **settings: Any) -> Method | Growth:
     if name not in METHODS:
         raise MethodError(f"Unknown method {name!r}; {did_you_mean(name, METHODS)}")
     cls = METHODS[name]
-    known = [*cls.__dataclass_fields__]  # type: ignore[attr-defined]
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in settings:
         if key not in known:
             hint = did_you_mean(key, known) if known else "it has no settings."

@@ -42,10 +42,14 @@ def loss(runs: Sequence[RunFacts]) -> str:
 
 
 def schedule(runs: Sequence[RunFacts]) -> str:
-    """Draw density (solid, left; of gates the expected one, faint) and β (dashed, right)."""
+    """Draw density (solid, left) and β (dashed, right).
+
+    Faint: the expected density of gates, and what growth methods have ever tried.
+    """
 
     def draw(axes: Axes) -> None:
         _curves(axes, runs, "train", "expected", scale=100, faint=True)
+        _curves(axes, runs, "train", "tried", scale=100, faint=True)
         _curves(axes, runs, "train", "density", scale=100)
         if any(run.series("train", "beta")[0] for run in runs):
             right = axes.twinx()

@@ -40,13 +40,15 @@ def _charts(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
         ("Loss", "Held-out images; training batches faint.", figures.loss(runs)),
         (
             "Density and sharpness",
-            "Fraction of the prunable weights kept; the expected density of gates, faint, and β of "
-            "the soft mask, dashed, where there are any.",
+            "Fraction of the prunable weights kept. Where there are any: the expected density of "
+            "gates and the fraction that growth has ever tried, faint, and β of the soft mask, "
+            "dashed.",
             figures.schedule(runs),
         ),
         (
             "Mask churn",
-            "Units that entered or left the mask between two points.",
+            "Units that entered or left the mask between two points, of all units; of growth: new "
+            "connections, of all connections.",
             figures.churn(runs),
         ),
         ("Density of each layer", "Counted in the saved tensors.", figures.layers(runs)),

@@ -36,6 +36,8 @@ def print_layers(console: Console, run: Run) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if "tried" in facts.monitor:
+        console.print(f"of all pairs {facts.monitor['tried']:.4%} were ever tried", highlight=False)
     if "open" in facts.monitor:
         console.print(
             f"the gates alone had reached an expected density of {facts.monitor['expected']:.4%}, "

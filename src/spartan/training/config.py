@@ -52,6 +52,8 @@ class TrainConfig:
     """Only these parameters or modules (names or globs) are prunable."""
     exclude: tuple[str, ...] = ()
     """These stay dense."""
+    every_unit: bool = False
+    """Always-sparse methods: give every output unit at least one connection to begin with."""
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 128

@@ -112,8 +112,9 @@ class Trainer:
                         self._stop(run, signum)
             self.sparsifier.finalize()
             row = self._log_test(log)
+            facts = self.facts()
             self.model = to_dense(self.model)
-            save_tensors(run.model_path, self.model.state_dict(), self.facts())
+            save_tensors(run.model_path, self.model.state_dict(), facts)
             return row
         finally:
             log.close()
@@ -216,7 +217,8 @@ class Trainer:
             return
         allocation = "er" if budget.allocation == "global" else budget.allocation
         density = None if budget.fraction is None else float(budget.fraction)
-        self.model = convert(self.model, density, allocation, **self._filters())
+        every = self.config.every_unit
+        self.model = convert(self.model, density, allocation, **self._filters(), every_unit=every)
 
     def _filters(self) -> dict[str, Any]:
         return {"include": self.config.include or None, "exclude": self.config.exclude or None}

@@ -1,0 +1,584 @@
+"""What every growth method must keep. A new one joins by adding one row to METHODS."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spartan
+from spartan import Block, Budget, Sparsifier
+from spartan.always_sparse import SparseLinear, convert, sparse_layers, to_dense
+from spartan.always_sparse.dst_ee import acquisition
+from spartan.always_sparse.growing import GrowingSparsifier
+from spartan.always_sparse.growth import Growth, is_in, largest
+from spartan.always_sparse.moving import merge
+from spartan.always_sparse.product import Passes
+from spartan.errors import (
+    BudgetError,
+    MethodError,
+    NonFiniteError,
+    PatternError,
+    PrunableError,
+    ScheduleError,
+    StateError,
+)
+from spartan.methods import DSTEE, GSE, SET, RigL, Static
+from tests.conftest import VECTORS, Net, batch, train_step
+
+METHODS: list[Growth] = [
+    GSE(period=3),
+    GSE(period=2, sampler="grabo", gamma=0.5),
+    GSE(period=2, sampler="graest", gamma=2.0),
+    SET(period=3),
+    RigL(period=3),
+    DSTEE(period=3),
+    Static(),
+]
+STEPS, DENSITY = 20, 0.2
+ALLOCATIONS = ["global", "er", "uniform"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no connection")
+method_param = pytest.mark.parametrize("method", METHODS, ids=repr)
+moving_param = pytest.mark.parametrize("method", METHODS[:-1], ids=repr)
+
+
+def sparse_net(allocation: str = "global", seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return convert(Net(), DENSITY, "er" if allocation == "global" else allocation)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    method: Growth,
+    allocation: str = "global",
+    steps: int = STEPS,
+) -> GrowingSparsifier:
+    budget = Budget(density=DENSITY, allocation=allocation)
+    return Sparsifier(model, optimizer, method, budget, steps)
+
+
+@method_param
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_exact_at_every_step(method: Growth, allocation: str) -> None:
+    model = sparse_net(allocation)
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, method, allocation)
+    assert isinstance(sparsifier, GrowingSparsifier)
+    total = sum(site.weight.numel for site in sparsifier.sites)
+    budget = sum(share.kept for _, share in sparsifier.shares())
+    assert abs(budget - DENSITY * total) <= 1.5
+    first = {site.name: site.connections.count for site in sparsifier.sites}
+    parameters = dict(model.named_parameters())
+    moved = 0
+    for step in range(STEPS):
+        before = sparsifier.selected()
+        train_step(model, optimizer, step)
+        now = {site.name: site.connections.count for site in sparsifier.sites}
+        assert sum(now.values()) == budget
+        if allocation != "global":
+            assert now == first
+        if sparsifier.moves_after(step + 1):
+            moved += sparsifier.churn(before) > 0
+        else:
+            assert sparsifier.churn(before) == 0
+        for site in sparsifier.sites:
+            assert site.weight.parameter.shape == (site.connections.count,)
+            assert bool(is_in(site.connections.keys(), site.tried).all())
+    assert moved >= 4 or isinstance(method, Static)
+    assert {k: id(p) for k, p in model.named_parameters()} == {
+        k: id(p) for k, p in parameters.items()
+    }
+    assert sparsifier.density == budget / total
+    assert sum(row.kept for row in sparsifier.layers()) == budget
+    assert sparsifier.monitor()["tried"] >= sparsifier.density
+    sparsifier.finalize()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert sum(int(m.weight.count_nonzero()) for m in weighted(to_dense(model))) <= budget
+
+
+def weighted(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+@method_param
+@pytest.mark.parametrize("allocation", ["global", "er"])
+@pytest.mark.parametrize("stop", [0, 2, 3, 7, 12])
+def test_resume_is_bit_equal(method: Growth, allocation: str, stop: int) -> None:
+    model = sparse_net(allocation)
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, method, allocation)
+    losses = []
+    for step in range(STEPS):
+        if step == stop:
+            saved = copy.deepcopy(
+                (model.state_dict(), optimizer.state_dict(), sparsifier.state_dict())
+            )
+        losses.append(train_step(model, optimizer, step))
+
+    other = sparse_net(allocation, seed=99)
+    other_optimizer = sgd(other)
+    resumed = sparsify(other, other_optimizer, method, allocation)
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    resumed.load_state_dict(saved[2])
+    assert [train_step(other, other_optimizer, step) for step in range(stop, STEPS)] == losses[
+        stop:
+    ]
+    assert resumed.monitor() == sparsifier.monitor()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_every_method_has_a_row() -> None:
+    growing = {m for m in spartan.methods.METHODS.values() if issubclass(m, Growth)}
+    assert {type(m) for m in METHODS} == growing
+
+
+# One update ---------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, 0.01, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
+}
+
+
+@moving_param
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("given", [True, False])
+def test_state_follows_its_connection(method: Growth, kind: str, given: bool) -> None:
+    model = sparse_net()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    sparsifier = sparsify(model, optimizer if given else None, method)
+    for step in range(method.period - 1):
+        train_step(model, optimizer, step)
+
+    # The same step without an update.
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    twin_optimizer._optimizer_step_post_hooks.clear()
+    before = sparsifier.selected()
+    train_step(model, optimizer, 7)
+    sparsifier.finalize()
+    names = {id(p): n for n, p in model.named_parameters()}
+    twins = dict(twin.named_parameters())
+    train_step(twin, twin_optimizer, 7)
+    grown = 0
+    for site in sparsifier.sites:
+        values, old = site.weight.parameter, twins[names[id(site.weight.parameter)]]
+        keys, old_keys = site.connections.keys(), before[site.name]
+        new = ~is_in(keys, old_keys)
+        places = torch.searchsorted(old_keys, keys[~new])
+        grown += int(new.sum())
+        pairs = [(values.detach(), old.detach()), (values.grad, old.grad)]
+        for key, entries in optimizer.state[values].items():
+            was = twin_optimizer.state[old][key]
+            if entries.dim() == 0:
+                assert torch.equal(entries, was)
+            else:
+                pairs.append((entries, was))
+        for now, was in pairs:
+            assert now.shape == values.shape
+            assert torch.equal(now[~new], was[places])
+            assert not bool(now[new].any())
+    assert grown > 0
+
+
+@moving_param
+def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: Growth) -> None:
+    model = sparse_net()
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, method)
+    for step in range(method.period - 1):
+        train_step(model, optimizer, step)
+    moves: list[Any] = []
+    choose = sparsifier._moves
+    sparsifier._moves = lambda step: moves.extend(choose(step)) or iter(moves)  # type: ignore[method-assign]
+    count = sum(site.connections.count for site in sparsifier.sites)
+    keys = {site.name: site.connections.keys() for site in sparsifier.sites}
+    train_step(model, optimizer, 5)
+    assert [move.site for move in moves] == sparsifier.sites
+    grown = sum(move.grown.numel() for move in moves)
+    pruned = sum(int((~move.kept).sum()) for move in moves)
+    wanted = math.ceil(method.fraction_at(method.period, STEPS) * count)
+    assert 0 < grown == pruned <= wanted
+    if not isinstance(method, GSE):
+        assert grown == wanted
+    for move in moves:
+        assert not bool(is_in(move.grown, keys[move.site.name]).any())
+        assert move.grown.tolist() == sorted(set(move.grown.tolist()))
+
+
+def test_growth_alone_changes_nothing_and_pruning_takes_the_smallest() -> None:
+    layer = SparseLinear(20, 20, density=0.2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    sparsifier = Sparsifier(layer, optimizer, GSE(period=1, end=1.0), Budget(density=0.2), 10)
+    x = torch.randn(8, 20)
+    before = layer.to_dense().weight.detach()
+    layer(x).square().sum().backward()
+    optimizer.step()
+    after = layer.to_dense().weight.detach()
+    changed = before != after
+    assert bool((after[changed] == 0).all())
+    count = int(changed.sum())
+    assert count == math.ceil(0.2 * 80)
+    smallest = before[before != 0].abs().sort().values[:count]
+    assert torch.equal(before[changed].abs().sort().values, smallest)
+    sparsifier.finalize()
+
+
+@pytest.mark.parametrize("loss_kept", [True, False])
+def test_layers_change_their_size_while_a_graph_is_alive(loss_kept: bool) -> None:
+    model = sparse_net()
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, SET(period=1, end=1.0), steps=10)
+    kept = []
+    for step in range(10):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        if loss_kept:
+            kept.append(loss)
+        optimizer.step()
+    sizes = [site.connections.count for site in sparsifier.sites]
+    assert sizes != [layer.values.numel() for layer in sparse_layers(sparse_net()).values()]
+
+
+# The methods among each other ----------------------------------------------------------------------
+
+
+def one_layer(density: float = 0.1, samples: int = 16) -> tuple[Any, Tensor]:
+    """Return a site that has seen a pass, and its dense gradient."""
+    torch.manual_seed(0)
+    layer = SparseLinear(24, 18, density=density)
+    budget = Budget(density=density)
+    sparsifier = Sparsifier(layer, None, RigL(period=1, end=1.0), budget, 10)
+    twin = layer.to_dense()
+    x = torch.randn(samples, 24)
+    layer(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    return sparsifier.sites[0], twin.weight.grad
+
+
+def test_with_all_candidates_gse_is_rigl_and_with_few_it_takes_them_all() -> None:
+    site, gradient = one_layer()
+    (greedy,) = RigL().grow([site], 10, 1)
+    for sampler in ("uniform", "grabo"):
+        (guided,) = GSE(sampler=sampler, gamma=2000.0).grow([site], 10, 1)
+        assert torch.equal(guided, greedy)
+    outside = gradient.abs().flatten()
+    outside[site.connections.keys()] = -1
+    assert greedy.tolist() == sorted(outside.topk(10).indices.tolist())
+    few = GSE(gamma=0.1)
+    assert torch.equal(few.grow([site], 10**6, 1)[0], few.sample(site, 1))
+    assert len(few.sample(site, 1)) <= math.ceil(0.1 * site.connections.count)
+
+
+def test_half_full_layers_are_not_sampled() -> None:
+    site, _ = one_layer(density=0.6)
+    candidates = GSE(gamma=0.01).sample(site, 1)
+    assert len(candidates) == site.unconnected
+    assert not bool(is_in(candidates, site.connections.keys()).any())
+
+
+def test_bounds_and_sketches_of_the_gradient() -> None:
+    site, gradient = one_layer()
+    f, g = GSE(sampler="grabo").distributions(site, 1)
+    assert bool((gradient.abs() <= torch.outer(g, f) * (1 + 1e-5)).all())
+    single, exact = one_layer(samples=1)
+    for sampler in ("grabo", "graest"):
+        f, g = GSE(sampler=sampler).distributions(single, 1)
+        torch.testing.assert_close(torch.outer(g, f).float(), exact.abs(), rtol=1e-4, atol=1e-5)
+    # The signed sketch is unbiased: the mean over signs of (δ s)(h s)ᵀ is the gradient.
+    ((h, delta),) = site.passes
+    total = torch.zeros_like(gradient)
+    for draw in range(4000):
+        s = torch.randint(2, (16,), generator=torch.Generator().manual_seed(draw)) * 2.0 - 1
+        total += torch.outer(delta[0] @ s, h[0] @ s)
+    error = (total / 4000 - gradient).norm() / gradient.norm()
+    assert float(error) < 0.15
+    f, g = GSE(sampler="graest").distributions(site, 1)
+    assert float(f.max()) <= float(h[0].abs().sum(1).max()) * (1 + 1e-5)
+
+
+def test_uniform_samples_are_uniform_and_as_many_as_expected() -> None:
+    torch.manual_seed(0)
+    layer = SparseLinear(64, 64, density=0.05)
+    site = Sparsifier(layer, None, RigL(), Budget(density=0.05), 10).sites[0]
+    hits, yields = torch.zeros(64 * 64), []
+    for step in range(2000):
+        sample = GSE().sample(site, step)
+        hits[sample] += 1
+        yields.append(len(sample) / site.connections.count)
+    keys = site.connections.keys()
+    assert not bool(hits[keys].any())
+    free = torch.ones(64 * 64, dtype=torch.bool)
+    free[keys] = False
+    mean = hits[free].mean()
+    chi_square = ((hits[free] - mean).square() / mean).sum() / free.sum()
+    assert float(chi_square) == pytest.approx(1.0, abs=0.12)
+    # Share of the draws that is unique and not connected, at 95 % sparsity.
+    assert sum(yields) / len(yields) == pytest.approx(0.93, abs=0.01)
+
+
+def test_guided_samples_follow_their_distributions() -> None:
+    site, _ = one_layer(density=0.01)
+    method = GSE(sampler="grabo", gamma=200.0)
+    f, g = method.distributions(site, 1)
+    hits = torch.zeros(18, 24, dtype=torch.float64)
+    for step in range(300):
+        sample = GSE(sampler="grabo", gamma=5.0).sample(site, step)
+        hits.view(-1)[sample] += 1
+    expected = torch.outer(g / g.sum(), f / f.sum())
+    expected.view(-1)[site.connections.keys()] = 0
+    correlation = torch.corrcoef(torch.stack((hits.flatten(), expected.flatten())))[0, 1]
+    assert float(correlation) > 0.9
+
+
+def test_dead_layers_are_sampled_uniformly() -> None:
+    site, _ = one_layer()
+    site.layer.passes = Passes([(torch.zeros(1, 24, 4), torch.zeros(1, 18, 4))])
+    for sampler in ("grabo", "graest"):
+        (grown,) = GSE(sampler=sampler).grow([site], 5, 1)
+        assert grown.numel() == 5
+
+
+def test_greed_grows_with_gamma() -> None:
+    site, gradient = one_layer(density=0.05)
+    flat = gradient.abs().flatten()
+
+    def greed(gamma: float) -> float:
+        picks = [GSE(gamma=gamma).grow([site], 4, step)[0] for step in range(200)]
+        return float(torch.stack([flat[p].mean() for p in picks]).mean())
+
+    found = [greed(gamma) for gamma in (0.5, 1.0, 5.0, 50.0)]
+    assert found == sorted(found)
+
+
+def test_acquisition_of_dst_ee() -> None:
+    vector = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())
+    case = vector["related_methods"]["dst_ee_growth"]
+    gradient, rounds = torch.tensor(case["grad"]), torch.tensor(case["active_count_N"])
+    score = acquisition(gradient, rounds, case["t"], case["c"], case["eps"])
+    assert score.tolist() == pytest.approx(case["score"], rel=1e-6)
+    free = torch.tensor(case["mask_after_drop"]) == 0
+    assert int(torch.where(free, score, -1.0).argmax()) == case["grow_one"]
+    assert int(torch.where(free, gradient, -1.0).argmax()) == case["rigl_would_grow"]
+
+
+def test_exploration_covers_more() -> None:
+    tried = []
+    for c in (0.0, 1.0, 100.0):
+        model = sparse_net()
+        optimizer = sgd(model)
+        sparsifier = sparsify(model, optimizer, DSTEE(period=1, end=1.0, exploration=c), steps=40)
+        for step in range(40):
+            train_step(model, optimizer, step % 4)
+        tried.append(sparsifier.monitor()["tried"])
+    assert tried == sorted(tried)
+    assert tried[2] > 1.1 * tried[0]
+
+
+def test_rounds_count_updates_that_found_a_connection() -> None:
+    model = sparse_net()
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, DSTEE(period=2, end=1.0))
+    counted: dict[str, dict[int, int]] = {site.name: {} for site in sparsifier.sites}
+    for step in range(12):
+        before = sparsifier.selected()
+        train_step(model, optimizer, step)
+        if sparsifier.moves_after(step + 1):
+            for site in sparsifier.sites:
+                for key in before[site.name].tolist():
+                    counted[site.name][key] = counted[site.name].get(key, 0) + 1
+    for site in sparsifier.sites:
+        rounds = dict(zip(site.tried.tolist(), site.rounds.tolist(), strict=True))
+        assert {k: n for k, n in rounds.items() if n} == counted[site.name]
+
+
+def test_convolutions_have_the_gradient_of_dense_ones() -> None:
+    model = sparse_net()
+    sparsifier = sparsify(model, None, RigL(period=1, end=1.0))
+    twin = to_dense(copy.deepcopy(model))
+    x, y = batch(0)
+    for net in (model, twin):
+        nn.functional.cross_entropy(net(x), y).backward()
+    for site in sparsifier.sites:
+        dense = twin.get_submodule(site.name.removesuffix(".values")).weight.grad.flatten()
+        found = site.gradient(torch.arange(dense.numel()))
+        torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-6)
+
+
+# Schedule and state --------------------------------------------------------------------------------
+
+
+def test_cosine_and_number_of_updates() -> None:
+    method = GSE(fraction=0.2, period=10, end=0.5)
+    total, end = 400, 200
+    steps = [s for s in range(1, total + 1) if method.fraction_at(s, total) > 0]
+    assert len(steps) == (end + 1) // 10
+    assert steps[0] == 10
+    every = GSE(fraction=0.2, period=1, end=0.5)
+    assert every.fraction_at(1, total) == 0.2
+    assert every.fraction_at(end // 2 + 1, total) == pytest.approx(0.1)
+    assert every.fraction_at(end + 1, total) == 0
+    assert every.fraction_at(0, total) == 0
+
+
+def test_skipped_steps_forget_their_passes() -> None:
+    model = sparse_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+    sparsifier = sparsify(model, optimizer, RigL(period=1, end=1.0))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.grad_scale = torch.tensor(1.0)
+    before = sparsifier.selected()
+    train_step(model, optimizer, 0)
+    assert sparsifier.churn(before) == 0
+    assert sparsifier.step == 0
+    assert not sparsifier.sites[0].passes
+    del optimizer.found_inf, optimizer.grad_scale
+    train_step(model, optimizer, 0)
+    assert sparsifier.step == 1
+
+
+def test_passes_are_kept_for_updates_only_and_accumulate() -> None:
+    model = sparse_net()
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, RigL(period=2, end=1.0))
+    site = sparsifier.sites[-1]
+    train_step(model, optimizer, 0)
+    for step in (1, 2):
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert len(site.passes) == 2
+    optimizer.step()
+    assert not site.passes
+    train_step(model, optimizer, 3)
+
+
+def test_broken_numbers_change_no_connection() -> None:
+    model = sparse_net()
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, RigL(period=1, end=1.0))
+    x, y = batch(0)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    graphs = sparsifier.selected()
+    (nn.functional.cross_entropy(model(x), y) * math.nan).backward()
+    with pytest.raises(NonFiniteError, match="at step 1"):
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+    assert sparsifier.churn(graphs) == 0
+    assert sparsifier.step == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: GSE(fraction=0), MethodError, "in \\(0, 1\\]"),
+        (lambda: GSE(period=0), MethodError, "at least 1"),
+        (lambda: RigL(end=2), MethodError, "between 0 and 1"),
+        (lambda: GSE(sampler="grab"), MethodError, "did you mean 'grabo'"),
+        (lambda: GSE(gamma=0), MethodError, "must be positive"),
+        (lambda: DSTEE(exploration=-1), MethodError, "0 or positive"),
+        (lambda: DSTEE(epsilon=0), MethodError, "must be positive"),
+        (lambda: spartan.methods.create("static", period=3), MethodError, "has no settings"),
+    ],
+)
+def test_bad_settings(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"budget": Budget(density=0.3)}, BudgetError, "Budget\\(density=0.2"),
+        ({"budget": Budget(density=0.2, allocation="uniform")}, BudgetError, "'uniform'"),
+        ({"budget": Budget(density=0.2, cost="bytes")}, BudgetError, "cost='parameters'"),
+        ({"budget": Budget(density=0.2, count="all")}, BudgetError, "count='prunable'"),
+        ({"pattern": Block(2, 2)}, PatternError, "single connections"),
+        ({"include": "fc1"}, PrunableError, "name layers in"),
+        ({"total_steps": None}, ScheduleError, "needs total_steps"),
+    ],
+)
+def test_requests_that_do_not_fit(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = sparse_net()
+    request = {"budget": Budget(density=DENSITY), "total_steps": STEPS, **settings}
+    with pytest.raises(error, match=message):
+        Sparsifier(model, sgd(model), GSE(), **request)
+
+
+def test_lbfgs_is_refused() -> None:
+    model = sparse_net()
+    with pytest.raises(MethodError, match="LBFGS"):
+        sparsify(model, torch.optim.LBFGS(model.parameters()), GSE())
+    sparsify(model, torch.optim.LBFGS(model.parameters()), Static())
+
+
+def test_states_that_do_not_fit() -> None:
+    model = sparse_net()
+    optimizer = sgd(model)
+    sparsifier = sparsify(model, optimizer, GSE(period=1))
+    state = copy.deepcopy(sparsifier.state_dict())
+    with pytest.raises(StateError, match="was saved with method"):
+        sparsify(model, optimizer, GSE(period=2)).load_state_dict(state)
+    with pytest.raises(StateError, match="model's state dict first"):
+        other = sparse_net(seed=5)
+        sparsify(other, sgd(other), GSE(period=1)).load_state_dict(state)
+    with pytest.raises(StateError, match="another model"):
+        sparsifier.load_state_dict({**state, "sites": {}})
+    with pytest.raises(StateError, match="another version"):
+        sparsifier.load_state_dict({"version": 0})
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+    with pytest.raises(ScheduleError, match="call finalize"):
+        train_step(model, optimizer, 0)
+    sparsifier.finalize()
+    with pytest.raises(StateError, match="was finalized"):
+        sparsifier.state_dict()
+
+
+def test_more_than_there_is_to_grow() -> None:
+    torch.manual_seed(0)
+    layer = SparseLinear(10, 10, density=0.97)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for method in (GSE, SET, RigL, DSTEE):
+        sparsifier = Sparsifier(
+            layer, optimizer, method(period=1, fraction=1.0), Budget(density=0.97), 3
+        )
+        before = sparsifier.selected()
+        optimizer.zero_grad()
+        layer(torch.randn(4, 10)).square().sum().backward()
+        optimizer.step()
+        assert layer.values.numel() == 97
+        assert sparsifier.churn(before) == 3 / 97
+        sparsifier.finalize()
+    full = SparseLinear(5, 5, density=1)
+    optimizer = torch.optim.SGD(full.parameters(), 0.1)
+    Sparsifier(full, optimizer, RigL(period=1), Budget(density=1), 3)
+    full(torch.randn(2, 5)).sum().backward()
+    optimizer.step()
+
+
+def test_lists() -> None:
+    merged, places = merge(torch.tensor([1, 4, 9]), torch.tensor([0, 5, 10]))
+    assert merged.tolist() == [0, 1, 4, 5, 9, 10]
+    assert places.tolist() == [1, 2, 4]
+    masks = largest([torch.tensor([1.0, 3.0, 2.0]), torch.tensor([]), torch.tensor([2.0])], 2)
+    assert [m.tolist() for m in masks] == [[False, True, True], [], [False]]
