@@ -145,7 +145,7 @@ def test_every_method_has_a_row() -> None:
     assert {type(m) for m in METHODS} == growing
 
 
-# One update ---------------------------------------------------------------------------------------
+# One update --------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
@@ -258,7 +258,7 @@ def test_layers_change_their_size_while_a_graph_is_alive(loss_kept: bool) -> Non
     assert sizes != [layer.values.numel() for layer in sparse_layers(sparse_net()).values()]
 
 
-# The methods among each other ----------------------------------------------------------------------
+# The methods among each other --------------------------------------------------------------------
 
 
 def one_layer(density: float = 0.1, samples: int = 16) -> tuple[Any, Tensor]:
@@ -423,7 +423,7 @@ def test_convolutions_have_the_gradient_of_dense_ones() -> None:
         torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-6)
 
 
-# Schedule and state --------------------------------------------------------------------------------
+# Schedule and state ------------------------------------------------------------------------------
 
 
 def test_cosine_and_number_of_updates() -> None:
@@ -538,8 +538,8 @@ def test_states_that_do_not_fit() -> None:
     state = copy.deepcopy(sparsifier.state_dict())
     with pytest.raises(StateError, match="was saved with method"):
         sparsify(model, optimizer, GSE(period=2)).load_state_dict(state)
+    other = sparse_net(seed=5)
     with pytest.raises(StateError, match="model's state dict first"):
-        other = sparse_net(seed=5)
         sparsify(other, sgd(other), GSE(period=1)).load_state_dict(state)
     with pytest.raises(StateError, match="another model"):
         sparsifier.load_state_dict({**state, "sites": {}})

@@ -90,8 +90,8 @@ def train_sparse(rank: int, world: int) -> dict[str, Any]:
 def work_sparse(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     torch.save(train_sparse(rank, world), f"{folder}/{rank}.pt")
+    net = convert(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), 0.3, every_unit=True)
     with pytest.raises(BudgetError, match="several processes"):
-        net = convert(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), 0.3, every_unit=True)
         Sparsifier(net, None, RigL(), Budget(density=0.3), STEPS)
     dist.destroy_process_group()
 

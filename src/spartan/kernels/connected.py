@@ -8,6 +8,7 @@ sparse products of torch, and both orders of the connections, which are made whe
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -20,6 +21,8 @@ from spartan.kernels.scores import wide
 
 # Samples of a panel: so many are processed where they are, more are cut into panels.
 _WHOLE, _PANEL = 256, 128
+# Results of more floats are written to memory that is kept between steps.
+_LENT = 1 << 18
 
 
 def split(x: Tensor) -> list[Tensor]:
@@ -33,10 +36,29 @@ def split(x: Tensor) -> list[Tensor]:
     """
     samples = x.shape[2]
     if samples <= _WHOLE:
-        return [x if x.stride(2) == 1 or samples == 1 else x.contiguous()]
+        return [x if x.stride(2) == 1 or samples <= 1 else _gathered(x)]
     full = samples // _PANEL * _PANEL
-    panels = x[:, :, :full].unflatten(2, (-1, _PANEL)).transpose(1, 2).contiguous().flatten(0, 1)
-    return [panels] if full == samples else [panels, x[:, :, full:].contiguous()]
+    panels = x[:, :, :full].unflatten(2, (-1, _PANEL)).transpose(1, 2)
+    images = [_gathered(image) for image in panels]
+    whole = images[0] if len(images) == 1 else torch.cat(images)
+    return [whole] if full == samples else [whole, _gathered(x[:, :, full:])]
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """Copy (panels, features, samples) so that samples are neighbours."""
+    panels, features, samples = x.shape
+    native = _native(x, x)
+    if native is None or x.stride(1) != 1:
+        return x.contiguous()
+    gathered = _fresh(native, panels, features, samples)
+    native.connections_gather_samples(
+        [x.data_ptr(), x.stride(0), x.stride(2)],
+        [panels, samples],
+        features,
+        gathered.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gathered
 
 
 def join(parts: list[Tensor], images: int) -> Tensor:
@@ -65,7 +87,7 @@ def multiply(connections: Connections, values: Tensor, bias: Tensor | None, x: T
         w = _matrix(connections.starts, connections.columns, values, connections.inputs)
         y = _product(w, x)
         return y if bias is None else y + bias[:, None]
-    y = x.new_empty(x.shape[0], connections.outputs, x.shape[2])
+    y = _fresh(native, x.shape[0], connections.outputs, x.shape[2])
     native.connections_forward(
         connections.by_output.described(x.shape[2]),
         [x.shape[0], x.shape[2]],
@@ -97,7 +119,7 @@ def gradients(
         by_input, order = connections.by_input, connections.order
         w = _matrix(by_input.starts, by_input.others, values[order], connections.outputs)
         return _product(w, dy), at_pairs(connections, x, dy)
-    dx, dvalues = x.new_empty(x.shape), torch.empty_like(values)
+    dx, dvalues = _fresh(native, *x.shape), torch.empty_like(values)
     native.connections_backward(
         connections.by_input.described(x.shape[2]),
         [x.shape[0], x.shape[2]],
@@ -150,6 +172,15 @@ def _panels(x: Tensor) -> list[int]:
     return [x.data_ptr(), x.stride(0), x.stride(1)]
 
 
+def _fresh(native: Any, *shape: int) -> Tensor:
+    """Return a tensor to be written, float32."""
+    count = math.prod(shape)
+    if count < _LENT:
+        return torch.empty(shape)
+    lent: Tensor = native.lend(count)
+    return lent.view(shape)
+
+
 def _flat(x: Tensor) -> Tensor:
     """Return (features, all samples), in float32 or float64."""
     return wide(x).transpose(0, 1).flatten(1)
@@ -158,7 +189,7 @@ def _flat(x: Tensor) -> Tensor:
 def _product(w: Tensor, x: Tensor) -> Tensor:
     panels, _, samples = x.shape
     y: Tensor = torch.sparse.mm(w, _flat(x).contiguous())
-    return y.unflatten(1, (panels, samples)).transpose(0, 1).to(x.dtype)
+    return y.view(-1, panels, samples).transpose(0, 1).to(x.dtype)
 
 
 def _matrix(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:

@@ -55,6 +55,18 @@ void pairs(const ConnectionLoops& loops, const Lines& by_output, const Batch& ba
   });
 }
 
+void gather_samples(const ProductLoops& loops, Panels<const float> in, const Batch& batch,
+                    std::int64_t features, float* out, int threads) {
+  constexpr std::int64_t chunk = 256;
+  const std::int64_t chunks = (features + chunk - 1) / chunk;
+  parallel(batch.panels * chunks, threads, [&](int, std::int64_t task) {
+    const std::int64_t panel = task / chunks, begin = task % chunks * chunk;
+    loops.transpose(in.first + panel * in.panel + begin, in.row, batch.lanes,
+                    std::min(chunk, features - begin),
+                    out + (panel * features + begin) * batch.lanes, batch.lanes);
+  });
+}
+
 void transpose(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
                std::int64_t columns, std::int32_t* column_starts, std::int32_t* column_lines,
                std::int32_t* order) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "products.h"
+
 namespace spartan {
 
 // Connections sorted by one end, the line, and within a line by the other. A block is a range of
@@ -70,6 +72,10 @@ void backward(const ConnectionLoops&, const Lines& by_input, const Batch&, const
               Panels<float> dx, float* dvalues, int threads);
 void pairs(const ConnectionLoops&, const Lines& by_output, const Batch&, Panels<const float> dy,
            Panels<const float> x, float* dvalues, int threads);
+
+// Makes samples neighbours: out[panel][feature][sample] = in[panel][sample][feature].
+void gather_samples(const ProductLoops&, Panels<const float> in, const Batch&, std::int64_t features,
+                    float* out, int threads);
 
 // From connections sorted by (line, other) to the same sorted by (other, line).
 void transpose(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,

@@ -62,6 +62,12 @@ void bound_pairs(const Numbers& lines, const Numbers& batch, const Numbers& dy, 
         panels_of<const float>(x), pointer<float>(dvalues), threads);
 }
 
+void bound_gather_samples(const Numbers& in, const Numbers& batch, std::int64_t features,
+                          Address out, int threads) {
+  gather_samples(*current_set().products, panels_of<const float>(in), batch_of(batch), features,
+                 pointer<float>(out), threads);
+}
+
 void bound_transpose(Address starts, Address others, std::int64_t lines, std::int64_t columns,
                      Address column_starts, Address column_lines, Address order) {
   transpose(pointer<const std::int32_t>(starts), pointer<const std::int32_t>(others), lines,
@@ -81,6 +87,7 @@ void bind_connections(nb::module_& m) {
   m.def("connections_forward", &bound_forward, Release());
   m.def("connections_backward", &bound_backward, Release());
   m.def("connections_pairs", &bound_pairs, Release());
+  m.def("connections_gather_samples", &bound_gather_samples, Release());
   m.def("connections_transpose", &bound_transpose, Release());
   m.def("connections_cut", &bound_cut, Release());
 }

@@ -25,5 +25,6 @@ void use_instruction_set(const std::string& name);
 
 void bind_layers(nanobind::module_&);
 void bind_connections(nanobind::module_&);
+void bind_buffers(nanobind::module_&);
 
 }  // namespace spartan
