@@ -4,7 +4,7 @@
 
 Four tables, each with both sides measured in one run, the sides taking turns, medians:
 
-* one step of a square layer, forward and both gradients, batch 128: ours against dense torch, against
+* one step of a square layer, forward and both gradients, batch 128: against dense torch, against
   autograd over `torch.sparse.mm` with a CSR parameter, and against the best composition of torch
   operators (both orders of the connections kept, `sampled_addmm`); inside a chain of sparse layers
   and with rows of samples in and out;
@@ -120,8 +120,8 @@ def steps_table(threads: int) -> dict[tuple[int, int], dict[str, float]]:
             found[width, per_unit] = {"ours": ours, "stock": stock, "dense": dense}
             faster = f"{dense / ours:.0f}x" if dense else ""
             print(
-                f"| {width} | {per_unit} | {faster} | {stock / ours:.1f}x | {operators / ours:.1f}x "
-                f"| {1e3 * ours:.2f} ms | {1e3 * rows:.2f} ms |",
+                f"| {width} | {per_unit} | {faster} | {stock / ours:.1f}x "
+                f"| {operators / ours:.1f}x | {1e3 * ours:.2f} ms | {1e3 * rows:.2f} ms |",
                 flush=True,
             )
     return found
@@ -196,7 +196,8 @@ def measured_memory(width: int, per_unit: int) -> int:
 
 def memory_table() -> dict[tuple[int, int], int]:
     print(
-        "\n| width | per unit | bytes per connection, over the activations | peak |\n|---|---|---|---|"
+        "\n| width | per unit | bytes per connection, over the activations | peak |\n"
+        "|---|---|---|---|"
     )
     found = {}
     for width in WIDTHS:

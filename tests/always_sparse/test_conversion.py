@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import spartan
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import (
     SparseConv2d,
@@ -200,3 +201,13 @@ def test_no_warning_where_every_unit_is_connected() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(Net(), 0.1, every_unit=True)
+
+
+def test_accelerated_and_purged_like_any_sparse_model() -> None:
+    model = convert(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), 0.1)
+    x = torch.randn(4, 64)
+    fast = spartan.accelerate(model, x, seconds=0.001, verbose=False)
+    assert not sparse_layers(fast)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(spartan.purge(model)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert sparse_layers(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,3 +133,42 @@ def ints(*values: int) -> Tensor:
 def test_what_is_no_index_is_refused(starts: Tensor, columns: Tensor, message: str) -> None:
     with pytest.raises(KernelError, match=message):
         Connections(starts, columns, 5)
+
+
+@pytest.mark.skipif(len(SETS) == 1, reason="the native kernels are not built")
+def test_lent_memory_is_one_tensors_at_a_time() -> None:
+    c = graph(3000, 40, 0.05, 0)
+    values = torch.randn(c.count)
+
+    def result(seed: int) -> Tensor:
+        x = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(seed))
+        return connected.multiply(c, values, None, x)
+
+    first, second = result(0), result(1)
+    assert first.data_ptr() != second.data_ptr()
+    kept, address = first.clone(), first.data_ptr()
+    part = first[0, 10:20]
+    del first
+    assert result(2).data_ptr() not in (address, second.data_ptr())  # a view is alive
+    assert torch.equal(part, kept[0, 10:20])
+    del part
+    addresses = {result(3).data_ptr() for _ in range(4)}
+    again = result(4)
+    assert again.data_ptr() in addresses | {address}  # what is free is lent again
+    with torch.inference_mode():
+        inferred = result(0)
+    assert torch.equal(inferred, kept)
+    assert torch.equal(copy.deepcopy(again), again)
+
+
+@each_set
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), SIZES, st.integers(0, 300), st.booleans())
+def test_rows_of_samples_are_gathered(
+    name: str, images: int, features: int, samples: int, strided: bool
+) -> None:
+    x = torch.randn(images, samples, features + strided)[:, :, strided:].transpose(1, 2)
+    with kernels.using(name):
+        parts = connected.split(x)
+        assert all(part.stride(2) == 1 or part.shape[2] <= 1 for part in parts)
+        assert torch.equal(connected.join(parts, images), x)

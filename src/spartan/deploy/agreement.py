@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spartan.always_sparse.conversion import to_dense
 from spartan.errors import DeployError
 from spartan.samples import run_on
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Return a deep copy.
+    """Return a deep copy, in which always-sparse layers are dense.
 
     Raises:
         DeployError: The model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return to_dense(copy.deepcopy(model))
     except Exception as error:
         raise DeployError(
             f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "

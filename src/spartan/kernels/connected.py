@@ -189,7 +189,7 @@ def _flat(x: Tensor) -> Tensor:
 def _product(w: Tensor, x: Tensor) -> Tensor:
     panels, _, samples = x.shape
     y: Tensor = torch.sparse.mm(w, _flat(x).contiguous())
-    return y.view(-1, panels, samples).transpose(0, 1).to(x.dtype)
+    return y.view(w.shape[0], panels, samples).transpose(0, 1).to(x.dtype)
 
 
 def _matrix(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
