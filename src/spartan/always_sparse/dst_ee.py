@@ -47,6 +47,7 @@ class DSTEE(AnnealedGrowth):
     exploration: float = 1.0
     epsilon: float = 1.0
 
+    counts_rounds: ClassVar[bool] = True
     name: ClassVar[str] = "dst-ee"
     summary: ClassVar[str] = "always-sparse layers; RigL with a bonus for what was rarely tried"
     paper: ClassVar[str] = "Huang et al., DAC 2023"

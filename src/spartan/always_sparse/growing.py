@@ -246,7 +246,7 @@ class GrowingSparsifier(Sparsifier):
         moves = list(self._moves(self.step + 1))
         self.step += 1
         for move in moves:
-            apply(move, self._steppers)
+            apply(move, self._steppers, self.method.counts_rounds)
         self._listen()
         if moves:
             self._warn_dead()

@@ -27,6 +27,7 @@ from spartan.described import Described
 from spartan.errors import MethodError
 from spartan.kernels import Request, Scores, masks_of, scan
 from spartan.kernels.connections import Connections
+from spartan.kernels.dispatch import native_module
 from spartan.prunable import Prunable
 from spartan.schedules import check_fraction
 from spartan.seeds import derive_seed
@@ -55,7 +56,8 @@ class SparseSite:
         weight: Its values.
         layer: The layer.
         tried: Every pair that was ever connected, as keys output * inputs + input: int64, rising.
-        rounds: For each of `tried`, between how many updates it was connected.
+        rounds: For each of `tried`, how many updates found it connected; zeros where the method
+            does not count them.
     """
 
     weight: SparseWeight
@@ -101,6 +103,7 @@ class Growth(Described, ABC):
 
     moves: ClassVar[bool] = True  # whether connections move at all
     uses_gradients: ClassVar[bool] = True  # whether it looks at activations and gradients
+    counts_rounds: ClassVar[bool] = False  # whether it looks at `SparseSite.rounds`
 
     @abstractmethod
     def fraction_at(self, step: int, total_steps: int) -> float:
@@ -173,6 +176,12 @@ def is_in(keys: Tensor, known: Tensor) -> Tensor:
     """Say which keys are among the known ones; both are sorted."""
     if known.numel() == 0:
         return torch.zeros_like(keys, dtype=torch.bool)
+    if keys.device.type == "cpu" and (native := native_module()) is not None:
+        keys, known = keys.contiguous(), known.contiguous()
+        found = torch.empty(keys.shape, dtype=torch.bool)
+        sizes = keys.numel(), known.numel()
+        native.connections_members(keys.data_ptr(), known.data_ptr(), *sizes, found.data_ptr())
+        return found
     place = torch.searchsorted(known, keys).clamp_(max=known.numel() - 1)
     return known[place] == keys
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, is_in, largest
-from spartan.always_sparse.random_graphs import nth_outside
+from spartan.always_sparse.random_graphs import nth_outside, rising
 from spartan.errors import MethodError, did_you_mean
 
 Sampler = Literal["uniform", "grabo", "graest"]
@@ -88,7 +88,7 @@ class GSE(AnnealedGrowth):
         generator = site.generator(self.seed, step)
         a = _draw(f, inputs, draws, generator).to(connected.device)
         b = _draw(g, outputs, draws, generator).to(connected.device)
-        subset: Tensor = torch.unique(b * inputs + a)
+        subset = rising(b * inputs + a)
         return subset[~is_in(subset, connected)]
 
     def distributions(self, site: SparseSite, step: int) -> tuple[Tensor | None, Tensor | None]:

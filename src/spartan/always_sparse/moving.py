@@ -28,7 +28,7 @@ class Move:
     grown: Tensor
 
 
-def apply(move: Move, optimizers: Iterable[Optimizer]) -> None:
+def apply(move: Move, optimizers: Iterable[Optimizer], count_rounds: bool) -> None:
     """Prune and grow.
 
     Values, gradient and whatever an optimizer keeps for each weight follow the connections that
@@ -37,10 +37,13 @@ def apply(move: Move, optimizers: Iterable[Optimizer]) -> None:
     Args:
         move: What to do.
         optimizers: Those that may keep something for the layer's values.
+        count_rounds: Whether `site.rounds` are counted.
     """
     site, layer = move.site, move.site.layer
-    outputs, inputs = layer.matrix_shape
     before = site.connections.keys()
+    if count_rounds:
+        _remember(site, before)
+        site.rounds[torch.searchsorted(site.tried, before)] += 1
     keys, places = merge(before[move.kept], move.grown)
     old = layer.values
 
@@ -58,11 +61,9 @@ def apply(move: Move, optimizers: Iterable[Optimizer]) -> None:
             if isinstance(entries, Tensor) and entries.shape == shape:
                 state[name] = carried(entries)
     old.grad = None
-    layer.rewire(Connections.from_keys(keys, outputs, inputs), values)
+    layer.rewire(Connections.from_keys(keys, *layer.matrix_shape), values)
     layer.values.grad = gradient
-    _remember(site, before)
-    site.rounds[torch.searchsorted(site.tried, before)] += 1
-    _remember(site, keys)
+    _remember(site, move.grown)
 
 
 def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,10 @@ def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _remember(site: SparseSite, keys: Tensor) -> None:
     """Add the pairs that were never connected before."""
-    tried, places = merge(site.tried, keys[~is_in(keys, site.tried)])
+    new = keys[~is_in(keys, site.tried)]
+    if not new.numel():
+        return
+    tried, places = merge(site.tried, new)
     rounds = torch.zeros_like(tried, dtype=site.rounds.dtype)
     rounds[places] = site.rounds
     site.tried, site.rounds = tried, rounds

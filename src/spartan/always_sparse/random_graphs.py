@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,13 +37,25 @@ def distinct(count: int, population: int, generator: torch.Generator | None = No
     while drawn.numel() < count:
         missing = count - drawn.numel()
         more = torch.randint(population, (missing + missing // 8 + 16,), generator=generator)
-        drawn = torch.unique(torch.cat((drawn, more)))
+        drawn = rising(torch.cat((drawn, more)))
     surplus = drawn.numel() - count
     if surplus:
         kept = torch.ones(drawn.numel(), dtype=torch.bool)
         kept[torch.randperm(drawn.numel(), generator=generator)[:surplus]] = False
         drawn = drawn[kept]
     return drawn
+
+
+def rising(numbers: Tensor) -> Tensor:
+    """Sort, and leave out what is there twice."""
+    if numbers.device.type == "cpu":
+        # Several times as fast as torch's.
+        ordered = torch.from_numpy(np.sort(numbers.numpy()))
+    else:
+        ordered = numbers.sort().values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    torch.ne(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
 
 
 def nth_outside(taken: Tensor, ranks: Tensor) -> Tensor:

@@ -83,6 +83,15 @@ void transpose(const std::int32_t* starts, const std::int32_t* others, std::int6
     }
 }
 
+void members(const std::int64_t* keys, const std::int64_t* known, std::int64_t count,
+             std::int64_t known_count, bool* found) {
+  std::int64_t k = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    while (k < known_count && known[k] < keys[i]) ++k;
+    found[i] = k < known_count && known[k] == keys[i];
+  }
+}
+
 void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
          std::int64_t blocks, std::int64_t per_block, std::int32_t* cuts, int threads) {
   constexpr std::int64_t chunk = 4096;

@@ -75,6 +75,12 @@ void bound_transpose(Address starts, Address others, std::int64_t lines, std::in
             pointer<std::int32_t>(order));
 }
 
+void bound_members(Address keys, Address known, std::int64_t count, std::int64_t known_count,
+                   Address found) {
+  members(pointer<const std::int64_t>(keys), pointer<const std::int64_t>(known), count, known_count,
+          pointer<bool>(found));
+}
+
 void bound_cut(Address starts, Address others, std::int64_t lines, std::int64_t blocks,
                std::int64_t per_block, Address cuts, int threads) {
   cut(pointer<const std::int32_t>(starts), pointer<const std::int32_t>(others), lines, blocks,
@@ -89,6 +95,7 @@ void bind_connections(nb::module_& m) {
   m.def("connections_pairs", &bound_pairs, Release());
   m.def("connections_gather_samples", &bound_gather_samples, Release());
   m.def("connections_transpose", &bound_transpose, Release());
+  m.def("connections_members", &bound_members, Release());
   m.def("connections_cut", &bound_cut, Release());
 }
 
