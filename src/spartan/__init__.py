@@ -1,6 +1,6 @@
 """Train, prune and ship PyTorch networks at exactly the sparsity asked for."""
 
-from spartan import kernels, methods
+from spartan import always_sparse, kernels, methods
 from spartan.budget import Budget
 from spartan.deploy import accelerate, load, purge, save
 from spartan.errors import SpartanError
@@ -20,6 +20,7 @@ __all__ = [
     "SpartanError",
     "Unstructured",
     "accelerate",
+    "always_sparse",
     "freeze",
     "hard_topk",
     "kernels",

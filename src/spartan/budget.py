@@ -250,7 +250,8 @@ class Budget:
         totals = [n * cost for n, cost in zip(units, costs, strict=True)]
         shapes = [tuple(w.shape) for w in weights]
         if self.allocation == "er":
-            shapes = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+            oriented = [w.oriented_shape for w in weights]
+            shapes = [(outputs, math.prod(inputs)) for outputs, *inputs in oriented]
         densities = erk_densities(shapes, density, totals)
         shares = [make_share([i], units, costs, Fraction(d)) for i, d in enumerate(densities)]
         if len(set(costs)) == 1:

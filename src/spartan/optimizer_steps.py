@@ -49,8 +49,12 @@ def parameters_of(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], weights: Sequence[Prunable]) -> None:
-    """Warn of weights that no optimizer steps.
+def check_optimizers(
+    optimizers: Sequence[Optimizer],
+    weights: Sequence[Prunable],
+    consequence: str = "masked, but not trained. Exclude them to keep them dense.",
+) -> None:
+    """Warn of weights that no optimizer steps, and what follows from it.
 
     Raises:
         StateError: The optimizers step none of the weights.
@@ -67,7 +71,6 @@ def check_optimizers(optimizers: Sequence[Optimizer], weights: Sequence[Prunable
         )
     if missing:
         warnings.warn(
-            f"No optimizer steps {', '.join(map(repr, missing))}: masked, but not trained. "
-            "Exclude them to keep them dense.",
+            f"No optimizer steps {', '.join(map(repr, missing))}: {consequence}",
             stacklevel=4,
         )

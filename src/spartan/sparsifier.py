@@ -41,7 +41,8 @@ class Sparsifier:
             when they are made.
 
     Methods that mask weights keep the model dense in memory (`spartan.masking`); growth methods
-    move the connections of always-sparse layers (`spartan.always_sparse`).
+    move the connections of always-sparse layers (`spartan.always_sparse`). A step whose gradients
+    or weights are not finite raises before it does harm, and names itself.
 
     Raises:
         SpartanError: One of its children, for any argument that does not fit, before anything is
@@ -50,13 +51,17 @@ class Sparsifier:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Sparsifier:
         """Make the sparsifier of the method's kind."""
-        if cls is not Sparsifier:
-            return super().__new__(cls)
         # These build on this module.
         from spartan.always_sparse.growing import GrowingSparsifier
         from spartan.always_sparse.growth import Growth
         from spartan.masking import MaskingSparsifier
 
+        if issubclass(cls, GrowingSparsifier | MaskingSparsifier):
+            return super().__new__(cls)
+        if cls is not Sparsifier:
+            raise TypeError(
+                "Derive from spartan.masking.MaskingSparsifier, or its like for growth."
+            )
         method = kwargs["method"] if "method" in kwargs else (*args, None, None, None)[2]
         kind = GrowingSparsifier if isinstance(method, Growth) else MaskingSparsifier
         return super().__new__(kind)

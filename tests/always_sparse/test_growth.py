@@ -369,7 +369,7 @@ def test_states_that_do_not_fit() -> None:
     sparsifier = sparsify(model, optimizer, GSE(period=1))
     state = copy.deepcopy(sparsifier.state_dict())
     with pytest.raises(StateError, match="was saved with method"):
-        sparsify(model, optimizer, GSE(period=2)).load_state_dict(state)
+        sparsify(sparse_net(), None, GSE(period=2)).load_state_dict(state)
     other = sparse_net(seed=5)
     with pytest.raises(StateError, match="model's state dict first"):
         sparsify(other, sgd(other), GSE(period=1)).load_state_dict(state)

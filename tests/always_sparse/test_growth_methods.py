@@ -113,7 +113,9 @@ def test_guided_samples_follow_their_distributions() -> None:
 
 def test_dead_layers_are_sampled_uniformly() -> None:
     site, _ = one_layer()
-    site.layer.passes = Passes([(torch.zeros(1, 24, 4), torch.zeros(1, 18, 4))])
+    site.layer.passes = Passes()
+    site.layer.passes.add(torch.zeros(1, 24, 4), torch.zeros(1, 18, 4))
+    site.layer.passes.finish(None)
     for sampler in ("grabo", "graest"):
         (grown,) = GSE(sampler=sampler).grow([site], 5, 1)
         assert grown.numel() == 5

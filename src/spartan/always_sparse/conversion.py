@@ -69,8 +69,8 @@ def convert(
                 "every unit can have one: raise the density, or spread it otherwise."
             )
         graphs[weight.name] = random_connections(outputs, inputs, count, every_unit)
-    warn_of_unconnected(graphs)
-    model.register_load_state_dict_pre_hook(_check_first)
+    warn_of_unconnected(graphs, stacklevel=3)
+    model.register_load_state_dict_pre_hook(check_first)
     made = {module: _sparse(module, graphs[weight.name]) for weight, module in targets.items()}
     return _replaced(model, made)
 
@@ -124,7 +124,7 @@ def density(model: nn.Module) -> float:
     return sum(layer.values.numel() for layer in layers) / pairs
 
 
-def _check_first(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def check_first(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a damaged state before any layer has loaded its part."""
     for name, layer in sparse_layers(model).items():
         layer.connections_of(state, f"{prefix}{name}." if name else prefix)
@@ -150,8 +150,8 @@ def _targets(model: nn.Module, weights: list[Prunable]) -> dict[Prunable, nn.Mod
             raise PrunableError(f"{weight.name!r} is tied to another layer's weight: exclude it.")
         if weight.parameter.is_meta:
             raise PrunableError(
-                f"{weight.name!r} is on the meta device and has no place to go: build the model "
-                "with always_sparse.SparseLinear, or move it to a device first."
+                f"{weight.name!r} is on the meta device and a graph has no place there: move it "
+                "to a device first (model.to_empty), or build it of always_sparse.SparseLinear."
             )
         if _convertible(found[0]) and found[0] not in inside:
             targets[weight] = found[0]
@@ -199,6 +199,10 @@ def _sparse(module: nn.Module, connections: Connections) -> SparseLayer:
     else:
         assert isinstance(module, nn.Linear)
         layer = SparseLinear(module.in_features, module.out_features, bias is not None, **made)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        warnings.warn(
+            f"The hooks of {module} are not those of the layer that replaces it.", stacklevel=4
+        )
     layer.values.requires_grad_(weight.requires_grad)
     layer.bias = bias
     layer.train(module.training)
@@ -213,4 +217,6 @@ def _replaced(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Modul
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     # Its fast path reads weights past the layers.
                     parent.activation_relu_or_gelu = 0
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # so does this one's
     return made.get(model, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spartan.always_sparse.layer import SparseLayer, draw_connections
+from spartan.errors import SpartanError
 from spartan.kernels.connections import Connections
 
 _Pair = tuple[int, int]
@@ -125,4 +127,9 @@ class SparseConv2d(SparseLayer):
 
 def pair(value: int | Sequence[int]) -> _Pair:
     """Return a number twice, or the two numbers that are given."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    if isinstance(value, str):
+        raise SpartanError(f"A convolution takes numbers, not {value!r}, for its padding.")
+    if isinstance(value, Sequence):
+        first, second = value
+        return operator.index(first), operator.index(second)
+    return operator.index(value), operator.index(value)

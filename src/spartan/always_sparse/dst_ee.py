@@ -30,7 +30,7 @@ class DSTEE(AnnealedGrowth):
     """Grow the connections of largest gradient, with a bonus for those rarely tried.
 
     Attributes:
-        fraction: α, share of the connections that the first update replaces.
+        fraction: α, share of the connections that an update at the very beginning would replace.
         period: T, steps between two updates.
         end: T_end, as a fraction of the run.
         seed: Of all random choices.
@@ -61,7 +61,7 @@ class DSTEE(AnnealedGrowth):
             raise MethodError(f"epsilon={self.epsilon!r} must be positive.")
 
     def grow(self, sites: Sequence[SparseSite], count: int, step: int) -> list[Tensor]:
-        best = Best(sites, count)
+        best = Best(sites, count, self.seed, step)
         for i, site in enumerate(sites):
             total = 0.0
             for part in dense_gradient(site):

@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from spartan.always_sparse.conversion import sparse_layers
+from spartan.always_sparse.checks import (
+    STATE_VERSION,
+    check_counts,
+    check_request,
+    check_state,
+)
+from spartan.always_sparse.conversion import check_first, sparse_layers
 from spartan.always_sparse.growth import (
     Growth,
     SparseSite,
     SparseWeight,
     is_in,
     largest,
-    processes,
 )
 from spartan.always_sparse.layer import SparseLayer
 from spartan.always_sparse.moving import Move, apply
 from spartan.always_sparse.product import Passes
 from spartan.budget import Budget
 from spartan.errors import (
-    BudgetError,
-    MethodError,
     NonFiniteError,
-    PatternError,
     PrunableError,
     StateError,
 )
 from spartan.kernels import finite
-from spartan.optimizer_steps import check_optimizers, skips_step
-from spartan.patterns import Pattern, Unstructured
+from spartan.optimizer_steps import (
+    check_optimizers,
+    parameters_of,
+    skips_step,
+    wrap_closure,
+)
+from spartan.patterns import Pattern
 from spartan.prunable import NameFilter
 from spartan.shares import Share
 from spartan.sparsifier import Sparsifier, named
 from spartan.summary import LayerSummary
-
-_STATE_VERSION = 1
 
 
 class GrowingSparsifier(Sparsifier):
@@ -69,68 +76,26 @@ class GrowingSparsifier(Sparsifier):
         super().__init__(model, optimizer, method, budget, total_steps, pattern)
         self.method = method
         layers = sparse_layers(model)
-        self._check_request(layers, include, exclude)
+        if include is not None or exclude is not None:
+            raise PrunableError(
+                "Growth governs all always-sparse layers: name layers in always_sparse.convert."
+            )
+        check_request(method, budget, self.pattern, self._optimizers, layers)
         weights = [_weight(name, layer) for name, layer in layers.items()]
-        self._shares = budget.plan(model, weights, self.pattern)
-        check_optimizers(self._optimizers, weights)
+        self._shares = _by_values(budget).plan(model, weights, self.pattern)
+        check_optimizers(self._optimizers, weights, "neither trained nor grown.")
         for weight in weights:
             if not bool(torch.isfinite(weight.parameter).all()):
                 raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")
         self.sites = [
             _site(weight, layer) for weight, layer in zip(weights, layers.values(), strict=True)
         ]
-        self._check_counts()
+        check_counts(budget, self._shares, self.sites, method.moves)
         self._steppers: list[Optimizer] = []  # those that have stepped, where none was given
+        self._listeners: list[RemovableHandle] = []
         self._listen()
-        self._handles = self._hook_steps()
-
-    def _check_request(
-        self, layers: Mapping[str, SparseLayer], include: object, exclude: object
-    ) -> None:
-        if not layers:
-            raise PrunableError(
-                f"{self.method.name!r} moves the connections of always-sparse layers, and the "
-                "model has none: build it with always_sparse.SparseLinear, or call "
-                "always_sparse.convert(model, density) before making the optimizer."
-            )
-        if include is not None or exclude is not None:
-            raise PrunableError(
-                "Growth governs all always-sparse layers: name layers in always_sparse.convert."
-            )
-        if not isinstance(self.pattern, Unstructured):
-            raise PatternError(
-                f"{self.method.name!r} grows single connections, not {self.pattern}."
-            )
-        if self.budget.cost != "parameters" or self.budget.latency_ms is not None:
-            raise BudgetError("Growth keeps a number of connections: only cost='parameters' goes.")
-        if self.budget.count != "prunable":
-            raise BudgetError(
-                "Growth counts always-sparse layers only: count='prunable' it must be."
-            )
-        if self.method.moves and any(isinstance(o, LBFGS) for o in self._optimizers):
-            raise MethodError(
-                "LBFGS keeps a history that is not one number a weight, so it cannot follow moving "
-                "connections; use another optimizer."
-            )
-
-    def _check_counts(self) -> None:
-        """Raise unless the layers hold what the budget says."""
-        for share in self._shares:
-            sites = [self.sites[i] for i in share.members]
-            found = sum(site.connections.count for site in sites)
-            if found != share.kept:
-                names = "the layers" if len(sites) > 1 else repr(sites[0].name)
-                raise BudgetError(
-                    f"The budget is {share.kept:,} connections of {names}, and there are "
-                    f"{found:,}: give Budget(density={self.density:.10g}), or convert the "
-                    f"model with the density and the allocation {self.budget.allocation!r} of the "
-                    "budget. (With 'global', they may be spread in any way.)"
-                )
-            if len(sites) > 1 and processes() > 1 and self.method.moves:
-                raise BudgetError(
-                    "In several processes the connections of each layer must keep their number: "
-                    "use allocation='er', 'erk' or 'uniform'."
-                )
+        guard = model.register_load_state_dict_pre_hook(check_first)
+        self._handles = [*self._hook_steps(), guard]
 
     # What the user asks -------------------------------------------------------------------------
 
@@ -189,14 +154,13 @@ class GrowingSparsifier(Sparsifier):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for site in self.sites:
-            site.layer.passes = None
+        self._stop_listening()
 
     def state_dict(self) -> dict[str, Any]:
         self._require_attached()
         sites = {s.name: {"tried": s.tried, "rounds": s.rounds} for s in self.sites}
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self.step,
             "sites": sites,
@@ -205,8 +169,8 @@ class GrowingSparsifier(Sparsifier):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; the model's own state, with the connections, is loaded before."""
         self._require_attached()
-        self._check_state(state)
-        self._check_counts()
+        check_state(state, self._settings(), self.sites)
+        check_counts(self.budget, self._shares, self.sites, self.method.moves)
         self.step = int(state["step"])
         for site in self.sites:
             saved = state["sites"][site.name]
@@ -218,13 +182,24 @@ class GrowingSparsifier(Sparsifier):
     # Around a step ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         weights = self._steps(optimizer)
         if not weights:
-            return
+            return None
         self._refuse_more_steps(optimizer)
-        if not skips_step(optimizer):
+
+        def checking(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def evaluate() -> Any:
+                loss = closure()
+                self._require_finite(weights)
+                return loss
+
+            return evaluate
+
+        args, kwargs, wrapped = wrap_closure(args, kwargs, checking)
+        if not wrapped and not skips_step(optimizer):
             self._require_finite(weights)
+        return (args, kwargs) if wrapped else None
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -246,7 +221,7 @@ class GrowingSparsifier(Sparsifier):
         moves = list(self._moves(self.step + 1))
         self.step += 1
         for move in moves:
-            apply(move, self._steppers, self.method.counts_rounds)
+            apply(move, self._optimizers or self._steppers, self.method.counts_rounds)
         self._listen()
         if moves:
             self._warn_dead()
@@ -258,15 +233,19 @@ class GrowingSparsifier(Sparsifier):
         """Choose what is grown and pruned after a step; nothing is changed yet."""
         fraction = self.method.fraction_at(step, self._horizon)
         for share in self._shares if fraction > 0 else []:
-            sites = [self.sites[i] for i in share.members]
-            if self.method.uses_gradients:
-                sites = [site for site in sites if site.passes]
-            total = sum(site.connections.count for site in sites)
-            if len(sites) == len(share.members) and total != share.kept:
+            members = [self.sites[i] for i in share.members]
+            found = sum(site.connections.count for site in members)
+            if found != share.kept:
                 raise StateError(
-                    f"The layers hold {total:,} connections, and the budget is {share.kept:,}: "
+                    f"The layers hold {found:,} connections, and the budget is {share.kept:,}: "
                     "something else has changed them since the sparsifier was made."
                 )
+            sites = [site for site in members if self._is_trained(site)]
+            if self.method.uses_gradients:
+                sites = [site for site in sites if site.passes]
+            if not sites:
+                self._warn_idle(members)
+            total = sum(site.connections.count for site in sites)
             wanted = min(math.ceil(fraction * total), sum(site.unconnected for site in sites))
             if wanted == 0:
                 continue
@@ -276,12 +255,35 @@ class GrowingSparsifier(Sparsifier):
             for site, keys, mask in zip(sites, grown, kept, strict=True):
                 yield Move(site, mask, keys)
 
+    def _is_trained(self, site: SparseSite) -> bool:
+        stepped = set().union(*map(parameters_of, self._optimizers or self._steppers))
+        return site.weight.parameter.requires_grad and id(site.weight.parameter) in stepped
+
     def _listen(self) -> None:
         """Let layers keep what passes through them, if an update follows the next step."""
+        self._stop_listening()
         fraction = self.method.fraction_at(self.step + 1, self._horizon)
-        needed = self.method.uses_gradients and fraction > 0
+        if not (self.method.uses_gradients and fraction > 0):
+            return
         for site in self.sites:
-            site.layer.passes = Passes() if needed else None
+            if site.weight.parameter.requires_grad:
+                site.layer.passes = passes = Passes()
+                self._listeners.append(_finishing(passes, site.weight.parameter))
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.remove()
+        self._listeners = []
+        for site in self.sites:
+            site.layer.passes = None
+
+    def _warn_idle(self, sites: list[SparseSite]) -> None:
+        names = ", ".join(repr(site.name) for site in sites)
+        warnings.warn(
+            f"No gradient of {names} has come before step {self.step + 1}, after which connections "
+            "were to move: nothing moves. If several optimizers step the model, give them all.",
+            stacklevel=2,
+        )
 
     def _warn_dead(self) -> None:
         dead = [repr(site.name) for site in self.sites if site.connections.count == 0]
@@ -301,27 +303,26 @@ class GrowingSparsifier(Sparsifier):
             "budgets": self._budgets(self._shares),
         }
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != _STATE_VERSION or "sites" not in state:
-            raise StateError("The state is not one of a growth method, or of another version.")
-        for key, value in self._settings().items():
-            if state["settings"].get(key) != value:
-                raise StateError(
-                    f"The state was saved with {key}={state['settings'].get(key)}, this sparsifier "
-                    f"has {key}={value}: resume with the settings the run was begun with."
-                )
-        names = {site.name for site in self.sites}
-        if set(state["sites"]) != names:
-            other = ", ".join(sorted(set(state["sites"]) ^ names))
-            raise StateError(f"The state is of another model; it differs in {other}.")
-        for site in self.sites:
-            saved = state["sites"][site.name]
-            tried = saved["tried"].to(site.tried.device)
-            if not bool(is_in(site.connections.keys(), tried).all()):
-                raise StateError(
-                    f"The connections of {site.name!r} are not those of the state: load the "
-                    "model's state dict first, and of the same step."
-                )
+
+def _finishing(passes: Passes, values: nn.Parameter) -> RemovableHandle:
+    """Tell passes when a backward pass has the whole gradient of the values."""
+
+    def finish(gradient: Tensor) -> None:
+        passes.finish(values.grad)
+
+    handle: RemovableHandle = values.register_hook(finish)
+    return handle
+
+
+def _by_values(budget: Budget) -> Budget:
+    """Let a mapping name the weights as they were called before they were always sparse."""
+    if isinstance(budget.allocation, str):
+        return budget
+    names = {
+        f"{name.removesuffix('weight')}values" if name.endswith("weight") else name: density
+        for name, density in budget.allocation.items()
+    }
+    return dataclasses.replace(budget, allocation=names)
 
 
 def _weight(name: str, layer: SparseLayer) -> SparseWeight:

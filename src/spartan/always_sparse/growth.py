@@ -25,12 +25,16 @@ from torch import Tensor
 from spartan.always_sparse.layer import SparseLayer
 from spartan.described import Described
 from spartan.errors import MethodError
-from spartan.kernels import Request, Scores, masks_of, scan
+from spartan.kernels import Request, Scores, connected, masks_of, scan
 from spartan.kernels.connections import Connections
 from spartan.kernels.dispatch import native_module
+from spartan.kernels.scores import wide
 from spartan.prunable import Prunable
 from spartan.schedules import check_fraction
 from spartan.seeds import derive_seed
+
+# Less than what two different scores in float32 differ by, relative and near zero.
+_TIE, _TINY = 1e-12, 1e-50
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +86,18 @@ class SparseSite:
 
     @property
     def passes(self) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and output gradients of the step: (panels, features, samples) each."""
-        return self.layer.passes.parts if self.layer.passes is not None else []
+        """Inputs and output gradients of the step: (panels, features, samples) each.
+
+        Raises:
+            StateError: An input was overwritten since.
+        """
+        return self.layer.passes.checked(self.name) if self.layer.passes is not None else []
 
     def gradient(self, keys: Tensor) -> Tensor:
-        """Return the weight gradient at pairs, averaged over processes."""
-        assert self.layer.passes is not None
-        outputs, inputs = self.layer.matrix_shape
-        gradient = self.layer.passes.gradient(Connections.from_keys(keys, outputs, inputs))
-        return averaged(gradient)
+        """Return the weight gradient at pairs, averaged over processes: float32 or float64."""
+        connections = Connections.from_keys(keys, *self.layer.matrix_shape)
+        parts = [connected.at_pairs(connections, wide(x), wide(dy)) for x, dy in self.passes]
+        return averaged(torch.stack(parts).sum(0))
 
     def generator(self, seed: int, step: int, salt: str = "") -> torch.Generator:
         """Return the generator of an update: the same in every process, another in each layer."""
@@ -130,7 +137,7 @@ class AnnealedGrowth(Growth):
     α_t = α / 2 (1 + cos(π t / T_end)), and 0 from T_end on.
 
     Attributes:
-        fraction: α, share of the connections that the first update replaces.
+        fraction: α, share of the connections that an update at the very beginning would replace.
         period: T, steps between two updates.
         end: T_end, as a fraction of the run.
         seed: Of all random choices.
@@ -170,6 +177,16 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """
     kept = Scores(list(scores), [1.0] * len(scores), [1.0] * len(scores), absolute=True)
     return masks_of(kept, scan([Request(kept, float(count))])[0].cut)
+
+
+def untied(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Return scores, in float64, that differ by so little that only ties are decided, at random.
+
+    Where units are dead, many gradients are zero, and the order in memory must not choose.
+    """
+    draws = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device="cpu")
+    draws = draws.to(scores.device)
+    return scores.double() * (1 + _TIE * draws) + _TINY * draws
 
 
 def is_in(keys: Tensor, known: Tensor) -> Tensor:

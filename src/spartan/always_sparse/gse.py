@@ -25,7 +25,14 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, is_in, largest
+from spartan.always_sparse.growth import (
+    AnnealedGrowth,
+    SparseSite,
+    averaged,
+    is_in,
+    largest,
+    untied,
+)
 from spartan.always_sparse.random_graphs import nth_outside, rising
 from spartan.errors import MethodError, did_you_mean
 
@@ -37,7 +44,7 @@ class GSE(AnnealedGrowth):
     """Grow the connections of largest gradient among a random subset.
 
     Attributes:
-        fraction: α, share of the connections that the first update replaces.
+        fraction: α, share of the connections that an update at the very beginning would replace.
         period: T, steps between two updates; the paper takes 1,000 of 78,000.
         end: T_end, as a fraction of the run.
         seed: Of all random choices.
@@ -72,7 +79,10 @@ class GSE(AnnealedGrowth):
 
     def grow(self, sites: Sequence[SparseSite], count: int, step: int) -> list[Tensor]:
         subsets = [self.sample(site, step) for site in sites]
-        magnitudes = [site.gradient(keys).abs() for site, keys in zip(sites, subsets, strict=True)]
+        magnitudes = [
+            untied(site.gradient(keys).abs(), site.generator(self.seed, step, "/ties"))
+            for site, keys in zip(sites, subsets, strict=True)
+        ]
         chosen = largest(magnitudes, count)
         return [keys[mask] for keys, mask in zip(subsets, chosen, strict=True)]
 
@@ -106,8 +116,8 @@ class GSE(AnnealedGrowth):
         generator = site.generator(self.seed, step, f"/signs/{rank}")
         f, g = torch.zeros(()), torch.zeros(())
         for h, delta in site.passes:
-            signs = torch.randint(2, (h.shape[0], h.shape[2]), generator=generator) * 2.0 - 1.0
-            signs = signs.to(h)[:, None]
+            shape = (h.shape[0], 1, h.shape[2])
+            signs = torch.randint(2, shape, generator=generator, device="cpu").to(h) * 2 - 1
             f = f.to(h.device) + (signs * h).sum((0, 2), dtype=torch.float64)
             g = g.to(h.device) + (signs * delta).sum((0, 2), dtype=torch.float64)
         return averaged(f).abs().cpu(), averaged(g).abs().cpu()
@@ -116,8 +126,8 @@ class GSE(AnnealedGrowth):
 def _draw(weights: Tensor | None, size: int, draws: int, generator: torch.Generator) -> Tensor:
     """Draw indices with replacement; uniformly where all weights are zero."""
     if weights is None or not bool(weights.any()):
-        return torch.randint(size, (draws,), generator=generator)
+        return torch.randint(size, (draws,), generator=generator, device="cpu")
     # Not torch.multinomial, which ends at 2^24 categories.
     below = weights.cumsum(0)
-    points = torch.rand(draws, dtype=torch.float64, generator=generator) * below[-1]
-    return torch.searchsorted(below, points, right=True).clamp_(max=size - 1)
+    points = torch.rand(draws, dtype=torch.float64, generator=generator, device="cpu")
+    return torch.searchsorted(below, points * below[-1], right=True).clamp_(max=size - 1)

@@ -45,6 +45,11 @@ class SparseLayer(nn.Module):
         self.matrix_shape = (outputs, inputs)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(connections.count, **made))
+        if self.values.is_meta:
+            raise BudgetError(
+                "An always-sparse layer cannot be made on the meta device, where a graph has no "
+                "place; it takes little memory anywhere else."
+            )
         self.register_buffer("row_starts", connections.starts.to(self.values.device))
         self.register_buffer("columns", connections.columns.to(self.values.device))
         self.register_parameter(
@@ -124,6 +129,11 @@ class SparseLayer(nn.Module):
                 f"The input is {x.dtype} on {x.device}, the layer {self.values.dtype} on "
                 f"{self.values.device}: they must agree."
             )
+        if self.values.shape != self.columns.shape:
+            raise StateError(
+                f"The layer has {self.values.numel():,} values and {self.columns.numel():,} "
+                "connections: load both from one state dict."
+            )
         y: Tensor = product(x, self.values, self.bias, self.connections, self.passes)
         return y
 
@@ -158,9 +168,14 @@ class SparseLayer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the state's graph, which may have another number of connections."""
-        found = self.connections_of(state_dict, prefix)
-        if found is not None:
-            self.rewire(found, state_dict[f"{prefix}values"].to(self.values, copy=True))
+        # Ordinary tensors, that can be trained, also where the state is loaded in inference mode.
+        with torch.inference_mode(False):
+            found = self.connections_of(state_dict, prefix)
+            if found is not None:
+                self.rewire(found, state_dict[f"{prefix}values"].to(self.values, copy=True))
+        if found is None:  # the three go together: all are missing
+            graph = {prefix + key for key in ("values", "row_starts", "columns")}
+            state_dict = {key: value for key, value in state_dict.items() if key not in graph}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -180,6 +195,7 @@ def resize(parameter: nn.Parameter, values: Tensor) -> None:
         return
     # A graph that is still alive holds the node that accumulates this gradient, and with it the
     # old shape; torch makes a new one only when the dtype changes.
+    parameter.grad = None
     other = torch.float32 if values.dtype != torch.float32 else torch.float64
     parameter.data = torch.empty(0, dtype=other, device=values.device)
     parameter.data = values
@@ -210,6 +226,8 @@ def draw_connections(
                 f"{connections.outputs:,} outputs, the layer has {inputs:,} and {outputs:,}."
             )
         return connections
+    if max(outputs, inputs) >= 2**31:
+        raise BudgetError("A layer has less than 2^31 inputs and outputs: indices are int32.")
     pairs = outputs * inputs
     if density is not None:
         asked, share = f"density={density}", density
@@ -221,6 +239,8 @@ def draw_connections(
         most = f"{inputs:,} inputs" if density is None else "1"
         raise BudgetError(f"{asked} must be more than 0 and at most {most}.")
     count = round(share * pairs)
+    if count >= 2**31:
+        raise BudgetError(f"{asked} gives {count:,} connections; there can be less than 2^31.")
     fewest = outputs if every_unit else 1
     if count < fewest:
         raise BudgetError(
@@ -228,11 +248,11 @@ def draw_connections(
             f"are needed, a density of {fewest / pairs:.3g}."
         )
     drawn = random_connections(outputs, inputs, count, every_unit)
-    warn_of_unconnected({"": drawn})
+    warn_of_unconnected({"": drawn}, stacklevel=5)
     return drawn
 
 
-def warn_of_unconnected(drawn: Mapping[str, Connections]) -> None:
+def warn_of_unconnected(drawn: Mapping[str, Connections], stacklevel: int) -> None:
     """Warn of output units that nothing leads to, of layers by their names."""
     empty = {name: int((graph.fan_in == 0).sum()) for name, graph in drawn.items()}
     found = [
@@ -244,5 +264,5 @@ def warn_of_unconnected(drawn: Mapping[str, Connections]) -> None:
         warnings.warn(
             f"{', '.join(found)} have no connection and give their bias only. Take a higher "
             "density, or every_unit=True (--every-unit) to give each unit at least one.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

@@ -8,31 +8,59 @@ Nothing of the size of W is formed, forward or backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spartan.errors import StateError
 from spartan.kernels import connected
 from spartan.kernels.connections import Connections
 
 
-@dataclass
 class Passes:
-    """What backward passes went through a layer, for gradients at pairs that are not connected.
+    """What backward passes went through a layer since its gradient was last cleared.
 
-    Attributes:
-        parts: Inputs and gradients of the outputs: (panels, features, samples) each.
+    Gradients at pairs that are not connected come from here.
     """
 
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._running: list[_Pass] = []
+        self._done: list[_Pass] = []
 
-    def gradient(self, connections: Connections) -> Tensor:
-        """Return the weight gradient of all passes at these connections, float32 or float64."""
-        gradients = [connected.at_pairs(connections, x, dy) for x, dy in self.parts]
-        return torch.stack(gradients).sum(0)
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        """Take what a running backward pass has at hand: (panels, features, samples) each."""
+        self._running.append(_Pass(x, dy, x._version))
+
+    def finish(self, gradient: Tensor | None) -> None:
+        """End a backward pass, before its gradient is added to the one there is.
+
+        If that was cleared, the passes before were not for the coming step: it was skipped.
+        """
+        if gradient is None or not bool(gradient.any()):
+            self._done = []
+        self._done += self._running
+        self._running = []
+
+    def checked(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Return inputs and gradients of the outputs.
+
+        Raises:
+            StateError: An input was overwritten since.
+        """
+        if any(x._version != version for x, _, version in self._done):
+            raise StateError(
+                f"The input of the layer of {name!r} was overwritten between backward and the "
+                "optimizer's step, which grows connections by it: give the layer a copy."
+            )
+        return [(x, dy) for x, dy, _ in self._done]
+
+
+class _Pass(NamedTuple):
+    x: Tensor
+    dy: Tensor
+    version: int  # of x
 
 
 class _Product(torch.autograd.Function):
@@ -58,8 +86,8 @@ class _Product(torch.autograd.Function):
         values, *inputs = ctx.saved_tensors
         dy = _images(grad)
         parts = list(zip(inputs, connected.split(dy), strict=True))
-        if ctx.passes is not None:
-            ctx.passes.parts += parts
+        for x, d in parts if ctx.passes is not None else []:
+            ctx.passes.add(x, d)
         dbias = dy.sum((0, 2)) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[0]:
             dvalues = [connected.at_pairs(ctx.connections, x, d) for x, d in parts]

@@ -20,7 +20,8 @@ def random_connections(outputs: int, inputs: int, count: int, every_unit: bool) 
     """
     if not every_unit:
         return Connections.from_keys(distinct(count, outputs * inputs), outputs, inputs)
-    own = torch.arange(outputs) * inputs + torch.randint(inputs, (outputs,))
+    own = torch.arange(outputs, device="cpu") * inputs
+    own += torch.randint(inputs, (outputs,), device="cpu")
     others = nth_outside(own, distinct(count - outputs, outputs * inputs - outputs))
     return Connections.from_keys(torch.cat((own, others)).sort().values, outputs, inputs)
 
@@ -31,17 +32,19 @@ def distinct(count: int, population: int, generator: torch.Generator | None = No
     Memory and time grow with `count`, not with the population.
     """
     if 2 * count > population:
-        drawn = torch.randperm(population, generator=generator)[:count]
+        drawn = torch.randperm(population, generator=generator, device="cpu")[:count]
         return drawn.sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
         missing = count - drawn.numel()
-        more = torch.randint(population, (missing + missing // 8 + 16,), generator=generator)
+        draws = (missing + missing // 8 + 16,)
+        more = torch.randint(population, draws, generator=generator, device="cpu")
         drawn = rising(torch.cat((drawn, more)))
     surplus = drawn.numel() - count
     if surplus:
-        kept = torch.ones(drawn.numel(), dtype=torch.bool)
-        kept[torch.randperm(drawn.numel(), generator=generator)[:surplus]] = False
+        kept = torch.ones_like(drawn, dtype=torch.bool)
+        order = torch.randperm(drawn.numel(), generator=generator, device="cpu")
+        kept[order[:surplus]] = False
         drawn = drawn[kept]
     return drawn
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, largest
+from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, largest, untied
 from spartan.kernels.scores import wide
 
 _SLICE = 1 << 21  # entries of the dense gradient at a time
@@ -36,7 +36,7 @@ class RigL(AnnealedGrowth):
     step_cost: ClassVar[str] = "nothing; a dense gradient, in slices, at each update"
 
     def grow(self, sites: Sequence[SparseSite], count: int, step: int) -> list[Tensor]:
-        best = Best(sites, count)
+        best = Best(sites, count, self.seed, step)
         for i, site in enumerate(sites):
             for part in dense_gradient(site):
                 best.offer(i, part, part.magnitudes)
@@ -78,13 +78,16 @@ class Best:
     Args:
         sites: The layers they are of.
         count: How many pairs to keep of all layers together.
+        seed: Decides among equal scores.
+        step: So does the step.
     """
 
-    def __init__(self, sites: Sequence[SparseSite], count: int) -> None:
+    def __init__(self, sites: Sequence[SparseSite], count: int, seed: int, step: int) -> None:
         self.count = count
+        self._generators = [site.generator(seed, step, "/ties") for site in sites]
         self.keys = [site.tried[:0] for site in sites]
         self._scores: dict[int, Tensor] = {}
-        self._floor = -0.5  # only what scores more is of interest
+        self._floor = 0.0  # what scores less is of no interest
 
     def offer(self, site: int, part: Slice, scores: Tensor) -> None:
         """Offer the pairs of a slice, which comes after those offered before.
@@ -95,8 +98,8 @@ class Best:
             scores: Not negative; overwritten.
         """
         scores[part.connected] = -1.0
-        places = (scores > self._floor).nonzero()[:, 0]
-        found = scores[places]
+        places = (scores >= self._floor).nonzero()[:, 0]
+        found = untied(scores[places], self._generators[site])
         self.keys[site] = torch.cat((self.keys[site], places + part.first))
         self._scores[site] = torch.cat((self._scores.get(site, found[:0]), found))
         if sum(kept.numel() for kept in self._scores.values()) <= self.count:
@@ -105,4 +108,6 @@ class Best:
             self._scores, largest([*self._scores.values()], self.count), strict=True
         ):
             self.keys[i], self._scores[i] = self.keys[i][mask], self._scores[i][mask]
-        self._floor = min(float(s.min()) for s in self._scores.values() if s.numel())
+        # A little less, so that a tie is not lost to what decides it.
+        lowest = min(float(s.min()) for s in self._scores.values() if s.numel())
+        self._floor = lowest * (1 - 1e-6)

@@ -35,6 +35,8 @@ def split(x: Tensor) -> list[Tensor]:
         Tensors (panels, features, samples) in which samples are neighbours; `x` itself if it is so.
     """
     samples = x.shape[2]
+    if x.numel() == 0:
+        return [x]
     if samples <= _WHOLE:
         return [x if x.stride(2) == 1 or samples <= 1 else _gathered(x)]
     full = samples // _PANEL * _PANEL
@@ -81,6 +83,8 @@ def multiply(connections: Connections, values: Tensor, bias: Tensor | None, x: T
     Returns:
         (panels, outputs, samples).
     """
+    values = values.contiguous()
+    bias = None if bias is None else bias.contiguous()
     given = (values, x) if bias is None else (values, x, bias)
     native = _native(x, *given)
     if native is None:
@@ -114,6 +118,7 @@ def gradients(
     Returns:
         Tensors like `x` and `values`.
     """
+    values = values.contiguous()
     native = _native(x, values, x, dy)
     if native is None:
         by_input, order = connections.by_input, connections.order
@@ -149,7 +154,9 @@ def at_pairs(connections: Connections, x: Tensor, dy: Tensor) -> Tensor:
     if native is None:
         zeros = wide(x).new_zeros(connections.count)
         pattern = _matrix(connections.starts, connections.columns, zeros, connections.inputs)
-        product = torch.sparse.sampled_addmm(pattern, _flat(dy), _flat(x).t())
+        # Autocast would narrow a sparse product, which exists for wide floats only.
+        with torch.autocast(x.device.type, enabled=False):
+            product = torch.sparse.sampled_addmm(pattern, _flat(dy), _flat(x).t())
         at_entries: Tensor = product.values()
         return at_entries.to(x.dtype)
     dvalues = x.new_empty(connections.count)
@@ -176,7 +183,7 @@ def _fresh(native: Any, *shape: int) -> Tensor:
     """Return a tensor to be written, float32."""
     count = math.prod(shape)
     if count < _LENT:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     lent: Tensor = native.lend(count)
     return lent.view(shape)
 
@@ -188,7 +195,8 @@ def _flat(x: Tensor) -> Tensor:
 
 def _product(w: Tensor, x: Tensor) -> Tensor:
     panels, _, samples = x.shape
-    y: Tensor = torch.sparse.mm(w, _flat(x).contiguous())
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = torch.sparse.mm(w, _flat(x).contiguous())
     return y.view(w.shape[0], panels, samples).transpose(0, 1).to(x.dtype)
 
 

@@ -49,7 +49,7 @@ class Lines:
         """Return what the native loops are told: addresses of cuts and ends, lines, blocks."""
         blocks = self.blocks(lanes)
         if blocks not in self._cuts:
-            cuts = torch.empty(blocks + 1, self.count, dtype=torch.int32)
+            cuts = torch.empty(blocks + 1, self.count, dtype=torch.int32, device="cpu")
             native_module().connections_cut(
                 self.starts.data_ptr(),
                 self.others.data_ptr(),
@@ -135,7 +135,7 @@ class Connections:
             bounds = torch.arange(self.inputs + 1, device=columns.device, dtype=torch.int32)
             starts = torch.searchsorted(columns[order], bounds, out_int32=True)
             return Lines(starts, self.rows()[order].int(), outputs), order.int()
-        starts = torch.empty(self.inputs + 1, dtype=torch.int32)
+        starts = torch.empty(self.inputs + 1, dtype=torch.int32, device="cpu")
         rows, order = torch.empty_like(columns), torch.empty_like(columns)
         addresses = [t.data_ptr() for t in (starts, rows, order)]
         native.connections_transpose(

@@ -112,5 +112,7 @@ class Run:
                 f"The run {str(self.folder)!r} has neither a model nor a checkpoint yet."
             )
         state = load_state(self.checkpoint_path)
-        shapes = {layer["name"]: layer["shape"] for layer in state["facts"]["layers"]}
+        shapes = {
+            layer["name"]: layer["shape"] for layer in state["facts"]["layers"] if "shape" in layer
+        }
         return dense_state(state["model"], shapes), state["facts"]

@@ -125,6 +125,8 @@ class Trainer:
 
     def facts(self) -> Row:
         """Return what a reader of the saved model needs to know."""
+        # Always-sparse layers are dense in it.
+        names = {f"{name}.values": f"{name}.weight" for name in sparse_layers(self.model)}
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -140,7 +142,7 @@ class Trainer:
             "monitor": self.sparsifier.monitor(),
             "layers": [
                 {
-                    "name": _dense_name(row.name),
+                    "name": names.get(row.name, row.name),
                     "shape": list(row.shape),
                     "units": row.units,
                     "kept_units": row.kept_units,
@@ -214,6 +216,8 @@ class Trainer:
     def _convert(self, method: Method | Growth, budget: Budget) -> None:
         """Make the layers sparse whose connections a growth method is to move."""
         if not isinstance(method, Growth):
+            if self.config.every_unit:
+                raise ConfigError(f"--every-unit is of growth methods, not of {method.name!r}.")
             return
         allocation = "er" if budget.allocation == "global" else budget.allocation
         density = None if budget.fraction is None else float(budget.fraction)
@@ -314,12 +318,6 @@ class Trainer:
         }
         log.write(row)
         return row
-
-
-def _dense_name(name: str) -> str:
-    """Return the name that the values of an always-sparse layer have in the final model."""
-    prefix = name.removesuffix("values")
-    return name if prefix == name else f"{prefix}weight"
 
 
 def evaluate(

@@ -4,8 +4,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <list>
 #include <mutex>
 #include <new>
@@ -22,7 +24,7 @@ namespace spartan {
 namespace {
 
 constexpr std::size_t kPage = 1 << 21;
-// What was not wanted again while so many others were lent is freed.
+// What lay idle while so many others were lent is given back to the system.
 constexpr std::uint64_t kPatience = 64;
 
 struct Block {
@@ -31,42 +33,58 @@ struct Block {
   std::uint64_t returned;  // how many had been lent when it was
 };
 
+// Of one block, so that blocks move from list to list without an allocation.
+using Blocks = std::list<Block>;
+
 class Lender {
  public:
-  Block lend(std::size_t bytes) {
+  Blocks lend(std::size_t bytes) {
     const std::size_t size = (bytes + kPage - 1) / kPage * kPage;
     const std::lock_guard<std::mutex> lock(mutex_);
     ++lent_;
-    for (auto block = idle_.begin(); block != idle_.end();) {
-      if (block->size == size) {
-        const Block found = *block;
-        idle_.erase(block);
-        return found;
+    while (!idle_.empty() && lent_ - idle_.back().returned > kPatience) release(std::prev(idle_.end()));
+    Blocks found;
+    for (auto block = idle_.begin(); block != idle_.end(); ++block)
+      if (block->size >= size && block->size <= size + size / 4) {
+        idle_bytes_ -= block->size;
+        found.splice(found.begin(), idle_, block);
+        break;
       }
-      if (lent_ - block->returned > kPatience) {
-        std::free(block->memory);
-        block = idle_.erase(block);
-      } else {
-        ++block;
-      }
-    }
+    if (found.empty()) found.push_back({allocate(size), size, 0});
+    used_bytes_ += found.front().size;
+    most_used_ = std::max(most_used_, used_bytes_);
+    return found;
+  }
+
+  void take_back(Blocks& block) noexcept {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    block.front().returned = lent_;
+    used_bytes_ -= block.front().size;
+    idle_bytes_ += block.front().size;
+    idle_.splice(idle_.begin(), block);
+    // Never more than was in use at a time.
+    while (idle_bytes_ + used_bytes_ > most_used_) release(std::prev(idle_.end()));
+  }
+
+ private:
+  static void* allocate(std::size_t size) {
     void* memory = std::aligned_alloc(kPage, size);
     if (!memory) throw std::bad_alloc();
 #if defined(__linux__)
     madvise(memory, size, MADV_HUGEPAGE);
 #endif
-    return {memory, size, 0};
+    return memory;
   }
 
-  void take_back(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    block.returned = lent_;
-    idle_.push_front(block);
+  void release(Blocks::iterator block) {
+    idle_bytes_ -= block->size;
+    std::free(block->memory);
+    idle_.erase(block);
   }
 
- private:
   std::mutex mutex_;
-  std::list<Block> idle_;
+  Blocks idle_;  // last returned first
+  std::size_t idle_bytes_ = 0, used_bytes_ = 0, most_used_ = 0;
   std::uint64_t lent_ = 0;
 };
 
@@ -78,13 +96,13 @@ Lender& lender() {
 
 // A float32 vector whose memory goes back to the lender when the tensor is gone.
 nb::ndarray<nb::pytorch, float, nb::ndim<1>> lend(std::size_t count) {
-  auto* block = new Block(lender().lend(4 * count));
+  auto* block = new Blocks(lender().lend(4 * count));
   nb::capsule owner(block, [](void* p) noexcept {
-    auto* block = static_cast<Block*>(p);
+    auto* block = static_cast<Blocks*>(p);
     lender().take_back(*block);
     delete block;
   });
-  return {static_cast<float*>(block->memory), {count}, owner};
+  return {static_cast<float*>(block->front().memory), {count}, owner};
 }
 
 }  // namespace

@@ -81,12 +81,12 @@ void gather_samples(const ProductLoops&, Panels<const float> in, const Batch&, s
 void transpose(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
                std::int64_t columns, std::int32_t* column_starts, std::int32_t* column_lines,
                std::int32_t* order);
-// Says of each key whether it is known; both lists rise.
-void members(const std::int64_t* keys, const std::int64_t* known, std::int64_t count,
-             std::int64_t known_count, bool* found);
-
 // Where the part of each block begins in each line.
 void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
          std::int64_t blocks, std::int64_t per_block, std::int32_t* cuts, int threads);
+
+// Says of each key whether it is known; both lists rise.
+void members(const std::int64_t* keys, const std::int64_t* known, std::int64_t count,
+             std::int64_t known_count, bool* found);
 
 }  // namespace spartan

@@ -6,7 +6,8 @@ namespace spartan {
 namespace {
 
 std::vector<InstructionSet> supported() {
-  std::vector<InstructionSet> sets = {{&baseline_loops(), &baseline_products(), &baseline_connections()}};
+  std::vector<InstructionSet> sets = {
+      {&baseline_loops(), &baseline_products(), &baseline_connections()}};
 #if defined(SPARTAN_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

@@ -1,0 +1,118 @@
+"""What does not fit is refused before growth begins, or goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer, Rprop
+
+from spartan.always_sparse.growth import Growth, SparseSite, is_in, processes
+from spartan.budget import Budget
+from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
+from spartan.patterns import Pattern, Unstructured
+from spartan.shares import Share
+
+STATE_VERSION = 1
+
+
+def check_request(
+    method: Growth,
+    budget: Budget,
+    pattern: Pattern,
+    optimizers: Sequence[Optimizer],
+    layers: Collection[str],
+) -> None:
+    """Raise unless a growth method can do this.
+
+    Raises:
+        PrunableError: There are no layers for it.
+        PatternError: Not single connections are asked for.
+        BudgetError: The budget is none of connections.
+        MethodError: An optimizer keeps what cannot follow connections.
+    """
+    if not layers:
+        raise PrunableError(
+            f"{method.name!r} moves the connections of always-sparse layers, and the model has "
+            "none: build it with always_sparse.SparseLinear, or call always_sparse.convert(model, "
+            "density) before making the optimizer."
+        )
+    if not isinstance(pattern, Unstructured):
+        raise PatternError(f"{method.name!r} grows single connections, not {pattern}.")
+    if budget.cost != "parameters" or budget.latency_ms is not None:
+        raise BudgetError("Growth keeps a number of connections: only cost='parameters' goes.")
+    if budget.count != "prunable":
+        raise BudgetError("Growth counts always-sparse layers only: count='prunable' it must be.")
+    if method.moves and any(isinstance(o, LBFGS | Rprop) for o in optimizers):
+        raise MethodError(
+            "LBFGS keeps a history that is not one number a weight, and Rprop one that cannot "
+            "begin at zero, so they do not go with moving connections; use another optimizer."
+        )
+
+
+def check_counts(
+    budget: Budget, shares: Sequence[Share], sites: Sequence[SparseSite], moves: bool
+) -> None:
+    """Raise `BudgetError` unless the layers hold what the budget says."""
+    everything = sum(site.weight.numel for site in sites)
+    density = sum(site.connections.count for site in sites) / everything
+    for share in shares:
+        members = [sites[i] for i in share.members]
+        found = sum(site.connections.count for site in members)
+        if found != share.kept:
+            together = budget.allocation == "global"
+            names = "all layers" if together else repr(members[0].name)
+            other = "" if together else f" and the allocation {budget.allocation!r}"
+            raise BudgetError(
+                f"The budget is {share.kept:,} connections of {names}, and there are {found:,}: "
+                f"give Budget(density={density:.10g}), which may be spread in any way, or convert "
+                f"the model with the density{other} of the budget."
+            )
+        if len(members) > 1 and processes() > 1 and moves:
+            raise BudgetError(
+                "In several processes the connections of each layer must keep their number: use "
+                "allocation='er', 'erk' or 'uniform'."
+            )
+
+
+def check_state(
+    state: Mapping[str, Any], settings: Mapping[str, Any], sites: Sequence[SparseSite]
+) -> None:
+    """Raise `StateError` unless a sparsifier with these settings can go on from a state."""
+    if state.get("version") != STATE_VERSION or "sites" not in state:
+        raise StateError("The state is not one of a growth method, or of another version.")
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            raise StateError(
+                f"The state was saved with {key}={state['settings'].get(key)}, this sparsifier "
+                f"has {key}={value}: resume with the settings the run was begun with."
+            )
+    names = {site.name for site in sites}
+    if set(state["sites"]) != names:
+        other = ", ".join(sorted(set(state["sites"]) ^ names))
+        raise StateError(f"The state is of another model; it differs in {other}.")
+    for site in sites:
+        saved = state["sites"][site.name]
+        _check_tried(saved, site.name)
+        tried = saved["tried"].to(site.tried.device)
+        if not bool(is_in(site.connections.keys(), tried).all()):
+            raise StateError(
+                f"The connections of {site.name!r} are not those of the state: load the model's "
+                "state dict first, and of the same step."
+            )
+
+
+def _check_tried(saved: Mapping[str, Any], name: str) -> None:
+    tried, rounds = saved.get("tried"), saved.get("rounds")
+    sound = (
+        isinstance(tried, Tensor)
+        and isinstance(rounds, Tensor)
+        and (tried.dtype, rounds.dtype) == (torch.int64, torch.int32)
+        and tried.dim() == 1
+        and tried.shape == rounds.shape
+        and bool((tried.diff() > 0).all())
+    )
+    if not sound:
+        raise StateError(f"The state is damaged: what it holds of {name!r} is no list of pairs.")
