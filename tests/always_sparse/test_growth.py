@@ -203,7 +203,16 @@ def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: Grow
         train_step(model, optimizer, step)
     moves: list[Any] = []
     choose = sparsifier._moves
-    sparsifier._moves = lambda step: moves.extend(choose(step)) or iter(moves)  # type: ignore[method-assign]
+    before_move: dict[str, Tensor] = {}
+    kept_least: list[float] = []
+    pruned_most: list[float] = []
+
+    def watched(step: int) -> Any:
+        before_move.update({s.name: s.weight.parameter.detach().clone() for s in sparsifier.sites})
+        moves.extend(choose(step))
+        return iter(moves)
+
+    sparsifier._moves = watched  # type: ignore[method-assign]
     count = sum(site.connections.count for site in sparsifier.sites)
     keys = {site.name: site.connections.keys() for site in sparsifier.sites}
     train_step(model, optimizer, 5)
@@ -215,8 +224,12 @@ def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: Grow
     if not isinstance(method, GSE):
         assert grown == wanted
     for move in moves:
+        values = before_move[move.site.name].abs()
+        kept_least.append(float(values[move.kept].min()))
+        pruned_most.append(float(values[~move.kept].max()) if not bool(move.kept.all()) else 0.0)
         assert not bool(is_in(move.grown, keys[move.site.name]).any())
         assert move.grown.tolist() == sorted(set(move.grown.tolist()))
+    assert max(pruned_most) <= min(kept_least)  # one threshold for all layers
 
 
 def test_growth_alone_changes_nothing_and_pruning_takes_the_smallest() -> None:
