@@ -8,20 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import spartan
-from spartan import Block, Budget, Sparsifier
+from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear, convert, sparse_layers, to_dense
 from spartan.always_sparse.growing import GrowingSparsifier
 from spartan.always_sparse.growth import Growth, is_in, largest
 from spartan.always_sparse.moving import merge
 from spartan.errors import (
-    BudgetError,
-    MethodError,
     NonFiniteError,
-    PatternError,
-    PrunableError,
     ScheduleError,
     StateError,
 )
@@ -328,52 +324,6 @@ def test_broken_numbers_change_no_connection() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
     assert sparsifier.churn(graphs) == 0
     assert sparsifier.step == 0
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: GSE(fraction=0), MethodError, "in \\(0, 1\\]"),
-        (lambda: GSE(period=0), MethodError, "at least 1"),
-        (lambda: RigL(end=2), MethodError, "between 0 and 1"),
-        (lambda: GSE(sampler="grab"), MethodError, "did you mean 'grabo'"),
-        (lambda: GSE(gamma=0), MethodError, "must be positive"),
-        (lambda: DSTEE(exploration=-1), MethodError, "0 or positive"),
-        (lambda: DSTEE(epsilon=0), MethodError, "must be positive"),
-        (lambda: spartan.methods.create("static", period=3), MethodError, "has no settings"),
-    ],
-)
-def test_bad_settings(make: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"budget": Budget(density=0.3)}, BudgetError, "Budget\\(density=0.2"),
-        ({"budget": Budget(density=0.2, allocation="uniform")}, BudgetError, "'uniform'"),
-        ({"budget": Budget(density=0.2, cost="bytes")}, BudgetError, "cost='parameters'"),
-        ({"budget": Budget(density=0.2, count="all")}, BudgetError, "count='prunable'"),
-        ({"pattern": Block(2, 2)}, PatternError, "single connections"),
-        ({"include": "fc1"}, PrunableError, "name layers in"),
-        ({"total_steps": None}, ScheduleError, "needs total_steps"),
-    ],
-)
-def test_requests_that_do_not_fit(
-    settings: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    model = sparse_net()
-    request = {"budget": Budget(density=DENSITY), "total_steps": STEPS, **settings}
-    with pytest.raises(error, match=message):
-        Sparsifier(model, sgd(model), GSE(), **request)
-
-
-def test_lbfgs_is_refused() -> None:
-    model = sparse_net()
-    with pytest.raises(MethodError, match="LBFGS"):
-        sparsify(model, torch.optim.LBFGS(model.parameters()), GSE())
-    sparsify(model, torch.optim.LBFGS(model.parameters()), Static())
 
 
 def test_states_that_do_not_fit() -> None:

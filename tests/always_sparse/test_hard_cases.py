@@ -11,7 +11,7 @@ from torch import nn
 
 from spartan import Budget, Sparsifier, kernels
 from spartan.always_sparse import SparseConv2d, SparseLinear, convert
-from spartan.errors import BudgetError, MethodError, NonFiniteError, SpartanError, StateError
+from spartan.errors import BudgetError, NonFiniteError, SpartanError, StateError
 from spartan.methods import GSE, SET, RigL
 from tests.always_sparse.test_growth import DENSITY, STEPS, sgd, sparse_net, sparsify
 from tests.conftest import Net, batch, train_step
@@ -351,28 +351,3 @@ def test_dead_gradients_do_not_let_memory_order_choose(method: Any) -> None:
     grown = now[~torch.isin(now, before)]
     assert grown.numel() >= 30
     assert len({key // 40 for key in grown.tolist()}) > 10  # of many outputs
-
-
-# Requests -----------------------------------------------------------------------------------------
-
-
-def test_a_mapping_serves_conversion_and_growth() -> None:
-    allocation = {"conv.weight": 0.5, "fc1": 0.1, "fc2.weight": 0.2}
-    model = convert(Net(), None, allocation)
-    optimizer = sgd(model)
-    sparsifier = Sparsifier(model, optimizer, SET(), Budget(allocation=allocation), 10)
-    assert [share.kept for _, share in sparsifier.shares()] == [144, 205, 26]
-
-
-def test_rprop_is_refused() -> None:
-    model = sparse_net()
-    with pytest.raises(MethodError, match="Rprop"):
-        sparsify(model, torch.optim.Rprop(model.parameters()), GSE())
-
-
-def test_own_sparsifiers_derive_from_a_kind() -> None:
-    class Mine(Sparsifier):
-        pass
-
-    with pytest.raises(TypeError, match="MaskingSparsifier"):
-        Mine(Net(), None, SET(), Budget(density=0.2), 10)
