@@ -43,21 +43,26 @@ DENSE_UP_TO = 16384
 warnings.filterwarnings("ignore")
 
 
-def medians(*sides: Callable[[], object], seconds: float = 3.0) -> list[float]:
-    """Time callables in turns; return the median seconds of each."""
-    once = []
+def medians(*sides: Callable[[], object], seconds: float = 1.0) -> list[float]:
+    """Time callables in turns; return the median seconds of each.
+
+    A turn is as many calls in a row as take a twentieth of a second, as in a training loop: after
+    another side has been at work, the first call finds nothing of its own in the caches.
+    """
+    calls = []
     for side in sides:
         side()
         began = time.perf_counter()
         side()
-        once.append(time.perf_counter() - began)
-    rounds = int(min(200, max(3, seconds / sum(once))))
+        calls.append(max(1, int(0.05 / (time.perf_counter() - began))))
     times: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for side, found in zip(sides, times, strict=True):
-            began = time.perf_counter()
-            side()
-            found.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - began < seconds * len(sides):
+        for side, count, found in zip(sides, calls, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                side()
+            found.append((time.perf_counter() - start) / count)
     return [statistics.median(found) for found in times]
 
 
@@ -256,7 +261,7 @@ def training_table(path: str) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         sides = (loop(mlp(), growing=False), loop(convert(mlp(), 0.01), growing=True))
-        dense, sparse = medians(*sides, seconds=20)
+        dense, sparse = medians(*sides, seconds=10)
         print(
             f"| {threads} thread(s) | {dense / sparse:.1f}x | {1e3 * dense:.1f} ms "
             f"| {1e3 * sparse:.1f} ms |",

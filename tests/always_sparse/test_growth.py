@@ -14,13 +14,13 @@ import spartan
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear, convert, sparse_layers, to_dense
 from spartan.always_sparse.growing import GrowingSparsifier
-from spartan.always_sparse.growth import Growth, is_in, largest
-from spartan.always_sparse.moving import merge
+from spartan.always_sparse.growth import Growth, largest
 from spartan.errors import (
     NonFiniteError,
     ScheduleError,
     StateError,
 )
+from spartan.kernels.key_lists import is_in, merge
 from spartan.methods import DSTEE, GSE, SET, RigL, Static
 from tests.conftest import Net, batch, train_step
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, Rprop
 
-from spartan.always_sparse.growth import Growth, SparseSite, is_in, processes
+from spartan.always_sparse.growth import Growth, SparseSite, processes
 from spartan.budget import Budget
 from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
+from spartan.kernels.key_lists import is_in
 from spartan.patterns import Pattern, Unstructured
 from spartan.shares import Share
 

@@ -67,11 +67,14 @@ class DSTEE(AnnealedGrowth):
             for part in dense_gradient(site):
                 part.magnitudes[part.connected] = 0.0
                 total += float(part.magnitudes.sum(dtype=torch.float64))
-            c = self.exploration * total / max(1, site.unconnected)
+            mean = total / max(1, site.unconnected)
+            generator = site.generator(self.seed, step, "/bonus")
             for part in dense_gradient(site):
-                rounds = _rounds(site, part)
-                score = acquisition(part.magnitudes, rounds, step, c, self.epsilon)
-                best.offer(i, part, score)
+                # Pairs of equal bonus and no gradient differ by this only.
+                draws = torch.rand(part.magnitudes.shape, generator=generator, device="cpu")
+                gradient = part.magnitudes.double() + 1e-9 * mean * draws.to(part.magnitudes)
+                c, rounds = self.exploration * mean, _rounds(site, part)
+                best.offer(i, part, acquisition(gradient, rounds, step, c, self.epsilon))
         return best.keys
 
 

@@ -20,13 +20,7 @@ from spartan.always_sparse.checks import (
     check_state,
 )
 from spartan.always_sparse.conversion import check_first, sparse_layers
-from spartan.always_sparse.growth import (
-    Growth,
-    SparseSite,
-    SparseWeight,
-    is_in,
-    largest,
-)
+from spartan.always_sparse.growth import Growth, SparseSite, SparseWeight, largest
 from spartan.always_sparse.layer import SparseLayer
 from spartan.always_sparse.moving import Move, apply
 from spartan.always_sparse.product import Passes
@@ -37,6 +31,7 @@ from spartan.errors import (
     StateError,
 )
 from spartan.kernels import finite
+from spartan.kernels.key_lists import is_in
 from spartan.optimizer_steps import (
     check_optimizers,
     parameters_of,

@@ -27,14 +27,12 @@ from spartan.described import Described
 from spartan.errors import MethodError
 from spartan.kernels import Request, Scores, connected, masks_of, scan
 from spartan.kernels.connections import Connections
-from spartan.kernels.dispatch import native_module
 from spartan.kernels.scores import wide
 from spartan.prunable import Prunable
 from spartan.schedules import check_fraction
 from spartan.seeds import derive_seed
 
-# Less than what two different scores in float32 differ by, relative and near zero.
-_TIE, _TINY = 1e-12, 1e-50
+TINY = 1e-37  # no gradient that is not zero is smaller
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,27 +178,15 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def untied(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Return scores, in float64, that differ by so little that only ties are decided, at random.
+    """Return scores without zeros, which are put into a random order below all others.
 
     Where units are dead, many gradients are zero, and the order in memory must not choose.
     """
-    draws = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device="cpu")
-    draws = draws.to(scores.device)
-    return scores.double() * (1 + _TIE * draws) + _TINY * draws
-
-
-def is_in(keys: Tensor, known: Tensor) -> Tensor:
-    """Say which keys are among the known ones; both are sorted."""
-    if known.numel() == 0:
-        return torch.zeros_like(keys, dtype=torch.bool)
-    if keys.device.type == "cpu" and (native := native_module()) is not None:
-        keys, known = keys.contiguous(), known.contiguous()
-        found = torch.empty(keys.shape, dtype=torch.bool)
-        sizes = keys.numel(), known.numel()
-        native.connections_members(keys.data_ptr(), known.data_ptr(), *sizes, found.data_ptr())
-        return found
-    place = torch.searchsorted(known, keys).clamp_(max=known.numel() - 1)
-    return known[place] == keys
+    zero = scores == 0
+    if not bool(zero.any()):
+        return scores
+    draws = torch.rand(scores.shape, generator=generator, device="cpu").to(scores)
+    return torch.where(zero, TINY * draws, scores)
 
 
 def averaged(x: Tensor) -> Tensor:

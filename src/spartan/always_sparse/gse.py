@@ -25,16 +25,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from spartan.always_sparse.growth import (
-    AnnealedGrowth,
-    SparseSite,
-    averaged,
-    is_in,
-    largest,
-    untied,
-)
+from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, largest, untied
 from spartan.always_sparse.random_graphs import nth_outside, rising
 from spartan.errors import MethodError, did_you_mean
+from spartan.kernels.key_lists import is_in
 
 Sampler = Literal["uniform", "grabo", "graest"]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from spartan.always_sparse.growth import SparseSite, is_in
+from spartan.always_sparse.growth import SparseSite
 from spartan.kernels.connections import Connections
+from spartan.kernels.key_lists import is_in, merge
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,6 @@ def apply(move: Move, optimizers: Iterable[Optimizer], count_rounds: bool) -> No
     layer.rewire(Connections.from_keys(keys, *layer.matrix_shape), values)
     layer.values.grad = gradient
     _remember(site, move.grown)
-
-
-def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two rising lists that share nothing.
-
-    Returns:
-        The merged list, and where the entries of the first one are in it.
-    """
-    places = torch.searchsorted(first, second)
-    places += torch.arange(second.numel(), device=second.device)
-    of_first = torch.ones(first.numel() + second.numel(), dtype=torch.bool, device=first.device)
-    of_first[places] = False
-    merged = torch.empty_like(of_first, dtype=first.dtype)
-    kept = of_first.nonzero()[:, 0]
-    merged[kept], merged[places] = first, second
-    return merged, kept
 
 
 def _remember(site: SparseSite, keys: Tensor) -> None:

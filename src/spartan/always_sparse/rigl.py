@@ -16,7 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, largest, untied
+from spartan.always_sparse.growth import (
+    TINY,
+    AnnealedGrowth,
+    SparseSite,
+    averaged,
+    largest,
+    untied,
+)
 from spartan.kernels.scores import wide
 
 _SLICE = 1 << 21  # entries of the dense gradient at a time
@@ -108,6 +115,5 @@ class Best:
             self._scores, largest([*self._scores.values()], self.count), strict=True
         ):
             self.keys[i], self._scores[i] = self.keys[i][mask], self._scores[i][mask]
-        # A little less, so that a tie is not lost to what decides it.
         lowest = min(float(s.min()) for s in self._scores.values() if s.numel())
-        self._floor = lowest * (1 - 1e-6)
+        self._floor = lowest if lowest > TINY else 0.0

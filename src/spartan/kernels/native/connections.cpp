@@ -83,6 +83,21 @@ void transpose(const std::int32_t* starts, const std::int32_t* others, std::int6
     }
 }
 
+void merge(const std::int64_t* first, const std::int64_t* second, std::int64_t first_count,
+           std::int64_t second_count, std::int64_t* merged, std::int64_t* places) {
+  std::int64_t i = 0, j = 0;
+  while (i < first_count || j < second_count) {
+    const bool take_first = j == second_count || (i < first_count && first[i] < second[j]);
+    merged[i + j] = take_first ? first[i] : second[j];
+    if (take_first) {
+      places[i] = i + j;
+      ++i;
+    } else {
+      ++j;
+    }
+  }
+}
+
 void members(const std::int64_t* keys, const std::int64_t* known, std::int64_t count,
              std::int64_t known_count, bool* found) {
   std::int64_t k = 0;

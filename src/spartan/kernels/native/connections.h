@@ -85,6 +85,10 @@ void transpose(const std::int32_t* starts, const std::int32_t* others, std::int6
 void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
          std::int64_t blocks, std::int64_t per_block, std::int32_t* cuts, int threads);
 
+// Merges two lists that rise and share nothing; says where the keys of the first one are.
+void merge(const std::int64_t* first, const std::int64_t* second, std::int64_t first_count,
+           std::int64_t second_count, std::int64_t* merged, std::int64_t* places);
+
 // Says of each key whether it is known; both lists rise.
 void members(const std::int64_t* keys, const std::int64_t* known, std::int64_t count,
              std::int64_t known_count, bool* found);

@@ -75,6 +75,12 @@ void bound_transpose(Address starts, Address others, std::int64_t lines, std::in
             pointer<std::int32_t>(order));
 }
 
+void bound_merge(Address first, Address second, std::int64_t first_count,
+                 std::int64_t second_count, Address merged, Address places) {
+  merge(pointer<const std::int64_t>(first), pointer<const std::int64_t>(second), first_count,
+        second_count, pointer<std::int64_t>(merged), pointer<std::int64_t>(places));
+}
+
 void bound_members(Address keys, Address known, std::int64_t count, std::int64_t known_count,
                    Address found) {
   members(pointer<const std::int64_t>(keys), pointer<const std::int64_t>(known), count, known_count,
@@ -95,6 +101,7 @@ void bind_connections(nb::module_& m) {
   m.def("connections_pairs", &bound_pairs, Release());
   m.def("connections_gather_samples", &bound_gather_samples, Release());
   m.def("connections_transpose", &bound_transpose, Release());
+  m.def("connections_merge", &bound_merge, Release());
   m.def("connections_members", &bound_members, Release());
   m.def("connections_cut", &bound_cut, Release());
 }
