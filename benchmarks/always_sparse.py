@@ -175,7 +175,7 @@ def update_table() -> None:
 
 def memory_of(width: int, per_unit: int) -> None:
     """Print the bytes that three training steps take at most; of a dense layer for 0 per unit."""
-    Layer.make(64, 10).step()  # loads what is loaded once
+    Layer.make(4096, 1).step()  # loads what is loaded once
     before = resident("VmRSS")
     case = Layer.make(width, per_unit or 1)
     layer: nn.Module = case.layer if per_unit else nn.Linear(width, width, bias=False)

@@ -30,7 +30,7 @@ import cifar10
 import one_run
 from spartan.training.models import mlp
 
-METHODS = ("static", "set", "rigl", "dst-ee", "gse")
+METHODS = ("static", "set", "rigl", "gse")
 SPARSITY = 0.98
 SEEDS = 3
 

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from spartan.report.facts import RunFacts
 
@@ -165,6 +166,7 @@ def _figure(
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter())
         if legend:
             axes.legend(frameon=False, fontsize=8)
         text = io.StringIO()
