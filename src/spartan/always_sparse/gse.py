@@ -25,7 +25,14 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from spartan.always_sparse.growth import AnnealedGrowth, SparseSite, averaged, largest, untied
+from spartan.always_sparse.growth import (
+    AnnealedGrowth,
+    SparseSite,
+    averaged,
+    largest,
+    processes,
+    untied,
+)
 from spartan.always_sparse.random_graphs import nth_outside, rising
 from spartan.errors import MethodError, did_you_mean
 from spartan.kernels.key_lists import is_in
@@ -106,7 +113,7 @@ class GSE(AnnealedGrowth):
             assert isinstance(g, Tensor)
             return averaged(f).cpu(), averaged(g).cpu()
         # Every process has samples, and so signs, of its own.
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rank = torch.distributed.get_rank() if processes() > 1 else 0
         generator = site.generator(self.seed, step, f"/signs/{rank}")
         f, g = torch.zeros(()), torch.zeros(())
         for h, delta in site.passes:

@@ -204,4 +204,6 @@ def _matrix(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tens
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse ", UserWarning)
         shape = (starts.numel() - 1, width)
-        return torch.sparse_csr_tensor(starts, columns, wide(values), shape, check_invariants=False)
+        return torch.sparse_csr_tensor(
+            starts, columns, wide(values), shape, device=values.device, check_invariants=False
+        )
