@@ -7,11 +7,7 @@ of 1,024 units, trained on 10,240 images of 16 x 16 and on all 50,000, and the R
 --scale small` on 10,240, all for 20 epochs. Every method replaces 30 % of the connections at first,
 and less along a cosine, 48 times in the first three quarters of the run, one budget for all layers.
 Every single run is written to the JSON file given by --out; runs that are there already are not
-done again. On Linux,
-
-    GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000
-
-keeps the memory of the unfolded images between steps, which halves the time of the ResNet.
+done again.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class SparseLinear(SparseLayer):
     connections are those of a random graph, and `spartan.methods` such as `GSE` move them.
 
     Samples of a batch (batch, in_features) are neighbours in the memory of the result, as the next
-    sparse layer wants them, and norms and activations between keep it so. Inputs of more
-    dimensions give contiguous results, as their surroundings want them.
+    sparse layer wants them, and activations between keep it so (norms do not, and cost a copy).
+    Inputs of more dimensions give contiguous results, as their surroundings want them.
 
     Args:
         in_features: Inputs.
