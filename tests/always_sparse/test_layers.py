@@ -176,6 +176,10 @@ def test_exact_counts_and_initialisation() -> None:
     # Degrees of a random graph: binomial.
     assert float(fan_in.float().var()) == pytest.approx(20 * 0.95, rel=0.35)
     assert SparseLinear(400, 300, connections_per_unit=7).values.numel() == 2100
+    # Decimals as they are written, as a budget takes them: 57.5, not 57.49…; halves go to even.
+    assert SparseLinear(10, 10, density=0.285).values.numel() == 28
+    assert SparseLinear(10, 10, density=0.575).values.numel() == 58
+    assert SparseLinear(100, 10, connections_per_unit=0.35).values.numel() == 4
     assert "connections=6,000" in repr(layer)
 
 

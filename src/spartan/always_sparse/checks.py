@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, Rprop
 
-from spartan.always_sparse.growth import Growth, SparseSite, processes
+from spartan.always_sparse.growth import Growth, SparseSite, density_of, processes
 from spartan.budget import Budget
 from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
 from spartan.kernels.key_lists import is_in
@@ -57,8 +57,6 @@ def check_counts(
     budget: Budget, shares: Sequence[Share], sites: Sequence[SparseSite], moves: bool
 ) -> None:
     """Raise `BudgetError` unless the layers hold what the budget says."""
-    everything = sum(site.weight.numel for site in sites)
-    density = sum(site.connections.count for site in sites) / everything
     for share in shares:
         members = [sites[i] for i in share.members]
         found = sum(site.connections.count for site in members)
@@ -68,8 +66,8 @@ def check_counts(
             other = "" if together else f" and the allocation {budget.allocation!r}"
             raise BudgetError(
                 f"The budget is {share.kept:,} connections of {names}, and there are {found:,}: "
-                f"give Budget(density={density:.10g}), which may be spread in any way, or convert "
-                f"the model with the density{other} of the budget."
+                f"give Budget(density={density_of(sites):.10g}), which may be spread in any way, "
+                f"or convert the model with the density{other} of the budget."
             )
         if len(members) > 1 and processes() > 1 and moves:
             raise BudgetError(

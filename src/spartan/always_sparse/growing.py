@@ -20,7 +20,7 @@ from spartan.always_sparse.checks import (
     check_state,
 )
 from spartan.always_sparse.conversion import check_first, sparse_layers
-from spartan.always_sparse.growth import Growth, SparseSite, SparseWeight, largest
+from spartan.always_sparse.growth import Growth, SparseSite, SparseWeight, density_of, largest
 from spartan.always_sparse.layer import SparseLayer
 from spartan.always_sparse.moving import Move, apply
 from spartan.always_sparse.product import Passes
@@ -97,8 +97,7 @@ class GrowingSparsifier(Sparsifier):
     @property
     def density(self) -> float:
         """Connections as a fraction of all pairs."""
-        kept = sum(site.connections.count for site in self.sites)
-        return kept / sum(site.weight.numel for site in self.sites)
+        return density_of(self.sites)
 
     def layers(self) -> list[LayerSummary]:
         """Return what each layer keeps, in the order of the model."""
@@ -227,7 +226,10 @@ class GrowingSparsifier(Sparsifier):
     def _moves(self, step: int) -> Iterator[Move]:
         """Choose what is grown and pruned after a step; nothing is changed yet."""
         fraction = self.method.fraction_at(step, self._horizon)
-        for share in self._shares if fraction > 0 else []:
+        if fraction == 0:
+            return
+        stepped = set().union(*map(parameters_of, self._optimizers or self._steppers))
+        for share in self._shares:
             members = [self.sites[i] for i in share.members]
             found = sum(site.connections.count for site in members)
             if found != share.kept:
@@ -235,7 +237,11 @@ class GrowingSparsifier(Sparsifier):
                     f"The layers hold {found:,} connections, and the budget is {share.kept:,}: "
                     "something else has changed them since the sparsifier was made."
                 )
-            sites = [site for site in members if self._is_trained(site)]
+            sites = [
+                site
+                for site in members
+                if site.weight.parameter.requires_grad and id(site.weight.parameter) in stepped
+            ]
             if self.method.uses_gradients:
                 sites = [site for site in sites if site.passes]
             if not sites:
@@ -249,10 +255,6 @@ class GrowingSparsifier(Sparsifier):
             kept = largest([site.weight.parameter.detach() for site in sites], left)
             for site, keys, mask in zip(sites, grown, kept, strict=True):
                 yield Move(site, mask, keys)
-
-    def _is_trained(self, site: SparseSite) -> bool:
-        stepped = set().union(*map(parameters_of, self._optimizers or self._steppers))
-        return site.weight.parameter.requires_grad and id(site.weight.parameter) in stepped
 
     def _listen(self) -> None:
         """Let layers keep what passes through them, if an update follows the next step."""

@@ -103,6 +103,11 @@ class SparseSite:
         return torch.Generator().manual_seed(derived)
 
 
+def density_of(sites: Sequence[SparseSite]) -> float:
+    """Return the connections of layers as a fraction of their pairs."""
+    return sum(s.connections.count for s in sites) / sum(s.weight.numel for s in sites)
+
+
 class Growth(Described, ABC):
     """Base of the growth methods."""
 

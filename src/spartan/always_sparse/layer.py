@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -146,9 +147,8 @@ class SparseLayer(nn.Module):
         given = [state.get(prefix + key) for key in ("values", "row_starts", "columns")]
         if not all(isinstance(tensor, Tensor) for tensor in given):
             return None
-        values, starts, columns = (
-            t.to(self.values.device, copy=True) for t in given if t is not None
-        )
+        values, *graph = (tensor for tensor in given if tensor is not None)
+        starts, columns = (tensor.to(self.values.device, copy=True) for tensor in graph)
         outputs, inputs = self.matrix_shape
         try:
             found = Connections(starts, columns, inputs)
@@ -193,9 +193,9 @@ def resize(parameter: nn.Parameter, values: Tensor) -> None:
     if parameter.shape == values.shape:
         parameter.copy_(values)
         return
+    parameter.grad = None
     # A graph that is still alive holds the node that accumulates this gradient, and with it the
     # old shape; torch makes a new one only when the dtype changes.
-    parameter.grad = None
     other = torch.float32 if values.dtype != torch.float32 else torch.float64
     parameter.data = torch.empty(0, dtype=other, device=values.device)
     parameter.data = values
@@ -230,15 +230,14 @@ def draw_connections(
         raise BudgetError("A layer has less than 2^31 inputs and outputs: indices are int32.")
     pairs = outputs * inputs
     if density is not None:
-        asked, share = f"density={density}", density
+        asked, number, most, of_most = f"density={density}", density, 1, "1"
     else:
         assert connections_per_unit is not None
         asked = f"connections_per_unit={connections_per_unit}"
-        share = connections_per_unit / inputs
-    if not 0 < share <= 1:
-        most = f"{inputs:,} inputs" if density is None else "1"
-        raise BudgetError(f"{asked} must be more than 0 and at most {most}.")
-    count = round(share * pairs)
+        number, most, of_most = connections_per_unit, inputs, f"{inputs:,} inputs"
+    if not 0 < number <= most:
+        raise BudgetError(f"{asked} must be more than 0 and at most {of_most}.")
+    count = round(Fraction(str(number)) * (pairs // most))  # as a budget takes decimals
     if count >= 2**31:
         raise BudgetError(f"{asked} gives {count:,} connections; there can be less than 2^31.")
     fewest = outputs if every_unit else 1
