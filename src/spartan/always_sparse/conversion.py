@@ -70,8 +70,8 @@ def convert(
             )
         graphs[weight.name] = random_connections(outputs, inputs, count, every_unit)
     warn_of_unconnected(graphs, stacklevel=3)
-    model.register_load_state_dict_pre_hook(check_first)
     made = {module: _sparse(module, graphs[weight.name]) for weight, module in targets.items()}
+    model.register_load_state_dict_pre_hook(check_first)
     return _replaced(model, made)
 
 
@@ -105,9 +105,8 @@ def dense_state(
             continue
         starts, columns = dense.pop(f"{prefix}row_starts"), dense.pop(f"{prefix}columns")
         values = dense.pop(f"{prefix}values")
-        weight = values.new_zeros(math.prod(shape))
-        weight[Connections(starts, columns, math.prod(shape[1:])).keys()] = values
-        dense[name] = weight.view(*shape)
+        graph = Connections(starts, columns, math.prod(shape[1:]))
+        dense[name] = graph.dense(values).view(*shape)
     return dense
 
 

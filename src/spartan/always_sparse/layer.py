@@ -113,12 +113,10 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def copy_to(self, dense: nn.Module) -> None:
         """Write the weights, zeros included, and what else a dense layer shares with this one."""
-        weight, bias = dense.get_parameter("weight"), self.bias
-        weight.zero_()
-        weight.view(-1)[self.connections.keys()] = self.values
-        weight.requires_grad_(self.values.requires_grad)
-        if bias is not None:
-            dense.get_parameter("bias").copy_(bias).requires_grad_(bias.requires_grad)
+        weight = self.connections.dense(self.values.detach()).view(self.weight_shape)
+        dense.weight = nn.Parameter(weight, self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.clone(), self.bias.requires_grad)
         dense.train(self.training)
 
     def multiply(self, x: Tensor) -> Tensor:

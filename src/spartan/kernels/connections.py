@@ -126,6 +126,12 @@ class Connections:
         """Return output * inputs + input of each connection: int64, rising."""
         return self.rows() * self.inputs + self.columns
 
+    def dense(self, values: Tensor) -> Tensor:
+        """Return the matrix of one value for each connection: (outputs, inputs)."""
+        matrix = values.new_zeros(self.pairs)
+        matrix[self.keys()] = values
+        return matrix.view(self.outputs, self.inputs)
+
     @cached_property
     def _by_input(self) -> tuple[Lines, Tensor]:
         columns, outputs = self.columns, self.outputs
