@@ -1,11 +1,12 @@
 """Train, prune and ship PyTorch networks at exactly the sparsity asked for."""
 
-from spartan import always_sparse, kernels, methods
+from spartan import always_sparse, kernels, methods, post_training
 from spartan.budget import Budget
 from spartan.deploy import accelerate, load, purge, save
 from spartan.errors import SpartanError
 from spartan.freezing import freeze
 from spartan.patterns import NM, Block, Channel, Unstructured
+from spartan.post_training import CompressionReport, compress
 from spartan.selection import hard_topk, soft_topk
 from spartan.sparsifier import Sparsifier
 
@@ -16,16 +17,19 @@ __all__ = [
     "Block",
     "Budget",
     "Channel",
+    "CompressionReport",
     "Sparsifier",
     "SpartanError",
     "Unstructured",
     "accelerate",
     "always_sparse",
+    "compress",
     "freeze",
     "hard_topk",
     "kernels",
     "load",
     "methods",
+    "post_training",
     "purge",
     "save",
     "soft_topk",

@@ -12,6 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from spartan.cli_compress import compress
 from spartan.cli_deploy import deploy_commands
 from spartan.deploy import accelerate
 from spartan.errors import ConfigError
@@ -97,6 +98,7 @@ def run_command(words: Sequence[str]) -> int:
         "report": report,
         "inspect": inspect,
         "methods": methods,
+        "compress": compress,
         **deploy_commands(),
     }
     code: int = tyro.extras.subcommand_cli_from_dict(
@@ -121,6 +123,8 @@ def _defaults(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
         raise ConfigError("Give --config or --resume, not both: a run is resumed with its own.")
     if known.resume is not None:
         saved = Run.open(known.resume).config()
+        if not isinstance(saved, TrainConfig):
+            raise ConfigError(f"{known.resume} is a compression: there is no training to resume.")
         return saved, saved
     start = read_config(known.config) if known.config is not None else TrainConfig()
     return start, start
@@ -139,8 +143,8 @@ def _refuse_changes(saved: TrainConfig, given: TrainConfig) -> None:
 def _train(config: TrainConfig, resume: bool) -> int:
 
     console = Console()
-    if not resume and Run(Path(config.out)).config_path.exists():
-        Run.create(config)  # refuses, before data are loaded
+    if not resume:
+        Run(Path(config.out)).refuse_existing()
     trainer = Trainer(config, load_data(config.data, config.image_size))
     if resume:
         run = Run.open(Path(config.out))
@@ -182,7 +186,7 @@ def _evaluate(folder: Path, device_name: str, weights: Path | None, accelerated:
         example = torch.zeros(config.batch_size, data.channels, data.size, data.size)
         model = accelerate(model, example, verbose=False)
     tested = facts.normalize_like(data)
-    loss, accuracy = evaluate(model.to(device), data.test, tested, device, config)
+    loss, accuracy = evaluate(model.to(device), data.test, tested, device, config.workers)
     source = folder if weights is None else weights
     Console().print(
         f"{source}: step {facts.step} of {facts.total_steps}, accuracy {accuracy:.2%}, "

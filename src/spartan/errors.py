@@ -50,6 +50,10 @@ class DataError(SpartanError, ValueError):
     """Training data is missing, unreadable or of an unexpected form."""
 
 
+class CalibrationError(SpartanError, ValueError):
+    """Calibration data are missing, too few, or not what the model takes."""
+
+
 class FileError(SpartanError, OSError):
     """A file cannot be read or written, or its content is damaged."""
 

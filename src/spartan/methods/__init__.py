@@ -18,6 +18,8 @@ from spartan.methods.base import Method
 from spartan.methods.constrained_l0 import ConstrainedL0
 from spartan.methods.dpf import DPF
 from spartan.methods.dual_averaging import DualAveraging
+from spartan.methods.fcpts import FCPTS
+from spartan.methods.fcpts_published import PublishedFCPTS
 from spartan.methods.fixed import Fixed
 from spartan.methods.magnitude import Magnitude
 from spartan.methods.penalised_l0 import PenalisedL0
@@ -28,7 +30,7 @@ METHODS: dict[str, type[Method] | type[Growth]] = {
     cls.name: cls
     for cls in (
         *(Spartan, DualAveraging, Magnitude, DPF, Powerpropagation),
-        *(ConstrainedL0, PenalisedL0, Fixed),
+        *(ConstrainedL0, PenalisedL0, FCPTS, PublishedFCPTS, Fixed),
         *(GSE, SET, RigL, DSTEE, Static),
     )
 }
@@ -59,6 +61,7 @@ def list() -> tuple[type[Method] | type[Growth], ...]:
 __all__ = [
     "DPF",
     "DSTEE",
+    "FCPTS",
     "GSE",
     "METHODS",
     "SET",
@@ -70,6 +73,7 @@ __all__ = [
     "Method",
     "PenalisedL0",
     "Powerpropagation",
+    "PublishedFCPTS",
     "RigL",
     "Spartan",
     "Static",

@@ -193,6 +193,26 @@ def find_cuts(contests: Sequence[Contest]) -> list[Cut]:
     return cuts
 
 
+def keep_counts(contest: Contest, counts: Sequence[int]) -> None:
+    """Keep so many units of each site, those of largest mean |θ|.
+
+    The score at which a site is cut is remembered in its group's numbers, as `threshold NAME`.
+    """
+    numbers = contest.group.numbers
+    alone = [
+        Contest(contest.group, [site], count * site.cost, contest.at_target)
+        for site, count in zip(contest.sites, counts, strict=True)
+    ]
+    keys = [f"threshold {site.name}" for site in contest.sites]
+    requests = [
+        Request(c.scores, c.budget, bracket(numbers, key))
+        for c, key in zip(alone, keys, strict=True)
+    ]
+    for one, key, result in zip(alone, keys, look(alone, requests), strict=True):
+        one.keep(result.cut)
+        remember(numbers, key, result.cut.threshold)
+
+
 def look(contests: Sequence[Contest], requests: Sequence[Request]) -> list[Result]:
     """Scan the scores of contests.
 

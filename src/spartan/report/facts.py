@@ -27,6 +27,8 @@ class Layer:
         units: Units of the pattern.
         kept_units: Units its mask keeps.
         cost: Relative cost of one unit.
+        error: Relative squared error of its outputs after it was solved; None where it was not.
+        seconds: Time that took.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Layer:
     units: int
     kept_units: int
     cost: float
+    error: float | None = None
+    seconds: float = 0.0
 
     @property
     def density(self) -> float:
@@ -58,6 +62,7 @@ class RunFacts:
         images: Channels, size, class names, mean and standard deviation of the images.
         rows: All metrics rows.
         monitor: The method's last numbers.
+        compression: What a compression noted: its settings, samples, seconds and held-out loss.
     """
 
     name: str
@@ -70,6 +75,7 @@ class RunFacts:
     images: dict[str, Any]
     rows: list[dict[str, Any]]
     monitor: dict[str, float]
+    compression: dict[str, Any] | None
 
     @property
     def kept(self) -> int:
@@ -85,6 +91,11 @@ class RunFacts:
     def density(self) -> float:
         """Density of the prunable weights."""
         return self.kept / self.numel
+
+    @property
+    def solved(self) -> bool:
+        """Whether layers were solved one by one."""
+        return any(layer.seconds > 0 for layer in self.layers)
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -133,6 +144,8 @@ def read_facts(run: Run) -> RunFacts:
                 units=row["units"],
                 kept_units=row["kept_units"],
                 cost=row["cost"],
+                error=row.get("error"),
+                seconds=row.get("seconds", 0.0),
             )
             for row in facts["layers"]
         ]
@@ -147,6 +160,7 @@ def read_facts(run: Run) -> RunFacts:
             images=facts["images"],
             rows=run.metrics(),
             monitor=facts.get("monitor", {}),
+            compression=facts.get("compression"),
         )
     except (KeyError, TypeError) as error:
         raise FileError(

@@ -62,7 +62,8 @@ def _charts(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
 
 def _options(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
     """Return each option with its value in every run; for several runs those that differ first."""
-    rows = [(key, [_plain(run.config[key]) for run in runs]) for key in runs[0].config]
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = [(key, [_plain(run.config.get(key)) for run in runs]) for key in keys]
     return sorted(rows, key=lambda row: len(set(row[1])) == 1)
 
 

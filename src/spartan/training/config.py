@@ -184,17 +184,25 @@ def config_from_json(text: str, source: str) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Read a config file.
+    """Read the config file of a training run.
 
     Raises:
         FileError: It cannot be read.
         ConfigError: Its content is wrong.
     """
+    return config_from_json(read_options(path), str(path))
+
+
+def read_options(path: Path) -> str:
+    """Read the text of a config file.
+
+    Raises:
+        FileError: It cannot be read.
+    """
     try:
-        text = path.read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read the config {str(path)!r}: {error}.") from error
-    return config_from_json(text, str(path))
 
 
 def _require(condition: bool, field: str, value: object, rule: str) -> None:

@@ -80,14 +80,35 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
     )
 
 
-def _timm_model(name: str, channels: int, image_size: int, classes: int) -> nn.Module:
+def pretrained_timm(name: str) -> nn.Module:
+    """Make a model of timm with its pretrained weights.
+
+    Raises:
+        ConfigError: timm cannot make it, or not fetch its weights.
+        MissingExtraError: timm is not installed.
+    """
+    try:
+        model: nn.Module = _timm(name).create_model(name, pretrained=True)
+    except MissingExtraError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"timm cannot make {name!r} with its weights: {error}") from error
+    return model
+
+
+def _timm(name: str) -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
         raise MissingExtraError(
-            f"--model timm:{name} needs timm, which does not import here ({error}); install timm "
-            "and a torchvision that matches this torch."
+            f"timm:{name} needs timm, which does not import here ({error}); install timm and a "
+            "torchvision that matches this torch."
         ) from error
+    return timm
+
+
+def _timm_model(name: str, channels: int, image_size: int, classes: int) -> nn.Module:
+    timm = _timm(name)
     try:
         sizes = {"in_chans": channels, "num_classes": classes}
         try:

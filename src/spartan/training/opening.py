@@ -36,6 +36,8 @@ def open_model(
     if (Path(source) / "config.json").is_file():
         run = Run.open(Path(source))
         facts = read_facts(run)
+        if not facts.images:
+            raise ConfigError(f"{source!r} is of a model that was not calibrated with images.")
         channels, size = facts.images["channels"], facts.images["size"]
         names = facts.images["classes"]
         model = build_model(run.config().model, channels, size, len(names))

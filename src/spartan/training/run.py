@@ -9,7 +9,8 @@ from typing import Any
 from spartan.always_sparse.conversion import dense_state
 from spartan.errors import ConfigError, FileError
 from spartan.files import load_state, load_tensors, write_text
-from spartan.training.config import TrainConfig, read_config
+from spartan.training.compress_config import COMMAND, CompressConfig, compress_config_from
+from spartan.training.config import TrainConfig, config_from_json, read_options
 
 
 class Run:
@@ -30,7 +31,7 @@ class Run:
         self.report_path = folder / "report.html"
 
     @classmethod
-    def create(cls, config: TrainConfig) -> Run:
+    def create(cls, config: TrainConfig | CompressConfig) -> Run:
         """Start a new run folder.
 
         Raises:
@@ -38,17 +39,22 @@ class Run:
             FileError: The folder cannot be made.
         """
         run = cls(Path(config.out))
-        if run.config_path.exists():
-            raise ConfigError(
-                f"{config.out!r} already holds a run: continue it with --resume {config.out}, or "
-                "give another --out."
-            )
+        run.refuse_existing()
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"Cannot make the folder {config.out!r}: {error.strerror}.") from error
         write_text(run.config_path, config.to_json())
         return run
+
+    def refuse_existing(self) -> None:
+        """Raise `ConfigError` if the folder already holds a run."""
+        if self.config_path.exists():
+            folder = str(self.folder)
+            raise ConfigError(
+                f"{folder!r} already holds a run: continue it with --resume {folder} if it is one "
+                "of training, or give another --out."
+            )
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -67,9 +73,13 @@ class Run:
         """Last part of the folder's path."""
         return self.folder.resolve().name
 
-    def config(self) -> TrainConfig:
-        """Read the options the run was begun with."""
-        return read_config(self.config_path)
+    def config(self) -> TrainConfig | CompressConfig:
+        """Read the options the run was begun with: of a training run, or of a compression."""
+        text, source = read_options(self.config_path), str(self.config_path)
+        values = json.loads(text) if f'"command": "{COMMAND}"' in text else None
+        if isinstance(values, dict):
+            return compress_config_from(values, source)
+        return config_from_json(text, source)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all metrics rows; a last line cut short by a crash is left out.

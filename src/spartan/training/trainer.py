@@ -121,7 +121,8 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float]:
         """Return mean loss and accuracy on the held-out images."""
-        return evaluate(self.model, self.data.test, self.data, self.device, self.config)
+        workers = self.config.workers
+        return evaluate(self.model, self.data.test, self.data, self.device, workers)
 
     def facts(self) -> Row:
         """Return what a reader of the saved model needs to know."""
@@ -130,13 +131,7 @@ class Trainer:
         return {
             "step": self.step,
             "total_steps": self.total_steps,
-            "images": {
-                "channels": self.data.channels,
-                "size": self.data.size,
-                "classes": self.data.classes,
-                "mean": list(self.data.mean),
-                "std": list(self.data.std),
-            },
+            "images": self.data.facts(),
             "method": self.sparsifier.method.settings(),
             "pattern": str(self.sparsifier.pattern),
             "monitor": self.sparsifier.monitor(),
@@ -321,14 +316,14 @@ class Trainer:
 
 
 def evaluate(
-    model: nn.Module, images: Images, data: ImageData, device: torch.device, config: TrainConfig
+    model: nn.Module, images: Images, data: ImageData, device: torch.device, workers: int = 0
 ) -> tuple[float, float]:
     """Return mean loss and accuracy of a model on a set of images."""
     model.eval()
     loss, correct = 0.0, 0
     order = range(len(images.labels))
     with torch.inference_mode():
-        for batch, labels in batches(images, 500, order, workers=config.workers):
+        for batch, labels in batches(images, 500, order, workers=workers):
             batch, labels = batch.to(device), labels.to(device)
             logits = model(normalize(batch, data))
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))

@@ -1,0 +1,115 @@
+"""Post-training sparsity of a pretrained ResNet-20: every method with every allocation, and its time.
+
+    python benchmarks/post_training.py --data PATH --weights resnet20.safetensors
+
+PATH is CIFAR-10 as parquet files; the weights are a ResNet-20 in the usual keys, trained by others.
+1,024 training images without labels calibrate; accuracy is that of the held-out images, of which
+nothing is used before. The whole table takes about two hours on two cores; --methods, --allocations
+and --sparsities choose a part. A time is that of the whole compression, allocation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import spartan
+from spartan.deploy import load
+from spartan.post_training import Distillation
+from spartan.post_training.allocation import ALLOCATIONS
+from spartan.training.data import ImageData, augment, load_data, mix, normalize
+from spartan.training.models import resnet20
+from spartan.training.trainer import evaluate
+
+# What the weights were trained with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+METHODS = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "magnitude + layer": {"method": "magnitude", "reconstruct": "layer"},
+    "wanda + layer": {"method": "wanda", "reconstruct": "layer"},
+    "sparsegpt + layer": {"method": "sparsegpt", "reconstruct": "layer"},
+    "obs": {"method": "obs"},
+    "obs + network": {"method": "obs", "reconstruct": "network"},
+    "fcpts": {"method": "fcpts"},
+    "fcpts-published": {"method": "fcpts-published"},
+}
+
+
+class Task:
+    """A trained network, and the images it is calibrated and measured on."""
+
+    def __init__(self, data: str, weights: Path) -> None:
+        images = load_data(data)
+        self.images = ImageData(**{**vars(images), "mean": MEAN, "std": STD})
+        self.model = resnet20(3, 32, 10).eval()
+        load(weights, self.model)
+
+    def samples(self, count: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.images.train.labels), generator=generator)[:count]
+        return normalize(self.images.train.read(order.tolist()), self.images)
+
+    def accuracy(self, model: nn.Module) -> float:
+        return 100 * evaluate(model, self.images.test, self.images, torch.device("cpu"))[1]
+
+    def change(self, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return mix(augment(batch, True, generator), generator)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--minutes", type=float, help="instead of --steps")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    task = Task(options.data, options.weights)
+    dense = task.accuracy(task.model)
+    how = Distillation(steps=options.steps, augment=task.change)
+    print(f"dense {dense:.2f} %; points lost, accuracy, seconds ({options.threads} threads)")
+    print(f"{'method':20}{'allocation':12}" + "".join(f"{s:>22.0%}" for s in options.sparsities))
+    for method in options.methods:
+        for allocation in options.allocations:
+            if method == "fcpts-published" and allocation != "learned":
+                continue
+            print(f"{method:20}{allocation:12}", end="", flush=True)
+            for sparsity in options.sparsities:
+                found, seconds = [], []
+                for seed in range(options.seeds):
+                    report = spartan.compress(
+                        task.model,
+                        task.samples(options.samples, seed),
+                        sparsity=sparsity,
+                        allocation=allocation,
+                        distillation=how,
+                        minutes=options.minutes,
+                        seed=seed,
+                        **METHODS[method],
+                    )
+                    wanted = report.numel - round((1 - sparsity) * report.numel)
+                    assert report.numel - report.nonzero == wanted
+                    found.append(task.accuracy(report.model))
+                    seconds.append(report.seconds)
+                mean = statistics.mean(found)
+                spread = f" ±{statistics.stdev(found):.2f}" if len(found) > 1 else ""
+                cell = f"{dense - mean:.2f}  {mean:.2f}{spread}  {statistics.mean(seconds):.0f}s"
+                print(f"{cell:>22}", end="", flush=True)
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

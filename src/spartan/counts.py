@@ -1,0 +1,109 @@
+"""From wished-for densities to numbers of units that fit a budget exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spartan.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the layers of a network may keep, together and each.
+
+    Attributes:
+        names: Of the layers.
+        units: Units of each.
+        costs: Cost of one unit of each layer, in the currency of `budget`.
+        least: Units that each keeps at least.
+        budget: Cost that they may keep together.
+    """
+
+    names: Sequence[str]
+    units: Sequence[int]
+    costs: Sequence[float]
+    least: Sequence[int]
+    budget: float
+
+    def __post_init__(self) -> None:
+        needed = sum(k * c for k, c in zip(self.least, self.costs, strict=True))
+        if needed > self.budget:
+            total = sum(n * c for n, c in zip(self.units, self.costs, strict=True))
+            raise BudgetError(
+                f"A density of {self.budget / total:.3g} leaves less than every layer has to keep "
+                f"(one unit, and what max_layer_sparsity asks for): the smallest reachable density "
+                f"is {math.ceil(1e6 * needed / total) / 1e6:g}."
+            )
+
+    def cost(self, counts: Sequence[float]) -> float:
+        """Return what some numbers of units cost."""
+        return sum(k * c for k, c in zip(counts, self.costs, strict=True))
+
+
+def shift_to(densities: Sequence[float], limits: Limits) -> list[float]:
+    """Return densities that cost exactly the budget, all logits moved by one number.
+
+    Of all densities that cost so much these are nearest to the given ones, in the sum of the
+    relative entropies of the layers' units: the shift is the Lagrange multiplier of the budget.
+    """
+
+    def at(shift: float) -> list[float]:
+        return [
+            min(1.0, max(low / n, logistic(logit(d) + shift)))
+            for d, low, n in zip(densities, limits.least, limits.units, strict=True)
+        ]
+
+    def surplus(shift: float) -> float:
+        kept = [d * n for d, n in zip(at(shift), limits.units, strict=True)]
+        return limits.cost(kept) - limits.budget
+
+    if abs(surplus(0.0)) <= 1e-9 * limits.budget:
+        return at(0.0)
+    low, high = -80.0, 80.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if surplus(middle) < 0 else (low, middle)
+    return at(low)
+
+
+def fit_counts(densities: Sequence[float], limits: Limits) -> list[int]:
+    """Return how many units each layer keeps, as near to some densities as the budget allows.
+
+    For equal costs they are exactly the budget's number of units; otherwise no unit more fits.
+
+    Args:
+        densities: Wished-for densities, in [0, 1].
+        limits: The budget and the layers.
+    """
+    exact = [d * n for d, n in zip(shift_to(densities, limits), limits.units, strict=True)]
+    counts = [max(low, math.floor(x + 1e-9)) for x, low in zip(exact, limits.least, strict=True)]
+    left = limits.budget - limits.cost(counts)
+    slack = 1e-9 * limits.budget
+    while True:
+        # The largest remainders first; then whatever still fits.
+        order = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
+        fitting = [
+            i for i in order if counts[i] < limits.units[i] and limits.costs[i] <= left + slack
+        ]
+        if not fitting:
+            return counts
+        for i in fitting:
+            if limits.costs[i] <= left + slack:
+                counts[i] += 1
+                left -= limits.costs[i]
+
+
+def logit(density: float) -> float:
+    """Return log(d / (1 - d)), with finite ends."""
+    if density <= 0.0:
+        return -1e3
+    return 1e3 if density >= 1.0 else math.log(density / (1.0 - density))
+
+
+def logistic(x: float) -> float:
+    """Return 1 / (1 + exp(-x))."""
+    if abs(x) > 500.0:
+        return float(x > 0)
+    return 1.0 / (1.0 + math.exp(-x))

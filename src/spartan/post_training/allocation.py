@@ -1,0 +1,91 @@
+"""How a budget spreads over layers, before any of them is pruned.
+
+`global` lets the weights of all layers compete by magnitude, `uniform` gives every layer the same
+density, `erk` more to small ones (Evci et al., 2020), `learned` lets the network learn thresholds
+(FCPTS), `curves` measures what each layer costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from spartan.budget import Budget
+from spartan.counts import fit_counts
+from spartan.errors import MethodError, did_you_mean
+from spartan.kernels import Scores, masks_of
+from spartan.methods.fcpts import FCPTS
+from spartan.post_training.curves import curve_densities
+from spartan.post_training.distillation import Distillation, distil
+from spartan.post_training.matrices import to_matrix
+from spartan.post_training.network import Network
+from spartan.selection.hard import find_cut
+from spartan.shares import erk_densities
+
+ALLOCATIONS = ("global", "uniform", "erk", "learned", "curves")
+
+
+def allocate(network: Network, name: str, how: Distillation) -> list[int]:
+    """Return how many units each layer keeps.
+
+    Args:
+        network: The network.
+        name: One of `ALLOCATIONS`.
+        how: How thresholds are learned; with a quarter of the steps.
+
+    Raises:
+        MethodError: There is no such allocation.
+    """
+    ways: dict[str, Callable[[], Sequence[float]]] = {
+        "global": lambda: _global(network),
+        "uniform": lambda: (
+            [network.limits.budget / network.limits.cost(network.limits.units)]
+            * len(network.weights)
+        ),
+        "erk": lambda: _erk(network),
+        "learned": lambda: _learned(network, how),
+        "curves": lambda: curve_densities(network, how),
+    }
+    if name not in ways:
+        raise MethodError(f"Unknown allocation {name!r}; {did_you_mean(name, ALLOCATIONS)}")
+    return fit_counts(ways[name](), network.limits)
+
+
+def _global(network: Network) -> list[float]:
+    scores, scales = [], []
+    for weight, tiling, cost in zip(
+        network.weights, network.tilings, network.limits.costs, strict=True
+    ):
+        matrix = to_matrix(weight.parameter.detach(), weight)
+        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+        scores.append(tiling.pool(matrix.abs()).contiguous())
+        scales.append(1.0 / (cost * tiling.rows * tiling.cols))
+    all_scores = Scores(scores, scales, list(network.limits.costs), absolute=False)
+    masks = masks_of(all_scores, find_cut(all_scores, network.limits.budget))
+    return [float(mask.sum()) / mask.numel() for mask in masks]
+
+
+def _erk(network: Network) -> list[float]:
+    limits = network.limits
+    totals = [n * c for n, c in zip(limits.units, limits.costs, strict=True)]
+    shapes = [tuple(weight.shape) for weight in network.weights]
+    return erk_densities(shapes, limits.budget / sum(totals), totals)
+
+
+def _learned(network: Network, how: Distillation) -> list[float]:
+    """Learn thresholds on a copy; what counts is how much it keeps of each layer."""
+    import dataclasses
+
+    model, weights = network.scratch()
+    shorter = dataclasses.replace(how, steps=max(20, how.steps // 4))
+    least = min(k / n for k, n in zip(network.limits.least, network.limits.units, strict=True))
+    method = FCPTS(max_layer_sparsity=1.0 - least)
+    budget = Budget(
+        density=network.budget.density,
+        sparsity=network.budget.sparsity,
+        cost=network.budget.cost,
+        sample_input=network.budget.sample_input,
+    )
+    distil(network, model, method, budget, shorter)
+    return [float(w.parameter.count_nonzero()) / w.numel for w in weights]

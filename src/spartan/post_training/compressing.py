@@ -1,0 +1,380 @@
+"""From a trained network and a few hundred samples to one at an exact sparsity."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spartan.budget import Budget
+from spartan.errors import CalibrationError, MethodError, NonFiniteError, did_you_mean
+from spartan.methods.base import Method
+from spartan.methods.fcpts import FCPTS
+from spartan.methods.fcpts_published import PublishedFCPTS
+from spartan.methods.fixed import Fixed
+from spartan.patterns import NM, Pattern, Unstructured
+from spartan.post_training.allocation import ALLOCATIONS, allocate
+from spartan.post_training.base import LayerMethod
+from spartan.post_training.calibration import Calibration
+from spartan.post_training.distillation import Distillation, Trained, distil
+from spartan.post_training.given import Given, kept_by
+from spartan.post_training.grams import scout
+from spartan.post_training.layers import LayerResult, prune_layers
+from spartan.post_training.network import (
+    Network,
+    Tick,
+    copy_of,
+    counterparts,
+    limits_of,
+    require_dense,
+)
+from spartan.post_training.pacing import steps_within
+from spartan.post_training.registry import create
+from spartan.post_training.report import CompressionReport, LayerReport
+from spartan.prunable import NameFilter, Prunable, find_prunable
+
+Reconstruct = Literal["auto", "layer", "network"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be done, with nothing left open.
+
+    Attributes:
+        method: Finds what stays.
+        allocation: Spreads the budget over layers.
+        reconstruct: What follows.
+        how: How the network is distilled, where it is.
+        minutes: Time the whole may take, instead of a number of steps.
+    """
+
+    method: LayerMethod | Method
+    allocation: str
+    reconstruct: str | None
+    how: Distillation
+    minutes: float | None
+
+    @property
+    def joint(self) -> bool:
+        """Whether the method finds the rates of layers itself."""
+        return isinstance(self.method, Method) and self.allocation == "learned"
+
+    @property
+    def distils(self) -> bool:
+        """Whether the network is distilled for its weights, or for its masks."""
+        return isinstance(self.method, Method) or self.reconstruct == "network"
+
+
+def compress(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    density: float | None = None,
+    sparsity: float | None = None,
+    method: str | LayerMethod | Method = "fcpts",
+    allocation: str | None = None,
+    reconstruct: Reconstruct = "auto",
+    pattern: Pattern | None = None,
+    cost: str = "parameters",
+    max_layer_sparsity: float = 1.0,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+    unreached: Literal["error", "dense", "magnitude"] = "error",
+    distillation: Distillation | None = None,
+    minutes: float | None = None,
+    held_out: float = 0.125,
+    batch_size: int = 64,
+    seed: int = 0,
+    inplace: bool = False,
+    progress: Tick | None = None,
+) -> CompressionReport:
+    """Prune a trained model to an exact sparsity with a few hundred unlabelled samples.
+
+    Args:
+        model: Any module with Linear, convolution or attention layers. It is left as it is.
+        calibration: A tensor with the samples along its first dimension, or an iterable of batches:
+            tensors, tuples of positional or dicts of keyword arguments. Labels are left out.
+        density: Fraction of the prunable weights to keep; give this or `sparsity`.
+        sparsity: Fraction to remove.
+        method: Finds what stays: `"fcpts"`, `"fcpts-published"`, `"obs"`, `"sparsegpt"`, `"wanda"`,
+            `"magnitude"`, one of their classes with settings, any method of `spartan.methods` that
+            masks weights, or `"best"`: FCPTS where there is time for a distillation, else OBS.
+        allocation: `"global"`, `"uniform"`, `"erk"`, `"learned"` or `"curves"`; by default learned
+            for methods that train the network, erk for those that solve layer by layer.
+        reconstruct: What follows: None leaves the weights as the method does; `"layer"` refits
+            what stays by least squares, layer by layer; `"network"` then distils the dense network
+            into it. `"auto"`: network for methods that train the network (which is one and the same
+            distillation), None for others.
+        pattern: Unstructured, Block or NM.
+        cost: What the budget counts: `"parameters"`, or `"flops"` of a forward pass.
+        max_layer_sparsity: No layer loses a larger fraction than this. Every layer keeps a unit.
+        include: Which parameters are prunable, see `find_prunable`.
+        exclude: Which are not.
+        unreached: What becomes of prunable weights that no calibration sample reaches: an error,
+            dense (they do not count then), or pruned by magnitude.
+        distillation: How the pruned network learns from the dense one.
+        minutes: Time that the whole may take: sets the steps of the distillation. Results then
+            depend on the speed of the machine; the report's `settings["steps"]` says what was done.
+        held_out: Fraction of the samples that is not compressed with: a distillation ends with the
+            weights that do best on it.
+        batch_size: Samples of a batch of the calibration.
+        seed: Decides what is drawn: the same gives the same result.
+        inplace: Whether the result is also written into `model`, once it is there.
+        progress: Called with a phase, what is done of it, and all of it.
+
+    Returns:
+        The report, with the compressed model: exactly round(density x weights) are not zero (with
+        `cost="flops"`, as many as the budget has room for). At density 1 it is a copy of the model.
+
+    Raises:
+        BudgetError: The density is out of range or cannot be reached.
+        CalibrationError: There are too few samples, the model does not run on them, or weights
+            are not reached.
+        MethodError: A method, allocation or reconstruction does not exist or fit together.
+        NonFiniteError: The model holds NaN or infinity.
+        PatternError: The pattern does not fit.
+        PrunableError: Nothing is prunable.
+    """
+    request = _request(method, allocation, reconstruct, distillation, minutes, pattern)
+    if not 0 < held_out < 1 or batch_size < 1 or not 0 <= max_layer_sparsity <= 1:
+        raise MethodError(
+            f"held_out={held_out} must lie in (0, 1), batch_size={batch_size} be at least 1, and "
+            f"max_layer_sparsity={max_layer_sparsity} lie in [0, 1]."
+        )
+    if cost not in ("parameters", "flops"):
+        raise MethodError(f"cost={cost!r} must be 'parameters' or 'flops'.")
+    if unreached not in ("error", "dense", "magnitude"):
+        raise MethodError(f"unreached={unreached!r} must be 'error', 'dense' or 'magnitude'.")
+    Budget(density=density, sparsity=sparsity)  # refuses what is out of range
+    clock = _Clock()
+    with clock("calibration"), torch.random.fork_rng(enabled=True):
+        network, missed = _prepare(
+            model, Calibration(calibration, model), density, sparsity, cost,
+            pattern or Unstructured(), max_layer_sparsity, (include, exclude), unreached, held_out,
+            batch_size, seed, progress or (lambda *_: None),
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        steps, trained = 0, None
+        solved: dict[str, LayerResult] = {}
+        if network.budget.fraction != 1:
+            steps, trained, solved = _run(network, request, max_layer_sparsity, clock)
+    return _finish(model, network, request, steps, trained, solved, missed, clock, inplace)
+
+
+def _request(
+    method: str | LayerMethod | Method,
+    allocation: str | None,
+    reconstruct: str | None,
+    how: Distillation | None,
+    minutes: float | None,
+    pattern: Pattern | None,
+) -> Request:
+    """Fill in what was left open, and refuse what does not fit together."""
+    if minutes is not None and not minutes > 0:
+        raise MethodError(f"minutes={minutes} must be positive.")
+    if isinstance(method, str):
+        method = create(method)
+    elif not isinstance(method, LayerMethod | Method):
+        raise MethodError(
+            f"method={method!r} is not a method; {did_you_mean('', ['fcpts', 'obs'])}"
+        )
+    trains = isinstance(method, Method)
+    if allocation is None:
+        allocation = "learned" if trains else "erk"
+    if isinstance(pattern, NM):
+        allocation = "uniform"  # n of every m leaves nothing to spread
+    elif allocation not in ALLOCATIONS:
+        raise MethodError(
+            f"Unknown allocation {allocation!r}; {did_you_mean(allocation, ALLOCATIONS)}"
+        )
+    elif isinstance(method, PublishedFCPTS) and allocation != "learned":
+        raise MethodError(f"{method.name!r} learns its rates; for others, use method='fcpts'.")
+    if reconstruct == "auto":
+        reconstruct = "network" if trains else None
+    if reconstruct not in (None, "layer", "network"):
+        raise MethodError(f"reconstruct={reconstruct!r} must be None, 'layer' or 'network'.")
+    return Request(method, allocation, reconstruct, how or Distillation(), minutes)
+
+
+def _prepare(
+    model: nn.Module,
+    samples: Calibration,
+    density: float | None,
+    sparsity: float | None,
+    cost: str,
+    pattern: Pattern,
+    max_layer_sparsity: float,
+    names: tuple[NameFilter | None, NameFilter | None],
+    unreached: str,
+    held_out: float,
+    batch_size: int,
+    seed: int,
+    tick: Tick,
+) -> tuple[Network, list[str]]:
+    """Look at the model and the samples; also return the names of weights that are not reached."""
+    require_dense(model)
+    found = find_prunable(model, *names)
+    for weight in found:
+        if not bool(torch.isfinite(weight.parameter).all()):
+            raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")
+    if len(samples) < 2:
+        raise CalibrationError(
+            f"There is {len(samples)} calibration sample: at least 2 are needed, one of them to "
+            "hold out; a few hundred are better."
+        )
+    count = min(len(samples) - 1, max(1, round(held_out * len(samples))))
+    fit, kept_back = samples.split(count, seed)
+    dense = copy_of(model)
+    dense.requires_grad_(False)
+    weights = counterparts(found, dense)
+    reach = scout(dense, fit.batches(batch_size), weights)
+    missed = [w.name for i, w in enumerate(weights) if i not in reach]
+    if missed and unreached == "error":
+        raise CalibrationError(
+            f"No calibration sample reaches {', '.join(map(repr, missed))}. Give samples that do, "
+            "or unreached='dense' to leave them out, or unreached='magnitude' to prune them too."
+        )
+    if missed and unreached == "dense":
+        number = {i: k for k, i in enumerate(sorted(reach))}
+        weights = [weights[i] for i in sorted(reach)]
+        reach = {number[i]: r for i, r in reach.items()}
+        if not weights:
+            raise CalibrationError("No calibration sample reaches any prunable weight.")
+    sample = fit.batches(1)[0] if cost == "flops" else None
+    budget = Budget(density=density, sparsity=sparsity, cost=cost, sample_input=sample)
+    limits = limits_of(dense, weights, pattern, budget, max_layer_sparsity)
+    pruned = copy_of(model)
+    targets = counterparts(weights, pruned)
+    network = Network(
+        dense, pruned, weights, targets, reach, pattern, budget, limits, fit, kept_back,
+        batch_size, seed, tick,
+    )  # fmt: skip
+    return network, missed
+
+
+def _run(
+    network: Network, request: Request, max_layer_sparsity: float, clock: _Clock
+) -> tuple[int, Trained | None, dict[str, LayerResult]]:
+    """Allocate, prune and reconstruct; returns steps, training and solutions of layers."""
+    method, how = request.method, request.how
+    counts: list[int] = []
+    if not request.joint:
+        with clock("allocation"):
+            counts = allocate(network, request.allocation, how)
+    solved: dict[str, LayerResult] = {}
+    if isinstance(method, LayerMethod):
+        with clock("layers"):
+            solved = prune_layers(network, method, counts, request.reconstruct is not None)
+        if request.reconstruct != "network":
+            return 0, None, solved
+        method, counts = Fixed(), [_kept(target) for target in network.targets]
+        units = [target.numel for target in network.targets]
+    else:
+        if isinstance(method, FCPTS) and request.joint:
+            method = dataclasses.replace(method, max_layer_sparsity=max_layer_sparsity)
+        units = list(network.limits.units)
+    budget = network.budget
+    if counts and not isinstance(network.pattern, NM):
+        shares = {w.name: k / n for w, k, n in zip(network.weights, counts, units, strict=True)}
+        budget = Budget(allocation=shares)
+    with clock("distillation"):
+        if request.minutes is not None:
+            left = 60 * request.minutes - clock.total
+            how = dataclasses.replace(how, steps=steps_within(network, method, budget, how, left))
+        trained = distil(network, network.pruned, method, budget, how)
+    if isinstance(request.method, Method) and request.reconstruct != "network":
+        with clock("layers"):
+            given = Given(kept_by(network.targets, network.tilings))
+            network.pruned.load_state_dict(network.dense.state_dict())
+            refits = request.reconstruct == "layer"
+            kept = [int(units.sum()) for units in given.units.values()]
+            solved = prune_layers(network, given, kept, refits)
+        return how.steps, None, solved
+    return how.steps, trained, solved
+
+
+def _finish(
+    model: nn.Module,
+    network: Network,
+    request: Request,
+    steps: int,
+    trained: Trained | None,
+    solved: dict[str, LayerResult],
+    missed: list[str],
+    clock: _Clock,
+    inplace: bool,
+) -> CompressionReport:
+    with clock("evaluation"):
+        loss = request.how.loss_on(
+            network.pruned, request.how.references(network.dense, network.held_out)
+        )
+    for module, copy in zip(model.modules(), network.pruned.modules(), strict=True):
+        copy.training = module.training
+    for parameter, twin in zip(model.parameters(), network.pruned.parameters(), strict=True):
+        twin.requires_grad_(parameter.requires_grad)
+        twin.grad = None
+    if inplace:
+        model.load_state_dict(network.pruned.state_dict())
+    nothing = LayerResult(float("nan"), 0.0)
+    kept = kept_by(network.targets, network.tilings)
+    layers = []
+    for target, cost in zip(network.targets, network.limits.costs, strict=True):
+        result = solved.get(target.name, nothing)
+        units = kept[target.name]
+        layers.append(
+            LayerReport(
+                target.name, tuple(target.shape), target.numel, _kept(target),
+                units.numel(), int(units.sum()), cost, result.error, result.seconds,
+            )
+        )  # fmt: skip
+    how = {k: v for k, v in vars(request.how).items() if k not in ("augment", "steps")}
+    settings = {
+        "method": request.method.settings(),
+        "allocation": request.allocation,
+        "reconstruct": request.reconstruct,
+        "pattern": str(network.pattern),
+        "density": float(network.budget.fraction or 0),
+        "cost": network.budget.cost,
+        "seed": network.seed,
+        "minutes": request.minutes,
+        "steps": steps,
+        **({"distillation": how} if steps else {}),
+    }
+    return CompressionReport(
+        model if inplace else network.pruned, layers, settings, loss,
+        (len(network.fit), len(network.held_out)), clock.phases,
+        [] if trained is None else trained.rows, 0 if trained is None else trained.step, missed,
+    )  # fmt: skip
+
+
+def _kept(target: Prunable) -> int:
+    return int(target.parameter.detach().count_nonzero())
+
+
+class _Clock:
+    """Adds up the seconds of phases."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.phases[phase] = self.phases.get(phase, 0.0) + spent

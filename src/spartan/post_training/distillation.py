@@ -1,0 +1,237 @@
+r"""Network-wise reconstruction: the pruned network learns what the dense one answers.
+
+    L = T² KL(softmax(z₀ / T) ‖ softmax(z / T))     logits z of the pruned, z₀ of the dense one
+
+averaged over samples (and tokens), or the mean squared error relative to the spread of the dense
+outputs where those are no logits. Labels are not used. Batch norms use the statistics of their
+batch, and keep learning their running ones; dropout is off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spartan.budget import Budget
+from spartan.errors import MethodError, NonFiniteError
+from spartan.masking import MaskingSparsifier
+from spartan.methods.base import Method
+from spartan.post_training.calibration import Calibration
+from spartan.post_training.network import Network
+from spartan.samples import run_on
+from spartan.seeds import derive_seed
+
+Augment = Callable[[Any, torch.Generator], Any]
+
+_CHECKS = 8  # looks at the held-out samples while the budget holds
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the pruned network learns from the dense one.
+
+    Attributes:
+        steps: Optimizer steps (Adam, one twentieth of warm-up, then cosine to 0).
+        batch_size: Samples of a step.
+        lr: Peak learning rate; None: 3e-3 for networks with batch norms, 5e-4 for others.
+        temperature: T.
+        loss: `"kl"` on logits, `"mse"` on all outputs, or `"auto"`: the first where the output is
+            a matrix of logits or has `logits`.
+        augment: Changes a batch of inputs with random numbers from a generator; both networks see
+            the result. Optional.
+
+    Raises:
+        MethodError: A setting is out of range.
+    """
+
+    steps: int = 600
+    batch_size: int = 64
+    lr: float | None = None
+    temperature: float = 4.0
+    loss: Literal["auto", "kl", "mse"] = "auto"
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise MethodError(
+                f"steps={self.steps} and batch_size={self.batch_size} must be at least 1."
+            )
+        if not (self.lr is None or self.lr > 0) or not self.temperature > 0:
+            raise MethodError(f"lr={self.lr} and temperature={self.temperature} must be positive.")
+        if self.loss not in ("auto", "kl", "mse"):
+            raise MethodError(f"loss={self.loss!r} must be 'auto', 'kl' or 'mse'.")
+
+    def divergence(self, output: Any, wanted: Any) -> Tensor:
+        """Return how far an output is from the dense network's."""
+        ours, theirs = _logits(output), _logits(wanted)
+        if self.loss == "kl" or (self.loss == "auto" and ours is not None):
+            if ours is None or theirs is None:
+                ours, theirs = next(_tensors(output)), next(_tensors(wanted))
+            t = self.temperature
+            guess, truth = (
+                F.log_softmax(x.float().flatten(0, -2) / t, dim=-1) for x in (ours, theirs)
+            )
+            return t * t * F.kl_div(guess, truth, log_target=True, reduction="batchmean")
+        pairs_of = list(zip(_tensors(output), _tensors(wanted), strict=True))
+        errors = [
+            F.mse_loss(a.float(), b.float()) / b.float().var(correction=0).clamp_min(1e-12)
+            for a, b in pairs_of
+        ]
+        return torch.stack(errors).mean()
+
+    def references(self, dense: nn.Module, samples: Calibration) -> list[Reference]:
+        """Return batches of samples with what the dense model answers."""
+        with torch.no_grad():
+            return [Reference(b, run_on(dense, b)) for b in samples.batches(self.batch_size)]
+
+    def loss_on(self, model: nn.Module, references: Sequence[Reference]) -> float:
+        """Return the mean divergence of a model, in evaluation mode, from what it should answer."""
+        model.eval()
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for known in references:
+                count = len(next(_tensors(known.batch)))
+                total += count * float(self.divergence(run_on(model, known.batch), known.wanted))
+                samples += count
+        return total / samples
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A batch, and what the dense network answers."""
+
+    batch: Any
+    wanted: Any
+
+
+@dataclass
+class Trained:
+    """What came of a distillation.
+
+    Attributes:
+        rows: Step, loss, density and, where it was looked at, held-out loss.
+        step: Step of the weights that were taken: those of the smallest held-out loss.
+        loss: That loss.
+    """
+
+    rows: list[dict[str, float]]
+    step: int
+    loss: float
+
+
+def distil(
+    network: Network, model: nn.Module, method: Method, budget: Budget, how: Distillation
+) -> Trained:
+    """Train a copy of the dense model at a budget, and leave it at its best.
+
+    Args:
+        network: Where the dense model and the samples are.
+        model: The copy; in the end it holds the weights of the smallest loss on held-out samples,
+            among those at the budget.
+        method: What keeps it at the budget.
+        budget: The budget.
+        how: How it learns.
+
+    Raises:
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    model.requires_grad_(True)  # also what was frozen: the whole network makes up for the pruning
+    optimizer = torch.optim.Adam(model.parameters(), lr=_peak(how, model))
+    peak = optimizer.param_groups[0]["lr"]
+    names = [weight.name for weight in network.weights]
+    sparsifier = MaskingSparsifier(
+        model, optimizer, method, budget, how.steps, network.pattern, include=names
+    )
+    generator = torch.Generator().manual_seed(derive_seed(network.seed, "distillation", 0))
+    looks = _looks(method, how.steps)
+    held_out = how.references(network.dense, network.held_out)
+    rows: list[dict[str, float]] = []
+    best: tuple[float, int, dict[str, Tensor]] | None = None
+
+    def look(step: int) -> None:
+        nonlocal best
+        loss = how.loss_on(model, held_out)
+        rows[-1]["held_out"] = loss
+        if best is None or loss < best[0]:
+            state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            best = loss, step, state
+
+    try:
+        rows.append({"step": 0, "density": sparsifier.density})
+        if 0 in looks:
+            look(0)
+        for step, batch in zip(
+            range(1, how.steps + 1), network.fit.shuffled(how.batch_size, generator), strict=False
+        ):
+            optimizer.param_groups[0]["lr"] = peak * _factor(step - 1, how.steps)
+            if how.augment is not None:
+                batch = how.augment(batch, generator)
+            loss = _step(model, network.dense, batch, optimizer, how)
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"The loss is {loss} at step {step} of the distillation: give a smaller lr."
+                )
+            rows.append({"step": step, "loss": loss, "density": sparsifier.density})
+            if step in looks:
+                look(step)
+            network.tick("distillation", step, how.steps)
+    finally:
+        model.eval()
+    sparsifier.finalize()
+    assert best is not None
+    model.load_state_dict(best[2])
+    return Trained(rows, best[1], best[0])
+
+
+def _step(
+    model: nn.Module, dense: nn.Module, batch: Any, optimizer: torch.optim.Optimizer,
+    how: Distillation,
+) -> float:  # fmt: skip
+    for module in model.modules():
+        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    with torch.no_grad():
+        wanted = run_on(dense, batch)
+    optimizer.zero_grad()
+    loss = how.divergence(run_on(model, batch), wanted)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _looks(method: Method, steps: int) -> set[int]:
+    """Return the steps after which the held-out samples are looked at; the last is one."""
+    first = next(s for s in range(steps + 1) if method.progress(s, steps) >= 1.0)
+    return {round(first + (steps - first) * i / _CHECKS) for i in range(_CHECKS + 1)}
+
+
+def _factor(step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / max(1.0, steps / 20))
+    return warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _peak(how: Distillation, model: nn.Module) -> float:
+    if how.lr is not None:
+        return how.lr
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return 3e-3 if norms else 5e-4
+
+
+def _logits(output: Any) -> Tensor | None:
+    named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    return output if isinstance(output, Tensor) and output.dim() == 2 else None
+
+
+def _tensors(value: Any) -> Any:
+    """Yield the floating-point tensors in a value; of inputs without any, all tensors."""
+    from spartan.deploy.agreement import tensors_of
+
+    found = list(tensors_of(value))
+    yield from [t for t in found if t.is_floating_point()] or found

@@ -1,0 +1,231 @@
+r"""What a layer's inputs say about its weights: Gram matrices of calibration data.
+
+For a layer Y = W X, with the dense weight W₀ on the dense network's inputs X₀ as the target and the
+pruned network's inputs X as what it is to be computed from,
+
+    H = X Xᵀ,   C = X₀ Xᵀ,   |W₀ X₀ - W X|² = tr(W H Wᵀ) - 2 tr(W₀ C Wᵀ) + |W₀ X₀|²
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.errors import CalibrationError
+from spartan.post_training.matrices import Tiling, to_matrix
+from spartan.post_training.products import Catch, Product
+from spartan.prunable import Prunable
+from spartan.samples import run_on
+from spartan.seeds import derive_seed
+
+_POSITIONS = 32_768  # of a layer's inputs that are looked at; of wide layers more
+_POSITIONS_PER_INPUT = 16
+
+
+@dataclass
+class Reach:
+    """How a pass over the calibration data reaches a weight.
+
+    Attributes:
+        positions: Columns of its inputs, over all batches.
+        groups: Parts of its outputs that have inputs of their own.
+        calls: Products with it in a pass over one batch, at most.
+    """
+
+    positions: int = 0
+    groups: int = 1
+    calls: int = 0
+
+
+@dataclass
+class Gram:
+    """Gram matrices of one layer, for each group of its outputs.
+
+    Attributes:
+        hessian: H, (groups, inputs, inputs), double precision, like all here.
+        cross: C, of the same shape.
+        target: |W₀ X₀|² of each output.
+        positions: How many columns of X went in.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    target: Tensor
+    positions: int = 0
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return len(self.hessian)
+
+    def of_rows(self, matrices: Tensor) -> Tensor:
+        """Return the matrix of each group as one for each output, without copying: a view."""
+        rows = len(self.target) // self.groups
+        return matrices[:, None].expand(-1, rows, -1, -1)
+
+
+@dataclass
+class LayerProblem:
+    """One layer to prune.
+
+    Attributes:
+        weight: Its weight in the dense model.
+        tiling: How the weight divides into units.
+        dense: W₀ as a matrix, double precision.
+        gram: What the calibration data say.
+        damping: Weight of the pull towards W₀, a fraction of the mean of H's diagonal.
+    """
+
+    weight: Prunable
+    tiling: Tiling
+    dense: Tensor
+    gram: Gram
+    damping: float
+    ridge: Tensor = field(init=False)  # the damping of each group
+
+    def __post_init__(self) -> None:
+        mean = self.gram.hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
+        # Inputs that are always zero say nothing: any pull will do.
+        self.ridge = torch.where(mean > 0, self.damping * mean, 1.0)
+
+    def grouped(self, matrix: Tensor) -> Tensor:
+        """Return a matrix of all outputs as one for each group."""
+        return matrix.reshape(self.gram.groups, -1, matrix.shape[-1])
+
+    @property
+    def damped(self) -> Tensor:
+        """H + ridge, for each group."""
+        eye = torch.eye(self.dense.shape[1], dtype=torch.float64, device=self.dense.device)
+        return self.gram.hessian + self.ridge[:, None, None] * eye
+
+    @property
+    def pulled(self) -> Tensor:
+        """W₀ C + ridge W₀: the right side of the normal equations W (H + ridge) = …."""
+        dense = self.grouped(self.dense)
+        return (dense @ self.gram.cross + self.ridge[:, None, None] * dense).flatten(0, 1)
+
+    def error(self, matrix: Tensor) -> float:
+        """Return |W₀ X₀ - W X|² / |W₀ X₀|², NaN where the target is zero."""
+        w, dense = self.grouped(matrix), self.grouped(self.dense)
+        squared = (w @ self.gram.hessian * w).sum() - 2 * (dense @ self.gram.cross * w).sum()
+        total = self.gram.target.sum()
+        return float((squared + total).clamp(min=0) / total) if total > 0 else math.nan
+
+
+def scout(
+    model: nn.Module, batches: Sequence[Any], weights: Sequence[Prunable]
+) -> dict[int, Reach]:
+    """Find out which weights the calibration data reach, in the order in which they are reached.
+
+    Raises:
+        CalibrationError: The model does not run on the data.
+    """
+    found: dict[int, Reach] = {}
+    bounds: dict[int, set[int]] = {}
+    calls: dict[int, int] = {}
+
+    def meet(product: Product) -> None:
+        reach = found.setdefault(product.index, Reach())
+        reach.positions += product.positions
+        reach.groups = max(reach.groups, product.groups)
+        bounds.setdefault(product.index, set()).update(product.outputs)
+        first = product.outputs[0]
+        calls[product.index] = calls.get(product.index, 0) + (first == min(bounds[product.index]))
+
+    for batch in batches:
+        calls.clear()
+        catch_all(model, [batch], weights, meet)
+        for index, count in calls.items():
+            found[index].calls = max(found[index].calls, count)
+    for index, reach in found.items():
+        if reach.groups == 1:
+            reach.groups = weights[index].oriented_shape[0] // math.gcd(*bounds[index])
+    return found
+
+
+def catch_all(
+    model: nn.Module,
+    batches: Sequence[Any],
+    weights: Sequence[Prunable],
+    meet: Callable[[Product], None],
+) -> None:
+    """Run a model on batches, and tell of every product that reads one of the weights.
+
+    Raises:
+        CalibrationError: The model does not run on the data.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides its products
+    try:
+        for batch in batches:
+            with torch.no_grad(), Catch(weights, meet):
+                run_on(model, batch)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"The model does not run on the calibration data: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class GramBuilder:
+    """Adds up the Gram matrices of one layer, batch by batch.
+
+    Args:
+        weight: The layer's weight.
+        dense: W₀ as it is in the dense model.
+        reach: How the calibration data reach it.
+        seed: Decides which positions are looked at.
+    """
+
+    def __init__(self, weight: Prunable, dense: Tensor, reach: Reach, seed: int) -> None:
+        self.matrix = to_matrix(dense, weight)
+        outputs, inputs = self.matrix.shape
+        self.weight, self.reach = weight, reach
+        self.share = min(1.0, max(_POSITIONS, _POSITIONS_PER_INPUT * inputs) / reach.positions)
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, weight.name, 0))
+        options: Any = {"dtype": torch.float64, "device": dense.device}
+        square = (reach.groups, inputs, inputs)
+        self.gram = Gram(
+            torch.zeros(square, **options),
+            torch.zeros(square, **options),
+            torch.zeros(outputs, **options),
+        )
+
+    def add(self, dense: Product, pruned: Product) -> None:
+        """Add one product of the dense network and the same of the pruned one.
+
+        Raises:
+            CalibrationError: An input is NaN or infinite.
+        """
+        count = dense.positions
+        wanted = math.ceil(self.share * count)
+        positions = torch.arange(count)
+        if wanted < count:
+            positions = torch.randperm(count, generator=self.generator)[:wanted].sort().values
+        positions = positions.to(self.matrix.device)
+        size = self.matrix.shape[0] // self.reach.groups
+        groups = slice(dense.outputs[0] // size, dense.outputs[1] // size)
+        matrix = self.matrix.unflatten(0, (self.reach.groups, size))[groups]
+        same = dense is pruned
+        pairs = zip(dense.columns(positions), pruned.columns(positions), strict=True)
+        for ours, theirs in ((x, x) for x in dense.columns(positions)) if same else pairs:
+            hessian = theirs @ theirs.mT
+            if not bool(torch.isfinite(hessian).all()):
+                raise CalibrationError(
+                    f"The inputs of {self.weight.name!r} are NaN or infinite on the calibration "
+                    "data. Look for samples that are, or for a layer before it that overflows."
+                )
+            cross = hessian if same else ours @ theirs.mT
+            self.gram.hessian[groups] += hessian
+            self.gram.cross[groups] += cross
+            outputs = (matrix.to(ours.dtype) @ ours).square().sum(dim=2)
+            self.gram.target.view(self.reach.groups, size)[groups] += outputs
+        self.gram.positions += wanted

@@ -1,0 +1,136 @@
+"""Layer by layer: Gram matrices and solutions, each with what the layers before it give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from spartan.errors import CalibrationError
+from spartan.post_training.base import LayerMethod
+from spartan.post_training.grams import GramBuilder, LayerProblem, catch_all
+from spartan.post_training.least_squares import refit
+from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
+from spartan.post_training.network import Network, write
+from spartan.post_training.products import Product
+from spartan.post_training.walking import Walk
+
+DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal
+_SCARCE = 8  # inputs of a layer for each position that it was calibrated with, at most
+
+
+@dataclass
+class LayerResult:
+    """How a layer was solved.
+
+    Attributes:
+        error: Relative squared error of its outputs on calibration data, given the pruned
+            network's inputs; NaN where that was not measured.
+        seconds: Time it took.
+    """
+
+    error: float
+    seconds: float
+
+
+def problems(
+    network: Network, pruned: nn.Module, damping: float, solves: bool = True
+) -> Iterator[tuple[int, LayerProblem]]:
+    """Yield each weight that the calibration data reach, with its problem, in order of a pass.
+
+    What is written into the pruned model's weight is what the next layers see. Weights that a pass
+    reads several times are judged by what the dense network gives them.
+
+    Args:
+        network: The network.
+        pruned: Its copy, or the dense model itself.
+        damping: See `LayerProblem`.
+        solves: Whether the samples have to be enough to solve for weights.
+
+    Raises:
+        CalibrationError: There are too few samples for a layer, or its inputs are not finite.
+    """
+    if solves:
+        _require_enough(network)
+    weights = network.weights
+    targets = weights if pruned is network.dense else network.targets
+    shared = [i for i, reach in network.reach.items() if reach.calls > 1]
+    builders = {i: _builder(network, i) for i in shared}
+    batches = network.batches()
+    if shared:
+        catch_all(network.dense, batches, weights, lambda p: _add_shared(builders, p))
+    with Walk(network.dense, pruned, batches, (weights, targets), list(network.reach)) as walk:
+        for index, products in walk:
+            builder = builders.pop(index, None)
+            if builder is None:
+                builder = _builder(network, index)
+                for dense, other in products:
+                    builder.add(dense, other)
+            matrix = builder.matrix.double()
+            tiling = tiling_of(weights[index], network.pattern)
+            yield index, LayerProblem(weights[index], tiling, matrix, builder.gram, damping)
+
+
+def prune_layers(
+    network: Network, method: LayerMethod, counts: list[int], refits: bool
+) -> dict[str, LayerResult]:
+    """Prune every layer of the copy with a method, one after the other.
+
+    Args:
+        network: The network.
+        method: The method.
+        counts: Units that each weight keeps.
+        refits: Whether what stays is refitted by least squares.
+    """
+    results: dict[str, LayerResult] = {}
+    began = time.perf_counter()
+    for index in set(range(len(counts))) - set(network.reach):
+        _prune_unreached(network, index, counts[index])
+    solves = refits or method.needs_gram
+    for index, problem in problems(network, network.pruned, DAMPING, solves):
+        weight = network.weights[index]
+        solution = method.prune(problem, counts[index])
+        mask = problem.tiling.spread(solution.units)
+        matrix = refit(problem, mask) if refits else solution.matrix * mask
+        write(network.targets[index], from_matrix(matrix, weight))
+        now = time.perf_counter()
+        results[weight.name] = LayerResult(problem.error(matrix), now - began)
+        began = now
+        network.tick("layers", len(results), len(network.reach))
+    return results
+
+
+def _prune_unreached(network: Network, index: int, kept: int) -> None:
+    """Keep the largest units of a weight that no calibration sample reaches."""
+    weight = network.weights[index]
+    matrix = to_matrix(weight.parameter.detach(), weight)
+    tiling = tiling_of(weight, network.pattern)
+    units = tiling.largest(tiling.pool(matrix.float().abs()), kept)
+    write(network.targets[index], from_matrix(matrix * tiling.spread(units), weight))
+
+
+def _add_shared(builders: dict[int, GramBuilder], product: Product) -> None:
+    if product.index in builders:
+        builders[product.index].add(product, product)
+
+
+def _builder(network: Network, index: int) -> GramBuilder:
+    weight = network.weights[index]
+    dense = weight.parameter.detach()
+    return GramBuilder(weight, dense, network.reach[index], network.seed)
+
+
+def _require_enough(network: Network) -> None:
+    for index, reach in network.reach.items():
+        weight = network.weights[index]
+        inputs = weight.numel // weight.oriented_shape[0]
+        if reach.positions * _SCARCE < inputs:
+            factor = inputs / (reach.positions * _SCARCE)
+            raise CalibrationError(
+                f"{weight.name!r} has {inputs:,} inputs, and {len(network.fit)} calibration "
+                f"samples give it {reach.positions:,} positions: that says too little of them. "
+                f"Give at least {int(len(network.fit) * factor) + 1} samples, or use "
+                "method='magnitude' without reconstruct='layer'."
+            )

@@ -1,0 +1,145 @@
+"""A network that is being compressed: the dense one, its copy, and what both are measured on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.budget import Budget
+from spartan.counts import Limits
+from spartan.errors import PrunableError, SpartanError
+from spartan.patterns import NM, Pattern
+from spartan.post_training.calibration import Calibration
+from spartan.post_training.grams import Reach
+from spartan.post_training.matrices import Tiling, tiling_of
+from spartan.prunable import Prunable
+
+Tick = Callable[[str, int, int], None]  # phase, what is done of it, all of it
+
+
+@dataclass
+class Network:
+    """A network that is being compressed.
+
+    Attributes:
+        dense: The dense model, in evaluation mode; it does not change.
+        pruned: Its copy, which does.
+        weights: Prunable weights of the dense model.
+        targets: The same of the copy.
+        reach: How the calibration data reach them, by index, in the order of a pass.
+        pattern: How weights divide into units.
+        budget: What was asked for.
+        limits: What the layers may keep: of weights in the order of `weights`.
+        fit: Calibration samples to compress with.
+        held_out: Those to stop early by.
+        batch_size: Samples of a batch.
+        seed: Decides what is drawn.
+        tick: Told how far it has come.
+    """
+
+    dense: nn.Module
+    pruned: nn.Module
+    weights: list[Prunable]
+    targets: list[Prunable]
+    reach: dict[int, Reach]
+    pattern: Pattern
+    budget: Budget
+    limits: Limits
+    fit: Calibration
+    held_out: Calibration
+    batch_size: int
+    seed: int
+    tick: Tick
+
+    @property
+    def tilings(self) -> list[Tiling]:
+        """How each weight divides into units."""
+        return [tiling_of(weight, self.pattern) for weight in self.weights]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights[0].parameter.device
+
+    def batches(self) -> list[Any]:
+        """Return the samples to compress with, in batches."""
+        return self.fit.batches(self.batch_size)
+
+    def scratch(self) -> tuple[nn.Module, list[Prunable]]:
+        """Return another copy of the dense model, and its weights."""
+        model = copy_of(self.dense)
+        return model, counterparts(self.weights, model)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy in evaluation mode.
+
+    Raises:
+        SpartanError: The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise SpartanError(
+            f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "
+            "has weight norms, make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
+
+
+def counterparts(weights: Sequence[Prunable], model: nn.Module) -> list[Prunable]:
+    """Return the weights of the same names in a copy of their model."""
+    named = dict(model.named_parameters())
+    return [Prunable(w.name, named[w.name], w.input_first) for w in weights]
+
+
+def limits_of(
+    model: nn.Module,
+    weights: Sequence[Prunable],
+    pattern: Pattern,
+    budget: Budget,
+    max_layer_sparsity: float,
+) -> Limits:
+    """Return what layers may keep, together and each.
+
+    Raises:
+        BudgetError: The budget cannot be met with a unit in every layer.
+        PatternError: The pattern does not fit.
+    """
+    units = [tiling_of(weight, pattern).count for weight in weights]
+    fraction = budget.fraction
+    assert fraction is not None
+    if isinstance(pattern, NM):
+        budget.plan(model, weights, pattern)  # refuses densities that are not n / m
+    of_weights = budget.costs_per_weight(model, weights)
+    costs = [c * pattern.unit_numel(w) for c, w in zip(of_weights, weights, strict=True)]
+    if len(set(costs)) == 1:
+        costs = [1.0] * len(costs)
+    total = sum(n * c for n, c in zip(units, costs, strict=True))
+    kept = round(fraction * sum(units)) if set(costs) == {1.0} else float(fraction) * total
+    share = 1 - Fraction(str(max_layer_sparsity))
+    least = [max(1, math.ceil(share * n)) for n in units]
+    return Limits([w.name for w in weights], units, costs, least, kept)
+
+
+def write(target: Prunable, values: Tensor) -> None:
+    """Write values into a weight, in its dtype."""
+    with torch.no_grad():
+        target.parameter.copy_(values)
+
+
+def require_dense(model: nn.Module) -> None:
+    """Raise `PrunableError` if a model has always-sparse layers."""
+    from spartan.always_sparse.conversion import sparse_layers
+
+    if sparse_layers(model):
+        raise PrunableError(
+            "The model has always-sparse layers, which are as sparse as they will get: make them "
+            "dense with always_sparse.to_dense to compress it."
+        )

@@ -1,0 +1,151 @@
+"""Forward passes that wait before every product of a weight.
+
+The layers of a network are pruned one after the other, each with the inputs that the pruned layers
+before it give. A pass over the calibration data for every layer would cost time that is quadratic
+in depth. Here every batch has a pass of its own, in a thread, that stops where a weight is about to
+be read; when all of them have come to a layer, it is pruned, and the passes go on with its new
+weights. Each layer is computed once, whatever the structure of the module. One thread runs at a
+time, in a fixed order, so that results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from spartan.post_training.products import Catch, Product
+from spartan.prunable import Prunable
+from spartan.samples import run_on
+
+
+class _StoppedError(BaseException):
+    """Ends a thread whose pass is no longer wanted."""
+
+
+class Pass:
+    """One forward pass; it stands before `product`, or is through when that is None.
+
+    Args:
+        model: In evaluation mode.
+        batch: Its input.
+        weights: Before products with these the pass stops.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, weights: Sequence[Prunable]) -> None:
+        self.product: Product | None = None
+        self._model, self._batch, self._weights = model, batch, weights
+        self._resume, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.go()
+
+    def go(self) -> None:
+        """Go on to the next product."""
+        self.product = None
+        self._resume.release()
+        self._arrived.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """End the pass where it stands."""
+        self._stopping = True
+        self._resume.release()
+        self._thread.join()
+        self.product = None
+
+    def _run(self) -> None:
+        try:
+            self._resume.acquire()
+            with torch.no_grad(), Catch(self._weights, self._meet):
+                run_on(self._model, self._batch)
+        except _StoppedError:
+            pass
+        except BaseException as error:  # handed to the thread that waits
+            self._error = error
+        finally:
+            self._batch = None
+            self._arrived.release()
+
+    def _meet(self, product: Product) -> None:
+        self.product = product
+        self._arrived.release()
+        self._resume.acquire()
+        if self._stopping:
+            raise _StoppedError
+
+
+class Walk:
+    """Passes of the dense and of the pruned model over the same batches, side by side.
+
+    Iterating gives, layer by layer in the order of the passes, the index of a weight and the
+    products of all batches with it: (dense, pruned). The pruned model's weight may be changed
+    before the next step of the iteration.
+
+    Args:
+        dense: The dense model, in evaluation mode.
+        pruned: The model that is being pruned; the same object to walk through one model only.
+        batches: Calibration batches.
+        weights: Weights of the dense model, and the same of the pruned one.
+        order: Indices of the weights in the order in which they are to be visited.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        pruned: nn.Module,
+        batches: Sequence[Any],
+        weights: tuple[Sequence[Prunable], Sequence[Prunable]],
+        order: Sequence[int],
+    ) -> None:
+        self._order = order
+        self._passes: list[tuple[Pass, Pass]] = []
+        self._arguments = dense, pruned, batches, weights
+
+    def __enter__(self) -> Walk:
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it hides its products
+        dense, pruned, batches, (ours, theirs) = self._arguments
+        try:
+            for batch in batches:
+                first = Pass(dense, batch, ours)
+                second = first if pruned is dense else Pass(pruned, batch, theirs)
+                self._passes.append((first, second))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for one in {p for pair in self._passes for p in pair}:
+            one.stop()
+        torch.backends.mha.set_fastpath_enabled(self._fast)
+
+    def __iter__(self) -> Iterator[tuple[int, list[tuple[Product, Product]]]]:
+        done: set[int] = set()
+        for index in self._order:
+            for pair in self._passes:
+                for one in dict.fromkeys(pair):
+                    while one.product is not None and one.product.index in done:
+                        one.go()
+            products = [
+                (first.product, second.product)
+                for first, second in self._passes
+                if first.product is not None
+                and second.product is not None
+                and first.product.index == second.product.index == index
+            ]
+            yield index, products
+            done.add(index)

@@ -1,0 +1,47 @@
+r"""Wanda: weights times the norm of their inputs, compared within each output.
+
+    score_ij = |w_ij| · |x_j|₂,    |x_j|₂² = H_jj
+
+Each output keeps the same number of weights (those of a layer that its number of outputs does not
+divide go to its first outputs). Where a unit spans several outputs, bands of outputs are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from spartan.post_training.base import LayerMethod, Solution
+from spartan.post_training.grams import LayerProblem
+
+
+@dataclass(frozen=True)
+class Wanda(LayerMethod):
+    """Keep what is large times its inputs, evenly over outputs; the weights stay as they are.
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
+    ICLR 2024, section 3.
+    """
+
+    name: ClassVar[str] = "wanda"
+    summary: ClassVar[str] = "weights times norms of inputs; one pass over the data, no update"
+    paper: ClassVar[str] = "Sun et al., ICLR 2024"
+    step_cost: ClassVar[str] = "one pass over the data"
+
+    def prune(self, problem: LayerProblem, kept: int) -> Solution:
+        tiling = problem.tiling
+        norms = problem.gram.hessian.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        scores = (problem.grouped(problem.dense.abs()) * norms[:, None]).flatten(0, 1)
+        scores = tiling.pool(scores)
+        if tiling.kept_of is not None:
+            return Solution(tiling.largest(scores, kept), problem.dense)
+        bands, width = tiling.units
+        each, more = divmod(kept, bands)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        place = torch.arange(width, device=scores.device)
+        limit = each + (torch.arange(bands, device=scores.device) < more).long()
+        stays = place < limit[:, None]
+        units = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, stays)
+        return Solution(units, problem.dense)
