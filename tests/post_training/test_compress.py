@@ -103,6 +103,14 @@ def test_the_rate_is_met_whatever_the_penalty(net, sparsity, seed, penalty) -> N
     assert total - report.nonzero == total - round((1 - Fraction(str(sparsity))) * total)
 
 
+def test_densities_may_be_given(net) -> None:
+    wished = {"conv.weight": 0.9, "fc1.weight": 0.1, "fc2.weight": 0.5}
+    report = compress(net, density=0.22, method="magnitude", allocation=wished)
+    assert report.nonzero == round(Fraction("0.22") * report.numel)
+    found = [layer.density for layer in report.layers]
+    assert found == pytest.approx(list(wished.values()), abs=0.05)
+
+
 def test_other_methods_of_training_can_be_used(net) -> None:
     report = compress(net, density=0.1, method=spartan.methods.Magnitude(), allocation="erk")
     assert report.nonzero == round(Fraction("0.1") * report.numel)
@@ -326,6 +334,8 @@ def test_unreached_weights_are_named_and_treated_as_asked() -> None:
         ({"density": 0.3, "method": "obd"}, MethodError, "did you mean 'obs'"),
         ({"density": 0.3, "method": 3}, MethodError, "not a method"),
         ({"density": 0.3, "allocation": "ekr"}, MethodError, "did you mean 'erk'"),
+        ({"density": 0.3, "allocation": {"conv.weight": 0.2}}, MethodError, "no density for 'fc1"),
+        ({"density": 0.3, "allocation": {"fc3.weight": 0.2}}, MethodError, "did you mean 'fc"),
         ({"density": 0.3, "reconstruct": "block"}, MethodError, "reconstruct="),
         ({"density": 0.3, "cost": "bytes"}, MethodError, "cost="),
         ({"density": 0.3, "minutes": 0}, MethodError, "minutes="),
@@ -336,7 +346,7 @@ def test_unreached_weights_are_named_and_treated_as_asked() -> None:
         ({"density": 0.3, "pattern": Channel()}, PatternError, "not by channel"),
         ({"density": 0.3, "exclude": "*"}, PrunableError, "Nothing to prune"),
         ({"density": 0.3, "method": "fcpts-published", "allocation": "erk"}, MethodError, "learns"),
-        ({"density": 0.3, "method": "fcpts-published", "pattern": Block(2, 2)}, PatternError, "one"),
+        ({"density": 0.3, "method": "fcpts-published", "pattern": Block(2, 2)}, PatternError, "weights"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_refused(net, options, error, message) -> None:

@@ -135,7 +135,7 @@ def slope(weights: Tensor, threshold: float) -> float:
 def _check(groups: Sequence[Group], group: Group) -> None:
     if not all(site.elementwise for site in group.sites):
         raise PatternError(
-            "'fcpts-published' prunes weights one by one: use pattern='unstructured'."
+            "'fcpts-published' prunes weights one by one: its pattern is unstructured."
         )
     if len(groups) > 1 or not group.share.counted:
         raise BudgetError(
@@ -161,7 +161,7 @@ def _threshold(group: Group, site: Site) -> float:
 
 
 def _project(group: Group, thresholds: Sequence[float]) -> None:
-    """Keep the largest |w| / t of all layers, as many as the budget allows, of each at least one."""
+    """Keep the largest |w| / t, as many as the budget allows, of each layer at least one."""
     sites = group.sites
     scales = [1.0 / t for t in thresholds]
     ones = [1.0] * len(sites)

@@ -7,7 +7,8 @@ density, `erk` more to small ones (Evci et al., 2020), `learned` lets the networ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -26,30 +27,51 @@ from spartan.shares import erk_densities
 ALLOCATIONS = ("global", "uniform", "erk", "learned", "curves")
 
 
-def allocate(network: Network, name: str, how: Distillation) -> list[int]:
+Allocation = str | Mapping[str, float]
+
+
+def check_allocation(allocation: Allocation) -> None:
+    """Raise `MethodError` if there is no such allocation."""
+    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
+        hint = did_you_mean(allocation, ALLOCATIONS)
+        raise MethodError(f"Unknown allocation {allocation!r}; {hint}")
+
+
+def allocate(network: Network, allocation: Allocation, how: Distillation) -> list[int]:
     """Return how many units each layer keeps.
 
     Args:
         network: The network.
-        name: One of `ALLOCATIONS`.
+        allocation: One of `ALLOCATIONS`, or densities by name, which the budget may move.
         how: How thresholds are learned; with a quarter of the steps.
 
     Raises:
-        MethodError: There is no such allocation.
+        MethodError: Densities are missing, or of weights that are not there.
     """
+    if not isinstance(allocation, str):
+        return fit_counts(_given(network, allocation), network.limits)
+    whole = network.limits.budget / network.limits.cost(network.limits.units)
     ways: dict[str, Callable[[], Sequence[float]]] = {
         "global": lambda: _global(network),
-        "uniform": lambda: (
-            [network.limits.budget / network.limits.cost(network.limits.units)]
-            * len(network.weights)
-        ),
+        "uniform": lambda: [whole] * len(network.weights),
         "erk": lambda: _erk(network),
         "learned": lambda: _learned(network, how),
         "curves": lambda: curve_densities(network, how),
     }
-    if name not in ways:
-        raise MethodError(f"Unknown allocation {name!r}; {did_you_mean(name, ALLOCATIONS)}")
-    return fit_counts(ways[name](), network.limits)
+    return fit_counts(ways[allocation](), network.limits)
+
+
+def _given(network: Network, densities: Mapping[str, float]) -> list[float]:
+    names = [weight.name for weight in network.weights]
+    for name, density in densities.items():
+        if name not in names:
+            raise MethodError(f"allocation= names {name!r}; {did_you_mean(name, names)}")
+        if not 0 <= density <= 1:
+            raise MethodError(f"The density of {name!r} is {density}, outside [0, 1].")
+    missing = [name for name in names if name not in densities]
+    if missing:
+        raise MethodError(f"allocation= gives no density for {', '.join(map(repr, missing))}.")
+    return [densities[name] for name in names]
 
 
 def _global(network: Network) -> list[float]:
@@ -75,8 +97,6 @@ def _erk(network: Network) -> list[float]:
 
 def _learned(network: Network, how: Distillation) -> list[float]:
     """Learn thresholds on a copy; what counts is how much it keeps of each layer."""
-    import dataclasses
-
     model, weights = network.scratch()
     shorter = dataclasses.replace(how, steps=max(20, how.steps // 4))
     least = min(k / n for k, n in zip(network.limits.least, network.limits.units, strict=True))

@@ -18,7 +18,7 @@ from spartan.methods.fcpts import FCPTS
 from spartan.methods.fcpts_published import PublishedFCPTS
 from spartan.methods.fixed import Fixed
 from spartan.patterns import NM, Pattern, Unstructured
-from spartan.post_training.allocation import ALLOCATIONS, allocate
+from spartan.post_training.allocation import Allocation, allocate, check_allocation
 from spartan.post_training.base import LayerMethod
 from spartan.post_training.calibration import Calibration
 from spartan.post_training.distillation import Distillation, Trained, distil
@@ -54,7 +54,7 @@ class Request:
     """
 
     method: LayerMethod | Method
-    allocation: str
+    allocation: Allocation
     reconstruct: str | None
     how: Distillation
     minutes: float | None
@@ -77,7 +77,7 @@ def compress(
     density: float | None = None,
     sparsity: float | None = None,
     method: str | LayerMethod | Method = "fcpts",
-    allocation: str | None = None,
+    allocation: Allocation | None = None,
     reconstruct: Reconstruct = "auto",
     pattern: Pattern | None = None,
     cost: str = "parameters",
@@ -104,8 +104,9 @@ def compress(
         method: Finds what stays: `"fcpts"`, `"fcpts-published"`, `"obs"`, `"sparsegpt"`, `"wanda"`,
             `"magnitude"`, one of their classes with settings, any method of `spartan.methods` that
             masks weights, or `"best"`: FCPTS where there is time for a distillation, else OBS.
-        allocation: `"global"`, `"uniform"`, `"erk"`, `"learned"` or `"curves"`; by default learned
-            for methods that train the network, erk for those that solve layer by layer.
+        allocation: `"global"`, `"uniform"`, `"erk"`, `"learned"` or `"curves"`, or a density for
+            each weight by name, moved as little as the budget asks. By default learned for methods
+            that train the network, erk for those that solve layer by layer.
         reconstruct: What follows: None leaves the weights as the method does; `"layer"` refits
             what stays by least squares, layer by layer; `"network"` then distils the dense network
             into it. `"auto"`: network for methods that train the network (which is one and the same
@@ -169,7 +170,7 @@ def compress(
 
 def _request(
     method: str | LayerMethod | Method,
-    allocation: str | None,
+    allocation: Allocation | None,
     reconstruct: str | None,
     how: Distillation | None,
     minutes: float | None,
@@ -187,12 +188,9 @@ def _request(
     trains = isinstance(method, Method)
     if allocation is None:
         allocation = "learned" if trains else "erk"
+    check_allocation(allocation)
     if isinstance(pattern, NM):
         allocation = "uniform"  # n of every m leaves nothing to spread
-    elif allocation not in ALLOCATIONS:
-        raise MethodError(
-            f"Unknown allocation {allocation!r}; {did_you_mean(allocation, ALLOCATIONS)}"
-        )
     elif isinstance(method, PublishedFCPTS) and allocation != "learned":
         raise MethodError(f"{method.name!r} learns its rates; for others, use method='fcpts'.")
     if reconstruct == "auto":
@@ -336,7 +334,7 @@ def _finish(
     how = {k: v for k, v in vars(request.how).items() if k not in ("augment", "steps")}
     settings = {
         "method": request.method.settings(),
-        "allocation": request.allocation,
+        "allocation": request.allocation if isinstance(request.allocation, str) else "given",
         "reconstruct": request.reconstruct,
         "pattern": str(network.pattern),
         "density": float(network.budget.fraction or 0),
