@@ -3,8 +3,9 @@ r"""Network-wise reconstruction: the pruned network learns what the dense one an
     L = T² KL(softmax(z₀ / T) ‖ softmax(z / T))     logits z of the pruned, z₀ of the dense one
 
 averaged over samples (and tokens), or the mean squared error relative to the spread of the dense
-outputs where those are no logits. Labels are not used. Batch norms use the statistics of their
-batch, and keep learning their running ones; dropout is off.
+outputs where those are no logits. Labels are not used; dropout is off. While masks move, batch norms
+use the statistics of their batch, and estimate their running ones before each look at the held-out
+samples; with fixed masks, whose layers were solved for the running ones, they keep these.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from spartan.budget import Budget
 from spartan.errors import MethodError, NonFiniteError
 from spartan.masking import MaskingSparsifier
 from spartan.methods.base import Method
+from spartan.methods.fixed import Fixed
 from spartan.post_training.calibration import Calibration
 from spartan.post_training.network import Network
 from spartan.samples import run_on
@@ -149,6 +151,7 @@ def distil(
         model, optimizer, method, budget, how.steps, network.pattern, include=names
     )
     generator = torch.Generator().manual_seed(derive_seed(network.seed, "distillation", 0))
+    moving = not isinstance(method, Fixed)
     looks = _looks(method, how.steps)
     held_out = how.references(network.dense, network.held_out)
     rows: list[dict[str, float]] = []
@@ -156,6 +159,8 @@ def distil(
 
     def look(step: int) -> None:
         nonlocal best
+        if moving:
+            _refresh_norms(model, network.fit.batches(how.batch_size))
         loss = how.loss_on(model, held_out)
         rows[-1]["held_out"] = loss
         if best is None or loss < best[0]:
@@ -172,7 +177,7 @@ def distil(
             optimizer.param_groups[0]["lr"] = peak * _factor(step - 1, how.steps)
             if how.augment is not None:
                 batch = how.augment(batch, generator)
-            loss = _step(model, network.dense, batch, optimizer, how)
+            loss = _step(model, network.dense, batch, optimizer, how, moving)
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"The loss is {loss} at step {step} of the distillation: give a smaller lr."
@@ -190,11 +195,15 @@ def distil(
 
 
 def _step(
-    model: nn.Module, dense: nn.Module, batch: Any, optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    dense: nn.Module,
+    batch: Any,
+    optimizer: torch.optim.Optimizer,
     how: Distillation,
-) -> float:  # fmt: skip
+    moving: bool,
+) -> float:
     for module in model.modules():
-        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        module.training = moving and isinstance(module, nn.modules.batchnorm._BatchNorm)
     with torch.no_grad():
         wanted = run_on(dense, batch)
     optimizer.zero_grad()
@@ -202,6 +211,29 @@ def _step(
     loss.backward()
     optimizer.step()
     return float(loss.detach())
+
+
+def _refresh_norms(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Let batch norms estimate their running statistics anew, on samples as they are.
+
+    Those of the training steps are of changed inputs, and lag behind the weights.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    if not norms:
+        return
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average over batches
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            run_on(model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def _looks(method: Method, steps: int) -> set[int]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from spartan.report.facts import RunFacts
+from spartan.report.facts import Layer, RunFacts
 
 _COLORS = ["#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#4d4d4d"]
 # Left out of the pictures: they name outside addresses and change from day to day.
@@ -23,7 +23,7 @@ _FIGURE_NUMBERS = count()
 
 
 def accuracy(runs: Sequence[RunFacts]) -> str:
-    """Draw held-out (solid) and training (faint) accuracy over epochs."""
+    """Draw held-out (solid) and training (faint) accuracy over epochs, of training runs."""
 
     def draw(axes: Axes) -> None:
         _curves(axes, runs, "test", "accuracy", scale=100)
@@ -33,11 +33,17 @@ def accuracy(runs: Sequence[RunFacts]) -> str:
 
 
 def loss(runs: Sequence[RunFacts]) -> str:
-    """Draw held-out (solid) and training (faint) loss over epochs."""
+    """Draw held-out (solid) and training (faint) loss over epochs.
+
+    Of compressions: divergence from the dense network on calibration samples.
+    """
 
     def draw(axes: Axes) -> None:
-        _curves(axes, runs, "test", "loss")
-        _curves(axes, runs, "train", "loss", faint=True)
+        colors = _colors(runs)
+        for run, color in zip(runs, colors, strict=True):
+            held_out = ("test", "loss") if run.compression is None else ("train", "held_out")
+            _curve(axes, run, color, *held_out)
+            _curve(axes, run, color, "train", "loss", faint=True)
 
     return _figure(draw, "epoch", "loss", legend=len(runs) > 1)
 
@@ -73,23 +79,34 @@ def churn(runs: Sequence[RunFacts]) -> str:
     return _figure(draw, "epoch", "units that changed, %", legend=len(runs) > 1)
 
 
-def layers(runs: Sequence[RunFacts]) -> str:
+def densities(runs: Sequence[RunFacts]) -> str:
     """Draw the density of each layer, bars side by side for several runs."""
+    return _layers(runs, lambda layer: 100 * layer.density, "density, %")
+
+
+def errors(runs: Sequence[RunFacts]) -> str:
+    """Draw the reconstruction error of each layer that has one, in percent."""
+    return _layers(runs, lambda x: None if x.error is None else 100 * x.error, "error, %")
+
+
+def _layers(runs: Sequence[RunFacts], value_of: Callable[[Layer], float | None], label: str) -> str:
     names = list(dict.fromkeys(layer.name for run in runs for layer in run.layers))
     height = 0.8 / len(runs)
 
     def draw(axes: Axes) -> None:
         for i, (run, color) in enumerate(zip(runs, _colors(runs), strict=True)):
-            density = {layer.name: 100 * layer.density for layer in run.layers}
+            found = {layer.name: value_of(layer) for layer in run.layers}
             offset = (i - (len(runs) - 1) / 2) * height
-            places = [k + offset for k, name in enumerate(names) if name in density]
-            values = [density[name] for name in names if name in density]
-            axes.barh(places, values, height, color=color, label=run.name)
+            values = [(k, found.get(name)) for k, name in enumerate(names)]
+            bars = [(k + offset, value) for k, value in values if value is not None]
+            axes.barh(
+                [b[0] for b in bars], [b[1] for b in bars], height, color=color, label=run.name
+            )
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)
 
     size = (7.6, max(2.0, 0.24 * len(names) * max(1.0, 0.7 * len(runs)) + 0.8))
-    return _figure(draw, "density, %", "", legend=len(runs) > 1, size=size)
+    return _figure(draw, label, "", legend=len(runs) > 1, size=size)
 
 
 def histograms(run: RunFacts) -> str:
@@ -127,18 +144,34 @@ def _curves(
     faint: bool = False,
 ) -> None:
     for run, color in zip(runs, _colors(runs), strict=True):
-        epochs, values = run.series(split, key)
-        marker = "o" if split == "test" and len(epochs) < 30 else None
-        axes.plot(
-            epochs,
-            [scale * value for value in values],
-            color=color,
-            alpha=0.3 if faint else 1.0,
-            linewidth=1.0 if faint else 1.8,
-            marker=marker,
-            markersize=3,
-            label=None if faint else run.name,
-        )
+        # Of compressions, only the dense network and the result are tested: no curve.
+        if split == "train" or run.compression is None:
+            _curve(axes, run, color, split, key, scale, faint)
+
+
+def _curve(
+    axes: Axes,
+    run: RunFacts,
+    color: str,
+    split: str,
+    key: str,
+    scale: float = 1.0,
+    faint: bool = False,
+) -> None:
+    epochs, values = run.series(split, key)
+    if not epochs:
+        return
+    few = not faint and len(epochs) < 30 and key != "density"
+    axes.plot(
+        epochs,
+        [scale * value for value in values],
+        color=color,
+        alpha=0.3 if faint else 1.0,
+        linewidth=1.0 if faint else 1.8,
+        marker="o" if few else None,
+        markersize=3,
+        label=None if faint else run.name,
+    )
 
 
 def _colors(runs: Sequence[RunFacts]) -> list[str]:

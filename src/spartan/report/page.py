@@ -35,24 +35,37 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
 def _charts(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
     """Return (title, explanation, SVG) of each picture."""
     one = len(runs) == 1
-    charts = [
-        ("Accuracy", "Held-out images; training batches faint.", figures.accuracy(runs)),
-        ("Loss", "Held-out images; training batches faint.", figures.loss(runs)),
-        (
-            "Density and sharpness",
+    trained = any(run.compression is None for run in runs)
+    charts = []
+    if trained:
+        note = "Held-out images; training batches faint."
+        charts.append(("Accuracy", note, figures.accuracy(runs)))
+    if any(run.series("train", "loss")[0] for run in runs):
+        note = (
+            "Held-out images; training batches faint. Of compressions: divergence from the dense "
+            "network, on calibration samples."
+        )
+        charts.append(("Loss", note, figures.loss(runs)))
+        note = (
             "Fraction of the prunable weights kept. Where there are any: the expected density of "
             "gates and the fraction that growth has ever tried, faint, and β of the soft mask, "
-            "dashed.",
-            figures.schedule(runs),
-        ),
-        (
-            "Mask churn",
+            "dashed."
+        )
+        charts.append(("Density and sharpness", note, figures.schedule(runs)))
+    if trained:
+        note = (
             "Units that entered or left the mask between two points, of all units; of growth: new "
-            "connections, of all connections.",
-            figures.churn(runs),
-        ),
-        ("Density of each layer", "Counted in the saved tensors.", figures.layers(runs)),
-    ]
+            "connections, of all connections."
+        )
+        charts.append(("Mask churn", note, figures.churn(runs)))
+    note = "Counted in the saved tensors."
+    charts.append(("Density of each layer", note, figures.densities(runs)))
+    if any(run.solved for run in runs):
+        note = (
+            "Relative squared error of each layer's outputs on calibration data after it was "
+            "solved, before any distillation, with what the pruned layers before it give."
+        )
+        charts.append(("Error of each layer", note, figures.errors(runs)))
     for run in runs:
         title = "Weights" if one else f"Weights of {run.name}"
         note = "Distribution of the nonzero weights, each layer scaled to its own peak."
