@@ -22,7 +22,7 @@ import spartan
 from spartan.deploy import load
 from spartan.post_training import Distillation
 from spartan.post_training.allocation import ALLOCATIONS
-from spartan.training.data import ImageData, augment, load_data, mix, normalize
+from spartan.training.data import ImageData, augment, load_data, normalize
 from spartan.training.models import resnet20
 from spartan.training.trainer import evaluate
 
@@ -60,7 +60,7 @@ class Task:
         return 100 * evaluate(model, self.images.test, self.images, torch.device("cpu"))[1]
 
     def change(self, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return mix(augment(batch, True, generator), generator)
+        return augment(batch, True, generator)
 
 
 KNOWN: dict[tuple[str, float, int], tuple[dict[str, float], float]] = {}

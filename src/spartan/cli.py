@@ -176,6 +176,8 @@ def _evaluate(folder: Path, device_name: str, weights: Path | None, accelerated:
     run = Run.open(folder)
     config = run.config()
     facts = read_facts(run)
+    if not facts.images:
+        raise ConfigError(f"{str(folder)!r} was not calibrated with images: none can be tested.")
     # Sparse kernels run on the CPU.
     device = pick_device("cpu" if accelerated else device_name)
     data = load_data(config.data, config.image_size)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from spartan.errors import BudgetError
 
+_SMALLEST = 1e-15  # density that logits tell from 0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -96,14 +98,11 @@ def fit_counts(densities: Sequence[float], limits: Limits) -> list[int]:
 
 
 def logit(density: float) -> float:
-    """Return log(d / (1 - d)), with finite ends."""
-    if density <= 0.0:
-        return -1e3
-    return 1e3 if density >= 1.0 else math.log(density / (1.0 - density))
+    """Return log(d / (1 - d)), with finite ends that `logistic` turns back exactly enough."""
+    inside = min(max(density, _SMALLEST), 1.0 - _SMALLEST)
+    return math.log(inside / (1.0 - inside))
 
 
 def logistic(x: float) -> float:
     """Return 1 / (1 + exp(-x))."""
-    if abs(x) > 500.0:
-        return float(x > 0)
-    return 1.0 / (1.0 + math.exp(-x))
+    return 1.0 / (1.0 + math.exp(-max(x, -700.0)))

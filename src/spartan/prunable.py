@@ -48,6 +48,11 @@ class Prunable:
         return math.prod(self.shape)
 
     @property
+    def kept(self) -> int:
+        """Number of weights that are not zero, counted."""
+        return int(self.parameter.detach().count_nonzero())
+
+    @property
     def oriented_shape(self) -> tuple[int, ...]:
         """Shape as (out, in, …)."""
         out, inputs, *rest = self.shape

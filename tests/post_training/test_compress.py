@@ -346,12 +346,16 @@ def test_unreached_weights_are_named_and_treated_as_asked() -> None:
         ({"density": 0.3, "pattern": Channel()}, PatternError, "not by channel"),
         ({"density": 0.3, "exclude": "*"}, PrunableError, "Nothing to prune"),
         ({"density": 0.3, "method": "fcpts-published", "allocation": "erk"}, MethodError, "learns"),
-        ({"density": 0.3, "method": "fcpts-published", "pattern": Block(2, 2)}, PatternError, "weights"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_refused(net, options, error, message) -> None:
     with pytest.raises(error, match=message):
         compress(net, **options)
+
+
+def test_the_published_form_has_one_pattern(net) -> None:
+    with pytest.raises(PatternError, match="one by one"):
+        compress(net, density=0.5, method="fcpts-published", pattern=Block(2, 1))
 
 
 def test_models_that_cannot_be_compressed(net) -> None:

@@ -137,7 +137,8 @@ class FCPTS(Method):
             densities = _erk(group)
         else:
             gains = [numbers.get(f"gain {name}", 0.0) for name in names]
-            scale = math.sqrt(sum(gain**2 for gain in gains) / len(gains)) or 1.0
+            powers = [numbers.get(f"power {name}", 0.0) for name in names]
+            scale = math.sqrt(sum(powers) / len(powers)) or 1.0
             densities = [
                 logistic(numbers[f"rate {name}"] + self.rate_step * gain / scale)
                 for name, gain in zip(names, gains, strict=True)

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from spartan.budget import Budget
-from spartan.errors import CalibrationError, MethodError, NonFiniteError, did_you_mean
+from spartan.errors import CalibrationError, MethodError, NonFiniteError
 from spartan.methods.base import Method
-from spartan.methods.fcpts import FCPTS
-from spartan.methods.fcpts_published import PublishedFCPTS
-from spartan.methods.fixed import Fixed
-from spartan.patterns import NM, Pattern, Unstructured
-from spartan.post_training.allocation import Allocation, allocate, check_allocation
+from spartan.patterns import Pattern, Unstructured
+from spartan.post_training.allocation import Allocation
 from spartan.post_training.base import LayerMethod
 from spartan.post_training.calibration import Calibration
-from spartan.post_training.distillation import Distillation, Trained, distil
-from spartan.post_training.given import Given, kept_by
+from spartan.post_training.distillation import Distillation
+from spartan.post_training.given import kept_by
 from spartan.post_training.grams import scout
-from spartan.post_training.layers import LayerResult, prune_layers
+from spartan.post_training.layers import LayerResult
 from spartan.post_training.network import (
     Network,
     Tick,
@@ -33,41 +26,10 @@ from spartan.post_training.network import (
     limits_of,
     require_dense,
 )
-from spartan.post_training.pacing import steps_within
-from spartan.post_training.registry import create
+from spartan.post_training.phases import Clock, Outcome, run
 from spartan.post_training.report import CompressionReport, LayerReport
-from spartan.prunable import NameFilter, Prunable, find_prunable
-
-Reconstruct = Literal["auto", "layer", "network"] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be done, with nothing left open.
-
-    Attributes:
-        method: Finds what stays.
-        allocation: Spreads the budget over layers.
-        reconstruct: What follows.
-        how: How the network is distilled, where it is.
-        minutes: Time the whole may take, instead of a number of steps.
-    """
-
-    method: LayerMethod | Method
-    allocation: Allocation
-    reconstruct: str | None
-    how: Distillation
-    minutes: float | None
-
-    @property
-    def joint(self) -> bool:
-        """Whether the method finds the rates of layers itself."""
-        return isinstance(self.method, Method) and self.allocation == "learned"
-
-    @property
-    def distils(self) -> bool:
-        """Whether the network is distilled for its weights, or for its masks."""
-        return isinstance(self.method, Method) or self.reconstruct == "network"
+from spartan.post_training.request import Reconstruct, make_request
+from spartan.prunable import NameFilter, find_prunable
 
 
 def compress(
@@ -103,7 +65,7 @@ def compress(
         sparsity: Fraction to remove.
         method: Finds what stays: `"fcpts"`, `"fcpts-published"`, `"obs"`, `"sparsegpt"`, `"wanda"`,
             `"magnitude"`, one of their classes with settings, any method of `spartan.methods` that
-            masks weights, or `"best"`: FCPTS where there is time for a distillation, else OBS.
+            masks weights, or `"best"`: what does best in the steps or minutes there are.
         allocation: `"global"`, `"uniform"`, `"erk"`, `"learned"` or `"curves"`, or a density for
             each weight by name, moved as little as the budget asks. By default learned for methods
             that train the network, erk for those that solve layer by layer.
@@ -141,7 +103,7 @@ def compress(
         PatternError: The pattern does not fit.
         PrunableError: Nothing is prunable.
     """
-    request = _request(method, allocation, reconstruct, distillation, minutes, pattern)
+    request = make_request(method, allocation, reconstruct, distillation, minutes, pattern)
     if not 0 < held_out < 1 or batch_size < 1 or not 0 <= max_layer_sparsity <= 1:
         raise MethodError(
             f"held_out={held_out} must lie in (0, 1), batch_size={batch_size} be at least 1, and "
@@ -152,8 +114,8 @@ def compress(
     if unreached not in ("error", "dense", "magnitude"):
         raise MethodError(f"unreached={unreached!r} must be 'error', 'dense' or 'magnitude'.")
     Budget(density=density, sparsity=sparsity)  # refuses what is out of range
-    clock = _Clock()
-    with clock("calibration"), torch.random.fork_rng(enabled=True):
+    clock = Clock()
+    with clock("calibration"):
         network, missed = _prepare(
             model, Calibration(calibration, model), density, sparsity, cost,
             pattern or Unstructured(), max_layer_sparsity, (include, exclude), unreached, held_out,
@@ -161,43 +123,10 @@ def compress(
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        steps, trained = 0, None
-        solved: dict[str, LayerResult] = {}
+        outcome = Outcome(request)
         if network.budget.fraction != 1:
-            steps, trained, solved = _run(network, request, max_layer_sparsity, clock)
-    return _finish(model, network, request, steps, trained, solved, missed, clock, inplace)
-
-
-def _request(
-    method: str | LayerMethod | Method,
-    allocation: Allocation | None,
-    reconstruct: str | None,
-    how: Distillation | None,
-    minutes: float | None,
-    pattern: Pattern | None,
-) -> Request:
-    """Fill in what was left open, and refuse what does not fit together."""
-    if minutes is not None and not minutes > 0:
-        raise MethodError(f"minutes={minutes} must be positive.")
-    if isinstance(method, str):
-        method = create(method)
-    elif not isinstance(method, LayerMethod | Method):
-        raise MethodError(
-            f"method={method!r} is not a method; {did_you_mean('', ['fcpts', 'obs'])}"
-        )
-    trains = isinstance(method, Method)
-    if allocation is None:
-        allocation = "learned" if trains else "erk"
-    check_allocation(allocation)
-    if isinstance(pattern, NM):
-        allocation = "uniform"  # n of every m leaves nothing to spread
-    elif isinstance(method, PublishedFCPTS) and allocation != "learned":
-        raise MethodError(f"{method.name!r} learns its rates; for others, use method='fcpts'.")
-    if reconstruct == "auto":
-        reconstruct = "network" if trains else None
-    if reconstruct not in (None, "layer", "network"):
-        raise MethodError(f"reconstruct={reconstruct!r} must be None, 'layer' or 'network'.")
-    return Request(method, allocation, reconstruct, how or Distillation(), minutes)
+            outcome = run(network, request, clock)
+    return _finish(model, network, outcome, missed, clock, inplace)
 
 
 def _prepare(
@@ -251,67 +180,23 @@ def _prepare(
     targets = counterparts(weights, pruned)
     network = Network(
         dense, pruned, weights, targets, reach, pattern, budget, limits, fit, kept_back,
-        batch_size, seed, tick,
+        batch_size, seed, max_layer_sparsity, tick,
     )  # fmt: skip
     return network, missed
-
-
-def _run(
-    network: Network, request: Request, max_layer_sparsity: float, clock: _Clock
-) -> tuple[int, Trained | None, dict[str, LayerResult]]:
-    """Allocate, prune and reconstruct; returns steps, training and solutions of layers."""
-    method, how = request.method, request.how
-    counts: list[int] = []
-    if not request.joint:
-        with clock("allocation"):
-            counts = allocate(network, request.allocation, how)
-    solved: dict[str, LayerResult] = {}
-    if isinstance(method, LayerMethod):
-        with clock("layers"):
-            solved = prune_layers(network, method, counts, request.reconstruct is not None)
-        if request.reconstruct != "network":
-            return 0, None, solved
-        method, counts = Fixed(), [_kept(target) for target in network.targets]
-        units = [target.numel for target in network.targets]
-    else:
-        if isinstance(method, FCPTS) and request.joint:
-            method = dataclasses.replace(method, max_layer_sparsity=max_layer_sparsity)
-        units = list(network.limits.units)
-    budget = network.budget
-    if counts and not isinstance(network.pattern, NM):
-        shares = {w.name: k / n for w, k, n in zip(network.weights, counts, units, strict=True)}
-        budget = Budget(allocation=shares)
-    with clock("distillation"):
-        if request.minutes is not None:
-            left = 60 * request.minutes - clock.total
-            how = dataclasses.replace(how, steps=steps_within(network, method, budget, how, left))
-        trained = distil(network, network.pruned, method, budget, how)
-    if isinstance(request.method, Method) and request.reconstruct != "network":
-        with clock("layers"):
-            given = Given(kept_by(network.targets, network.tilings))
-            network.pruned.load_state_dict(network.dense.state_dict())
-            refits = request.reconstruct == "layer"
-            kept = [int(units.sum()) for units in given.units.values()]
-            solved = prune_layers(network, given, kept, refits)
-        return how.steps, None, solved
-    return how.steps, trained, solved
 
 
 def _finish(
     model: nn.Module,
     network: Network,
-    request: Request,
-    steps: int,
-    trained: Trained | None,
-    solved: dict[str, LayerResult],
+    outcome: Outcome,
     missed: list[str],
-    clock: _Clock,
+    clock: Clock,
     inplace: bool,
 ) -> CompressionReport:
+    request, trained = outcome.request, outcome.trained
+    how = request.how
     with clock("evaluation"):
-        loss = request.how.loss_on(
-            network.pruned, request.how.references(network.dense, network.held_out)
-        )
+        loss = how.loss_on(network.pruned, how.references(network.dense, network.held_out))
     for module, copy in zip(model.modules(), network.pruned.modules(), strict=True):
         copy.training = module.training
     for parameter, twin in zip(model.parameters(), network.pruned.parameters(), strict=True):
@@ -323,56 +208,30 @@ def _finish(
     kept = kept_by(network.targets, network.tilings)
     layers = []
     for target, cost in zip(network.targets, network.limits.costs, strict=True):
-        result = solved.get(target.name, nothing)
+        result = outcome.solved.get(target.name, nothing)
         units = kept[target.name]
         layers.append(
             LayerReport(
-                target.name, tuple(target.shape), target.numel, _kept(target),
+                target.name, tuple(target.shape), target.numel, target.kept,
                 units.numel(), int(units.sum()), cost, result.error, result.seconds,
             )
         )  # fmt: skip
-    how = {k: v for k, v in vars(request.how).items() if k not in ("augment", "steps")}
+    method = "best" if request.method is None else request.method.settings()
     settings = {
-        "method": request.method.settings(),
+        "method": method,
         "allocation": request.allocation if isinstance(request.allocation, str) else "given",
         "reconstruct": request.reconstruct,
         "pattern": str(network.pattern),
         "density": float(network.budget.fraction or 0),
         "cost": network.budget.cost,
         "seed": network.seed,
-        "minutes": request.minutes,
-        "steps": steps,
-        **({"distillation": how} if steps else {}),
+        "steps": outcome.steps,
     }
+    if outcome.steps:
+        hidden = ("augment", "steps")
+        settings["distillation"] = {k: v for k, v in vars(how).items() if k not in hidden}
     return CompressionReport(
         model if inplace else network.pruned, layers, settings, loss,
         (len(network.fit), len(network.held_out)), clock.phases,
         [] if trained is None else trained.rows, 0 if trained is None else trained.step, missed,
     )  # fmt: skip
-
-
-def _kept(target: Prunable) -> int:
-    return int(target.parameter.detach().count_nonzero())
-
-
-class _Clock:
-    """Adds up the seconds of phases."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    @property
-    def total(self) -> float:
-        """Seconds since the beginning."""
-        return time.perf_counter() - self._began
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - began
-            self.phases[phase] = self.phases.get(phase, 0.0) + spent

@@ -114,8 +114,10 @@ def cheapest(
     # The smallest choices always fit; what they leave of the budget is divided into buckets.
     allowed = [[i for i, d in enumerate(grid) if d >= low] or [0] for low in least]
     floors = [whole * grid[choices[-1]] for whole, choices in zip(wholes, allowed, strict=True)]
-    left = max(0.0, budget - sum(floors))
-    bucket = left / _BUCKETS or 1.0
+    left = budget - sum(floors)
+    if left <= 0:
+        return [choices[-1] for choices in allowed]
+    bucket = left / _BUCKETS
     best = np.zeros(_BUCKETS + 1)
     taken: list[Any] = []
     for table, whole, floor, choices in zip(tables, wholes, floors, allowed, strict=True):

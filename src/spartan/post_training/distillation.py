@@ -3,9 +3,9 @@ r"""Network-wise reconstruction: the pruned network learns what the dense one an
     L = T² KL(softmax(z₀ / T) ‖ softmax(z / T))     logits z of the pruned, z₀ of the dense one
 
 averaged over samples (and tokens), or the mean squared error relative to the spread of the dense
-outputs where those are no logits. Labels are not used; dropout is off. While masks move, batch norms
-use the statistics of their batch, and estimate their running ones before each look at the held-out
-samples; with fixed masks, whose layers were solved for the running ones, they keep these.
+outputs where those are no logits. Labels are not used; dropout is off. While masks move, batch
+norms use the statistics of their batch, and estimate their running ones before each look at the
+held-out samples; with fixed masks, whose layers were solved for the running ones, they keep these.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class Network:
         held_out: Those to stop early by.
         batch_size: Samples of a batch.
         seed: Decides what is drawn.
+        max_layer_sparsity: No layer loses more.
         tick: Told how far it has come.
     """
 
@@ -56,6 +57,7 @@ class Network:
     held_out: Calibration
     batch_size: int
     seed: int
+    max_layer_sparsity: float
     tick: Tick
 
     @property

@@ -60,8 +60,8 @@ class CompressConfig:
     """Its learning rate; by default 0.003 with batch norms, 0.0005 without."""
     batch_size: int = 64
     """Samples of a batch."""
-    augment: bool = True
-    """Shift, mirror (where the data allow it) and mix images in the distillation."""
+    augment: bool | None = None
+    """Shift and mirror images in the distillation; by default where they may be mirrored."""
     mean: tuple[float, ...] = ()
     """Mean of the images' channels that the model was trained with; a run knows its own."""
     std: tuple[float, ...] = ()

@@ -19,7 +19,7 @@ from spartan.post_training.network import Tick
 from spartan.report.facts import read_facts
 from spartan.seeds import derive_seed
 from spartan.training.compress_config import CompressConfig
-from spartan.training.data import ImageData, augment, load_data, mix, normalize
+from spartan.training.data import ImageData, augment, load_data, normalize
 from spartan.training.models import build_model, pretrained_timm
 from spartan.training.opening import open_model
 from spartan.training.run import Run
@@ -111,7 +111,10 @@ def run_job(config: CompressConfig, job: Job, tick: Tick) -> tuple[Run, Compress
     rows = _rows(report, job.accuracy(job.model), job.accuracy(report.model))
     run = Run.create(
         dataclasses.replace(
-            config, model=_name_of(config), allocation=report.settings["allocation"]
+            config,
+            model=_name_of(config),
+            allocation=report.settings["allocation"],
+            reconstruct=str(report.settings["reconstruct"]).lower(),
         )
     )
     write_text(run.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -165,11 +168,11 @@ def _statistics(config: CompressConfig, data: ImageData, model: nn.Module) -> Im
 
 
 def _augment(config: CompressConfig, images: ImageData | None) -> Any:
-    if images is None or not config.augment:
+    if images is None or not (images.flip if config.augment is None else config.augment):
         return None
 
     def change(batch: Tensor, generator: torch.Generator) -> Tensor:
-        return mix(augment(batch, images.flip, generator), generator)
+        return augment(batch, images.flip, generator)
 
     return change
 

@@ -286,14 +286,3 @@ def augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     rows, cols = rows.to(images.device), cols.to(images.device)
     picked = padded.permute(0, 2, 3, 1)[index.to(images.device), rows[:, :, None], cols[:, None]]
     return picked.permute(0, 3, 1, 2).contiguous()
-
-
-def mix(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blend each image with another one of the batch, all in one random proportion (mixup).
-
-    Without labels, a dense network tells what the blend is (Zhang et al., "mixup", ICLR 2018;
-    for distillation: Beyer et al., CVPR 2022).
-    """
-    share = float(torch.rand((), generator=generator))
-    others = torch.randperm(len(images), generator=generator).to(images.device)
-    return share * images + (1.0 - share) * images[others]

@@ -37,7 +37,9 @@ def open_model(
         run = Run.open(Path(source))
         facts = read_facts(run)
         if not facts.images:
-            raise ConfigError(f"{source!r} is of a model that was not calibrated with images.")
+            raise ConfigError(
+                f"{source!r} was not calibrated with images, so its input is unknown."
+            )
         channels, size = facts.images["channels"], facts.images["size"]
         names = facts.images["classes"]
         model = build_model(run.config().model, channels, size, len(names))
