@@ -20,7 +20,9 @@ multiplier λ holds the budget, at every step, exactly:
 
     logit d_l  ←  logit d_l - η b_l / (c_l rms(b/c)) + λ,      Σ_l c_l n_l d_l = budget
 
-With m the masks, the gradient that θ gets is, as published but with windows relative to thresholds,
+where b is averaged over the last steps, and its root mean square, over steps and layers, is of what
+single batches say: noise moves the rates little. With m the masks, the gradient that θ gets is, as
+published but with windows relative to thresholds,
 
     dL/dθ = G ⊙ m + G · |θ| / (2 t) · 1[score < t]
 
@@ -159,11 +161,10 @@ class FCPTS(Method):
             halves = [change[side].mean() for side in (above, below)]
             means.append(torch.stack(halves).nan_to_num_().mean())
         for site, b in zip(sites, torch.stack(means).tolist(), strict=True):
-            key = f"gain {site.name}"
             gain = -b / (site.loss_scale * site.cost)
-            group.numbers[key] = (
-                self.memory * group.numbers.get(key, 0.0) + (1 - self.memory) * gain
-            )
+            for key, value in ((f"gain {site.name}", gain), (f"power {site.name}", gain**2)):
+                before = group.numbers.get(key, value)
+                group.numbers[key] = self.memory * before + (1 - self.memory) * value
 
     def _limits(self, contest: Contest) -> Limits:
         """Return what the sites of a contest may keep."""

@@ -56,7 +56,7 @@ def allocate(network: Network, allocation: Allocation, how: Distillation) -> lis
         "uniform": lambda: [whole] * len(network.weights),
         "erk": lambda: _erk(network),
         "learned": lambda: _learned(network, how),
-        "curves": lambda: curve_densities(network, how),
+        "curves": lambda: curve_densities(network, how, fit_counts(_erk(network), network.limits)),
     }
     return fit_counts(ways[allocation](), network.limits)
 

@@ -1,11 +1,11 @@
 r"""Allocation from measured curves: what does it cost the network to prune each layer so far?
 
-Every layer by itself is pruned to a number of densities (largest weights, refitted by least squares
-to the dense inputs) while all others stay dense, and the network's divergence from the dense one is
-measured on calibration samples. Between the measured densities, log-loss is a line in the
-log-density. A dynamic program then finds the densities, one for each layer from a grid, with the
-smallest sum of losses within the budget. That sum is not the loss of the network in which all are
-pruned, but its order serves.
+The network is first pruned to a starting allocation (largest weights, refitted by least squares).
+Then one layer at a time is pruned to each of a number of densities instead, and the divergence from
+the dense network is measured on calibration samples, where the other layers are what they will be
+like. Between the measured densities, log-loss is a line in the log-density. A dynamic program finds
+the densities, one for each layer from a grid, with the smallest sum of losses within the budget.
+That sum is not the loss of the network in which all change at once, but its order serves.
 
 Source: Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, section 5 (the database and
 its solver).
@@ -27,21 +27,22 @@ from spartan.post_training.least_squares import refit
 from spartan.post_training.matrices import from_matrix
 from spartan.post_training.network import Network, write
 
-MEASURED = (0.5, 0.3, 0.2, 0.12, 0.07, 0.04, 0.02, 0.01)
+MEASURED = (1.0, 0.6, 0.4, 0.25, 0.16, 0.1, 0.06, 0.035, 0.02, 0.01)
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _GRID = 96  # densities of the dynamic program, geometric from 1 to the smallest
 _BUCKETS = 4_000  # of the budget
 _SAMPLES = 256  # that losses are measured on, at most
 
 
-def curve_densities(network: Network, how: Distillation) -> list[float]:
+def curve_densities(network: Network, how: Distillation, start: Sequence[int]) -> list[float]:
     """Return the densities of all layers with the smallest sum of measured losses.
 
     Args:
         network: The network.
         how: What measures the divergence.
+        start: Units that each layer keeps while others are measured.
     """
-    losses = measure_curves(network, how)
+    losses = measure_curves(network, how, start)
     grid = np.geomspace(1.0, 1e-3, _GRID)
     tables = [interpolate(curve, grid) for curve in losses]
     limits = network.limits
@@ -51,8 +52,10 @@ def curve_densities(network: Network, how: Distillation) -> list[float]:
     return [float(grid[i]) for i in chosen]
 
 
-def measure_curves(network: Network, how: Distillation) -> list[dict[float, float]]:
-    """Return for each weight the divergence of the network at the measured densities of it alone.
+def measure_curves(
+    network: Network, how: Distillation, start: Sequence[int]
+) -> list[dict[float, float]]:
+    """Return for each weight the divergence of the network at the measured densities of it.
 
     Weights that the calibration data do not reach cost nothing at any density.
     """
@@ -62,14 +65,17 @@ def measure_curves(network: Network, how: Distillation) -> list[dict[float, floa
         samples = samples.split(_SAMPLES, network.seed)[1]
     references = how.references(network.dense, samples)
     model, weights = network.scratch()
-    for index, problem in problems(network, network.dense, DAMPING):
+    for index, problem in problems(network, (model, weights), DAMPING):
+        write(weights[index], from_matrix(_pruned(problem, start[index]), weights[index]))
+    layers = problems(network, (model, weights), DAMPING)
+    for done, (index, problem) in enumerate(layers, start=1):
         before = weights[index].parameter.detach().clone()
         for density in MEASURED:
             kept = max(1, round(density * problem.tiling.count))
             write(weights[index], from_matrix(_pruned(problem, kept), weights[index]))
             curves[index][density] = how.loss_on(model, references)
         write(weights[index], before)
-        network.tick("curves", len([c for c in curves if any(c.values())]), len(network.reach))
+        network.tick("curves", done, len(network.reach))
     return curves
 
 
@@ -80,18 +86,15 @@ def _pruned(problem: LayerProblem, kept: int) -> torch.Tensor:
 
 
 def interpolate(curve: dict[float, float], grid: Array) -> Array:
-    """Return losses on a grid of densities, from measured ones made monotone; 0 at density 1."""
+    """Return losses on a grid of densities, from measured ones made monotone."""
     densities = sorted(curve)
     losses = np.maximum.accumulate([curve[d] for d in reversed(densities)])[::-1]
-    logs = np.log(np.maximum(losses, 1e-12))
-    x, points = np.log(grid), np.log(densities)
-    inside = np.interp(x, points, logs)
-    # Outside the measured range the end's slope goes on: the loss rises the thinner it gets.
+    logs, points = np.log(np.maximum(losses, 1e-12)), np.log(densities)
+    x = np.log(grid)
+    # Below what was measured the end's slope goes on: the loss rises the thinner it gets.
     slope = min(0.0, (logs[1] - logs[0]) / (points[1] - points[0]))
     below = logs[0] + slope * (x - points[0])
-    values = np.exp(np.where(x < points[0], below, inside))
-    share = (1.0 - grid) / (1.0 - densities[-1])
-    result: Array = np.where(grid > densities[-1], values * share, values)
+    result: Array = np.exp(np.where(x < points[0], below, np.interp(x, points, logs)))
     return result
 
 

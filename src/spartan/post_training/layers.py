@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +16,7 @@ from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
 from spartan.post_training.network import Network, write
 from spartan.post_training.products import Product
 from spartan.post_training.walking import Walk
+from spartan.prunable import Prunable
 
 DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal
 _SCARCE = 8  # inputs of a layer for each position that it was calibrated with, at most
@@ -36,7 +37,10 @@ class LayerResult:
 
 
 def problems(
-    network: Network, pruned: nn.Module, damping: float, solves: bool = True
+    network: Network,
+    pruned: tuple[nn.Module, Sequence[Prunable]],
+    damping: float,
+    solves: bool = True,
 ) -> Iterator[tuple[int, LayerProblem]]:
     """Yield each weight that the calibration data reach, with its problem, in order of a pass.
 
@@ -45,7 +49,7 @@ def problems(
 
     Args:
         network: The network.
-        pruned: Its copy, or the dense model itself.
+        pruned: A copy of the dense model, and its weights.
         damping: See `LayerProblem`.
         solves: Whether the samples have to be enough to solve for weights.
 
@@ -55,13 +59,13 @@ def problems(
     if solves:
         _require_enough(network)
     weights = network.weights
-    targets = weights if pruned is network.dense else network.targets
+    model, targets = pruned
     shared = [i for i, reach in network.reach.items() if reach.calls > 1]
     builders = {i: _builder(network, i) for i in shared}
     batches = network.batches()
     if shared:
         catch_all(network.dense, batches, weights, lambda p: _add_shared(builders, p))
-    with Walk(network.dense, pruned, batches, (weights, targets), list(network.reach)) as walk:
+    with Walk(network.dense, model, batches, (weights, targets), list(network.reach)) as walk:
         for index, products in walk:
             builder = builders.pop(index, None)
             if builder is None:
@@ -89,7 +93,7 @@ def prune_layers(
     for index in set(range(len(counts))) - set(network.reach):
         _prune_unreached(network, index, counts[index])
     solves = refits or method.needs_gram
-    for index, problem in problems(network, network.pruned, DAMPING, solves):
+    for index, problem in problems(network, (network.pruned, network.targets), DAMPING, solves):
         weight = network.weights[index]
         solution = method.prune(problem, counts[index])
         mask = problem.tiling.spread(solution.units)

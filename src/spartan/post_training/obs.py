@@ -13,7 +13,6 @@ are then refitted at once, which gives what the updates would have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +24,7 @@ from spartan.post_training.grams import LayerProblem
 from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.matrices import Tiling
 
-_CHUNK = 1 << 18  # entries of the inverses that are worked on at a time: they fit a core's cache
+_CHUNK = 1 << 22  # entries of the factors that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -100,85 +99,50 @@ def cut(trace: Trace, kept: int, tiling: Tiling) -> Tensor:
 
 
 def _trace_bands(matrix: Tensor, inverse: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """Remove all tiles of some bands: matrix (bands, rows, inputs), inverse (bands, inputs²)."""
-    bands, _, width = matrix.shape
-    tiles = width // tiling.cols
-    matrix, inverse = matrix.clone(), inverse.clone()
-    names = torch.arange(tiles, device=matrix.device).expand(bands, -1).clone()
-    alive = torch.ones(bands, tiles, dtype=torch.bool, device=matrix.device)
-    allowed = _allowance(tiling, bands, tiles, matrix.device)
-    one = torch.arange(bands, device=matrix.device)
-    costs, order = [], []
-    for _ in range(tiles if tiling.kept_of is None else allowed.limit):
-        if 2 * int(alive[0].sum()) <= names.shape[1]:
-            # Every band has lost as many: what is gone is cut out of the inverses.
-            matrix, inverse, names, alive = _compact(matrix, inverse, names, alive, tiling.cols)
-        cost, answer = _removals(matrix, inverse, tiling.cols)
-        cost = cost.masked_fill(~alive | allowed.refused(names), torch.inf)
-        cheapest = cost.argmin(dim=1)
-        costs.append(cost[one, cheapest])
-        order.append(names[one, cheapest])
-        answer(cheapest)
-        alive[one, cheapest] = False
-        allowed.take(order[-1])
-    return torch.stack(costs, dim=1).clamp(min=0), torch.stack(order, dim=1)
+    """Remove all tiles of some bands: matrix (bands, rows, inputs), inverse (bands, inputs²).
 
-
-def _removals(
-    matrix: Tensor, inverse: Tensor, cols: int
-) -> tuple[Tensor, Callable[[Tensor], None]]:
-    """Return what the removal of each tile costs, and a function that removes one of each band.
-
-    Removed inputs have 1 on the diagonal of the inverse and 0 elsewhere.
+    The inverse of a band after k removals is what it was at first minus V Vᵀ, with a column of V
+    for each input that was removed, as in a Cholesky factorisation: only what is read of it, its
+    diagonal blocks and the lines of the tile that goes, is ever formed.
     """
     bands, rows, width = matrix.shape
-    one = torch.arange(bands, device=matrix.device)
-    if cols == 1:
-        diagonal = inverse.diagonal(dim1=1, dim2=2)
-        cost = matrix.square().sum(dim=1) / diagonal
-
-        def remove(which: Tensor) -> None:
-            column = inverse[one, which]
-            pivot = diagonal[one, which].clone()
-            scaled = column / pivot[:, None]
-            matrix.baddbmm_(matrix[one, :, which][:, :, None], scaled[:, None], alpha=-1)
-            inverse.baddbmm_(column[:, :, None], scaled[:, None], alpha=-1)
-            inverse[one, which] = 0
-            inverse[one, :, which] = 0
-            inverse[one, which, which] = 1
-            matrix[one, :, which] = 0
-
-        return cost, remove
-    tiles = width // cols
+    cols, tiles = tiling.cols, width // tiling.cols
+    matrix = matrix.clone()
     blocks = inverse.view(bands, tiles, cols, tiles, cols).diagonal(dim1=1, dim2=3)
-    inner = torch.linalg.inv(blocks.movedim(-1, 1))  # (bands, tiles, cols, cols)
-    parts = matrix.view(bands, rows, tiles, cols).transpose(1, 2)
-    cost = ((parts @ inner) * parts).sum(dim=(2, 3))
-
-    def remove_tile(which: Tensor) -> None:
-        inputs = which[:, None] * cols + torch.arange(cols, device=which.device)
+    blocks = blocks.movedim(-1, 1).contiguous()  # (bands, tiles, cols, cols)
+    alive = torch.ones(bands, tiles, dtype=torch.bool, device=matrix.device)
+    allowed = _allowance(tiling, bands, tiles, matrix.device)
+    steps = tiles if tiling.kept_of is None else allowed.limit
+    factor = matrix.new_empty(bands, steps * cols, width)  # Vᵀ
+    one = torch.arange(bands, device=matrix.device)
+    costs, order = [], []
+    for step in range(steps):
+        inner = blocks.reciprocal() if cols == 1 else torch.linalg.inv(blocks)
+        parts = matrix.view(bands, rows, tiles, cols).transpose(1, 2)
+        answers = parts * inner if cols == 1 else parts @ inner
+        scores = (answers * parts).sum(dim=(2, 3))
+        scores = scores.masked_fill(~alive | allowed.refused, torch.inf)
+        tile = scores.argmin(dim=1)
+        costs.append(scores[one, tile])
+        order.append(tile)
+        inputs = tile[:, None] * cols + torch.arange(cols, device=tile.device)
+        known = factor[:, : step * cols]
         lines = inverse[one[:, None], inputs]
-        scaled = inner[one, which] @ lines
-        matrix.baddbmm_(parts[one, which], scaled, alpha=-1)
-        inverse.baddbmm_(lines.mT.contiguous(), scaled, alpha=-1)
-        inverse[one[:, None], inputs] = 0
-        inverse[one[:, None], :, inputs] = 0
-        inverse[one[:, None], inputs, inputs] = 1
-        matrix[one[:, None], :, inputs] = 0
-
-    return cost, remove_tile
-
-
-def _compact(
-    matrix: Tensor, inverse: Tensor, names: Tensor, alive: Tensor, cols: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    left = int(alive[0].sum())
-    tiles = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :left]
-    inputs = (tiles[:, :, None] * cols + torch.arange(cols, device=tiles.device)).flatten(1)
-    one = torch.arange(len(matrix), device=tiles.device)[:, None]
-    matrix = matrix.gather(2, inputs[:, None].expand(-1, matrix.shape[1], -1))
-    inverse = inverse[one[:, :, None], inputs[:, :, None], inputs[:, None]]
-    return matrix, inverse, names.gather(1, tiles), torch.ones_like(tiles, dtype=torch.bool)
+        lines -= known.gather(2, inputs[:, None].expand(-1, step * cols, -1)).mT @ known
+        matrix.baddbmm_(answers[one, tile], lines, alpha=-1)
+        corner = lines.gather(2, inputs[:, None].expand(-1, cols, -1))
+        if cols == 1:
+            new = lines / corner.sqrt()
+        else:
+            new = torch.linalg.solve_triangular(torch.linalg.cholesky(corner), lines, upper=False)
+        factor[:, step * cols : (step + 1) * cols] = new
+        by_tile = new.view(bands, cols, tiles, cols).transpose(1, 2)
+        blocks -= by_tile.mT @ by_tile if cols > 1 else by_tile.square()
+        alive[one, tile] = False
+        blocks[one, tile] = torch.eye(cols, dtype=blocks.dtype, device=blocks.device)
+        matrix.view(bands, rows, tiles, cols)[one, :, tile] = 0
+        allowed.take(tile)
+    return torch.stack(costs, dim=1).clamp(min=0), torch.stack(order, dim=1)
 
 
 @dataclass
@@ -189,11 +153,12 @@ class _Allowance:
     size: int
     limit: int
 
-    def refused(self, names: Tensor) -> Tensor:
-        """Mark the tiles whose group may lose no more."""
+    @property
+    def refused(self) -> Tensor | bool:
+        """Which tiles are in a group that may lose no more."""
         if self.left is None:
-            return torch.zeros_like(names, dtype=torch.bool)
-        return self.left.gather(1, names // self.size) == 0
+            return False
+        return (self.left == 0).repeat_interleave(self.size, dim=1)
 
     def take(self, tiles: Tensor) -> None:
         """Note that each band has lost one."""

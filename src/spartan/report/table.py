@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from spartan import kernels, methods
+from spartan import kernels, methods, post_training
+from spartan.described import Described
 from spartan.report.facts import read_facts
 from spartan.report.inspection import FileFacts
 from spartan.training.run import Run
@@ -50,12 +51,20 @@ def print_layers(console: Console, run: Run) -> None:
 def print_methods(console: Console) -> None:
     """Print every method: when to choose it, what it costs, where it comes from."""
     for method in methods.list():
-        source = f"; {method.paper}" if method.paper else ""
-        console.print(
-            f"[bold]{method.name:17}[/] {method.summary}\n{'':17} adds {method.step_cost}{source}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _print_method(console, method, "adds")
+    console.print("\nfor `spartan compress`, besides fcpts:", highlight=False)
+    for solver in post_training.METHODS.values():
+        if issubclass(solver, post_training.LayerMethod):
+            _print_method(console, solver, "costs")
+
+
+def _print_method(console: Console, method: type[Described], verb: str) -> None:
+    source = f"; {method.paper}" if method.paper else ""
+    console.print(
+        f"[bold]{method.name:17}[/] {method.summary}\n{'':17} {verb} {method.step_cost}{source}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_plan(console: Console, trainer: Trainer) -> None:
