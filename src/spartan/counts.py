@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from spartan.errors import BudgetError
 
@@ -20,6 +21,7 @@ class Limits:
         units: Units of each.
         costs: Cost of one unit of each layer, in the currency of `budget`.
         least: Units that each keeps at least.
+        most: Units that each keeps at most: those that are not zero already.
         budget: Cost that they may keep together.
     """
 
@@ -27,6 +29,7 @@ class Limits:
     units: Sequence[int]
     costs: Sequence[float]
     least: Sequence[int]
+    most: Sequence[int]
     budget: float
 
     def __post_init__(self) -> None:
@@ -34,14 +37,20 @@ class Limits:
         if needed > self.budget:
             total = sum(n * c for n, c in zip(self.units, self.costs, strict=True))
             raise BudgetError(
-                f"A density of {self.budget / total:.3g} leaves less than every layer has to keep "
-                f"(one unit, and what max_layer_sparsity asks for): the smallest reachable density "
-                f"is {math.ceil(1e6 * needed / total) / 1e6:g}."
+                f"The budget, {self.budget:,.6g} of {total:,.6g}, is less than every layer has to "
+                "keep (one unit, and what max_layer_sparsity asks for): the smallest reachable "
+                f"density is {math.ceil(1e6 * needed / total) / 1e6:g}."
             )
 
     def cost(self, counts: Sequence[float]) -> float:
         """Return what some numbers of units cost."""
         return sum(k * c for k, c in zip(counts, self.costs, strict=True))
+
+
+def least_units(units: Sequence[int], max_layer_sparsity: float) -> list[int]:
+    """Return how many units layers keep at least, none losing more than that: one or more."""
+    share = 1 - Fraction(str(max_layer_sparsity))
+    return [max(1, math.ceil(share * n)) for n in units]
 
 
 def shift_to(densities: Sequence[float], limits: Limits) -> list[float]:
@@ -53,8 +62,10 @@ def shift_to(densities: Sequence[float], limits: Limits) -> list[float]:
 
     def at(shift: float) -> list[float]:
         return [
-            min(1.0, max(low / n, logistic(logit(d) + shift)))
-            for d, low, n in zip(densities, limits.least, limits.units, strict=True)
+            min(high / n, max(low / n, logistic(logit(d) + shift)))
+            for d, low, high, n in zip(
+                densities, limits.least, limits.most, limits.units, strict=True
+            )
         ]
 
     def surplus(shift: float) -> float:
@@ -79,6 +90,8 @@ def fit_counts(densities: Sequence[float], limits: Limits) -> list[int]:
         densities: Wished-for densities, in [0, 1].
         limits: The budget and the layers.
     """
+    if limits.cost(limits.most) <= limits.budget:
+        return list(limits.most)
     exact = [d * n for d, n in zip(shift_to(densities, limits), limits.units, strict=True)]
     counts = [max(low, math.floor(x + 1e-9)) for x, low in zip(exact, limits.least, strict=True)]
     left = limits.budget - limits.cost(counts)
@@ -87,7 +100,7 @@ def fit_counts(densities: Sequence[float], limits: Limits) -> list[int]:
         # The largest remainders first; then whatever still fits.
         order = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
         fitting = [
-            i for i in order if counts[i] < limits.units[i] and limits.costs[i] <= left + slack
+            i for i in order if counts[i] < limits.most[i] and limits.costs[i] <= left + slack
         ]
         if not fitting:
             return counts

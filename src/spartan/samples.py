@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,3 +14,8 @@ def run_on(model: Callable[..., Any], sample: Any) -> Any:
     if isinstance(sample, tuple | list):
         return model(*sample)
     return model(sample)
+
+
+def run_on_copy(model: Callable[..., Any], sample: Any) -> Any:
+    """Call a model on a copy of a sample input, which it may write into."""
+    return run_on(model, copy.deepcopy(sample))

@@ -39,6 +39,20 @@ def test_the_task_reaches_the_rates(make_net) -> None:
     assert max(abs(moved[k] - begun[k]) for k in moved) > 0.03
 
 
+def test_the_scale_of_the_loss_does_not_matter(make_net) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        model = make_net()
+        optimizer, sparsifier = attach(model, FCPTS(rate_step=0.3), lr=0.05 / scale)
+        for step in range(10):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            (scale * nn.functional.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+        found.append(rates(sparsifier))
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
 class TwoHalves(nn.Module):
     """Two layers of one shape, of which the loss looks at the first more."""
 

@@ -509,6 +509,8 @@ def test_more_density_never_hurts_much() -> None:
 
 
 def test_a_time_sets_the_steps(net) -> None:
-    report = compress(net, density=0.3, minutes=0.03)
-    assert 1 <= report.settings["steps"] < 5_000
-    assert report.seconds < 20
+    steps = [
+        compress(net, density=0.3, minutes=minutes).settings["steps"] for minutes in (0.005, 0.05)
+    ]
+    assert steps[1] > 3 * steps[0]
+    assert QUICK.steps not in steps

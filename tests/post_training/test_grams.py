@@ -179,7 +179,7 @@ def test_a_walk_that_is_left_ends_its_threads() -> None:
     weights = find_prunable(net)
     with Walk(net, net, [torch.randn(2, 4)] * 3, (weights, weights), [0, 1]) as walk:
         next(iter(walk))
-        assert threading.active_count() == before + 3
+        assert threading.active_count() == before + 6
     assert threading.active_count() == before
 
 

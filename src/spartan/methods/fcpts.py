@@ -40,7 +40,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spartan.counts import Limits, fit_counts, logistic, logit, shift_to
+from spartan.counts import Limits, fit_counts, least_units, logistic, logit, shift_to
 from spartan.errors import MethodError
 from spartan.methods.base import Method, mask_gradients, scale_gradients
 from spartan.methods.groups import Contest, Group, contests_of, keep_counts, keep_largest
@@ -73,7 +73,7 @@ class FCPTS(Method):
 
     ramp: float = 0.5
     finetune: float = 0.2
-    rate_step: float = 0.01
+    rate_step: float = 0.03
     shell: float = 0.2
     memory: float = 0.9
     max_layer_sparsity: float = 1.0
@@ -169,13 +169,10 @@ class FCPTS(Method):
     def _limits(self, contest: Contest) -> Limits:
         """Return what the sites of a contest may keep."""
         sites = contest.sites
-        return Limits(
-            [site.name for site in sites],
-            [site.units for site in sites],
-            [site.cost for site in sites],
-            [max(1, math.ceil((1 - self.max_layer_sparsity) * site.units)) for site in sites],
-            contest.budget,
-        )
+        units = [site.units for site in sites]
+        least = least_units(units, self.max_layer_sparsity)
+        names, costs = [site.name for site in sites], [site.cost for site in sites]
+        return Limits(names, units, costs, least, units, contest.budget)
 
 
 def _densities(contest: Contest) -> list[float]:

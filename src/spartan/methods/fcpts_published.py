@@ -169,5 +169,5 @@ def _project(group: Group, thresholds: Sequence[float]) -> None:
     cut = find_cut(scores, group.share.kept)
     densities = [float(mask.sum()) / mask.numel() for mask in masks_of(scores, cut)]
     units = [site.units for site in sites]
-    limits = Limits([s.name for s in sites], units, ones, [1] * len(sites), group.share.kept)
+    limits = Limits([s.name for s in sites], units, ones, [1] * len(sites), units, group.share.kept)
     keep_counts(Contest(group, sites, group.share.kept, True), fit_counts(densities, limits))

@@ -32,6 +32,8 @@ Allocation = str | Mapping[str, float]
 
 def check_allocation(allocation: Allocation) -> None:
     """Raise `MethodError` if there is no such allocation."""
+    if not isinstance(allocation, str | Mapping):
+        raise MethodError(f"allocation={allocation!r} must be a name, or densities by name.")
     if isinstance(allocation, str) and allocation not in ALLOCATIONS:
         hint = did_you_mean(allocation, ALLOCATIONS)
         raise MethodError(f"Unknown allocation {allocation!r}; {hint}")
@@ -99,8 +101,7 @@ def _learned(network: Network, how: Distillation) -> list[float]:
     """Learn thresholds on a copy; what counts is how much it keeps of each layer."""
     model, weights = network.scratch()
     shorter = dataclasses.replace(how, steps=max(20, how.steps // 4))
-    least = min(k / n for k, n in zip(network.limits.least, network.limits.units, strict=True))
-    method = FCPTS(max_layer_sparsity=1.0 - least)
+    method = FCPTS(max_layer_sparsity=network.max_layer_sparsity)
     budget = Budget(
         density=network.budget.density,
         sparsity=network.budget.sparsity,

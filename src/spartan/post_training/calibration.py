@@ -110,11 +110,11 @@ class Calibration:
         return parts
 
     def batches(self, size: int) -> list[Any]:
-        """Return all samples in batches of at most `size`, in order."""
+        """Return all samples in order, in batches of at most `size` and of about one size."""
         return [
             bank.take(part, self._device)
             for bank in self._banks
-            for part in torch.arange(len(bank)).split(size)
+            for part in torch.arange(len(bank)).tensor_split(-(-len(bank) // size))
         ]
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Any]:
@@ -133,7 +133,13 @@ class Calibration:
 
 def _positional(model: nn.Module) -> int | None:
     """Return how many positional arguments a model takes, None for any number."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    inner: Any = model
+    while hasattr(inner, "_orig_mod") or isinstance(inner, nn.DataParallel):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    try:
+        parameters = inspect.signature(inner.forward).parameters.values()
+    except ValueError:  # a scripted module keeps it to itself
+        return None
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,10 +17,9 @@ from spartan.patterns import Pattern, Unstructured
 from spartan.post_training.allocation import Allocation
 from spartan.post_training.base import LayerMethod
 from spartan.post_training.calibration import Calibration
-from spartan.post_training.distillation import Distillation
+from spartan.post_training.distillation import Distillation, References
 from spartan.post_training.given import kept_by
 from spartan.post_training.grams import scout
-from spartan.post_training.layers import LayerResult
 from spartan.post_training.network import (
     Network,
     Tick,
@@ -30,6 +32,7 @@ from spartan.post_training.phases import Clock, Outcome, run
 from spartan.post_training.report import CompressionReport, LayerReport
 from spartan.post_training.request import Reconstruct, make_request
 from spartan.prunable import NameFilter, find_prunable
+from spartan.samples import run_on
 
 
 def compress(
@@ -81,7 +84,8 @@ def compress(
         unreached: What becomes of prunable weights that no calibration sample reaches: an error,
             dense (they do not count then), or pruned by magnitude.
         distillation: How the pruned network learns from the dense one.
-        minutes: Time that the whole may take: sets the steps of the distillation. Results then
+        minutes: Time that the whole should take: sets the steps of distillations; what solving
+            layers and measuring curves take is as it is. Results then
             depend on the speed of the machine; the report's `settings["steps"]` says what was done.
         held_out: Fraction of the samples that is not compressed with: a distillation ends with the
             weights that do best on it.
@@ -104,6 +108,8 @@ def compress(
         PrunableError: Nothing is prunable.
     """
     request = make_request(method, allocation, reconstruct, distillation, minutes, pattern)
+    if not isinstance(batch_size, int):
+        raise MethodError(f"batch_size={batch_size} must be a whole number.")
     if not 0 < held_out < 1 or batch_size < 1 or not 0 <= max_layer_sparsity <= 1:
         raise MethodError(
             f"held_out={held_out} must lie in (0, 1), batch_size={batch_size} be at least 1, and "
@@ -115,18 +121,31 @@ def compress(
         raise MethodError(f"unreached={unreached!r} must be 'error', 'dense' or 'magnitude'.")
     Budget(density=density, sparsity=sparsity)  # refuses what is out of range
     clock = Clock()
-    with clock("calibration"):
-        network, missed = _prepare(
-            model, Calibration(calibration, model), density, sparsity, cost,
-            pattern or Unstructured(), max_layer_sparsity, (include, exclude), unreached, held_out,
-            batch_size, seed, progress or (lambda *_: None),
-        )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with _own_state(seed):
+        with clock("calibration"):
+            network, missed = _prepare(
+                model, Calibration(calibration, model), density, sparsity, cost,
+                pattern or Unstructured(), max_layer_sparsity, (include, exclude), unreached,
+                held_out, batch_size, seed, progress or (lambda *_: None), request.how,
+            )  # fmt: skip
         outcome = Outcome(request)
         if network.budget.fraction != 1:
             outcome = run(network, request, clock)
-    return _finish(model, network, outcome, missed, clock, inplace)
+        return _finish(model, network, outcome, missed, clock, inplace)
+
+
+@contextmanager
+def _own_state(seed: int) -> Iterator[None]:
+    """Compute with random numbers of one's own, and gradients as they are needed."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.random.fork_rng(),
+    ):
+        torch.manual_seed(seed)
+        yield
 
 
 def _prepare(
@@ -143,6 +162,7 @@ def _prepare(
     batch_size: int,
     seed: int,
     tick: Tick,
+    how: Distillation,
 ) -> tuple[Network, list[str]]:
     """Look at the model and the samples; also return the names of weights that are not reached."""
     require_dense(model)
@@ -161,11 +181,16 @@ def _prepare(
     dense.requires_grad_(False)
     weights = counterparts(found, dense)
     reach = scout(dense, fit.batches(batch_size), weights)
+    scout(dense, kept_back.batches(batch_size), weights)  # refuses what is not finite
+    with torch.no_grad():
+        how.check(run_on(dense, fit.batches(2)[0]))
     missed = [w.name for i, w in enumerate(weights) if i not in reach]
     if missed and unreached == "error":
         raise CalibrationError(
             f"No calibration sample reaches {', '.join(map(repr, missed))}. Give samples that do, "
-            "or unreached='dense' to leave them out, or unreached='magnitude' to prune them too."
+            "or unreached='dense' to leave them out, or unreached='magnitude' to prune them too. "
+            "(Not recognised: weights that autocast inside of forward casts, or that are computed, "
+            "as by weight norms.)"
         )
     if missed and unreached == "dense":
         number = {i: k for k, i in enumerate(sorted(reach))}
@@ -195,8 +220,14 @@ def _finish(
 ) -> CompressionReport:
     request, trained = outcome.request, outcome.trained
     how = request.how
-    with clock("evaluation"):
-        loss = how.loss_on(network.pruned, how.references(network.dense, network.held_out))
+    loss = 0.0
+    if network.budget.fraction == 1:
+        network.pruned = copy_of(model)  # untouched by the passes
+        network.targets = counterparts(network.weights, network.pruned)
+    else:
+        with clock("evaluation"):
+            references = References(network.dense, network.held_out, how.batch_size)
+            loss = how.loss_on(network.pruned, references)
     for module, copy in zip(model.modules(), network.pruned.modules(), strict=True):
         copy.training = module.training
     for parameter, twin in zip(model.parameters(), network.pruned.parameters(), strict=True):
@@ -204,16 +235,16 @@ def _finish(
         twin.grad = None
     if inplace:
         model.load_state_dict(network.pruned.state_dict())
-    nothing = LayerResult(float("nan"), 0.0)
-    kept = kept_by(network.targets, network.tilings)
+    kept = kept_by(network.targets, network.pattern)
     layers = []
     for target, cost in zip(network.targets, network.limits.costs, strict=True):
-        result = outcome.solved.get(target.name, nothing)
+        result = outcome.solved.get(target.name)
+        error, seconds = (math.nan, 0.0) if result is None else (result.error, result.seconds)
         units = kept[target.name]
         layers.append(
             LayerReport(
                 target.name, tuple(target.shape), target.numel, target.kept,
-                units.numel(), int(units.sum()), cost, result.error, result.seconds,
+                units.numel(), int(units.sum()), cost, error, seconds,
             )
         )  # fmt: skip
     method = "best" if request.method is None else request.method.settings()

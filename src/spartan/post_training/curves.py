@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spartan.post_training.distillation import Distillation
+from spartan.post_training.distillation import Distillation, References
 from spartan.post_training.grams import LayerProblem
 from spartan.post_training.layers import DAMPING, problems
 from spartan.post_training.least_squares import refit
@@ -63,7 +63,7 @@ def measure_curves(
     samples = network.fit
     if len(samples) > _SAMPLES:
         samples = samples.split(_SAMPLES, network.seed)[1]
-    references = how.references(network.dense, samples)
+    references = References(network.dense, samples, how.batch_size)
     model, weights = network.scratch()
     for index, problem in problems(network, (model, weights), DAMPING):
         write(weights[index], from_matrix(_pruned(problem, start[index]), weights[index]))

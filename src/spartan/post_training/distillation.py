@@ -10,8 +10,9 @@ held-out samples; with fixed masks, whose layers were solved for the running one
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,17 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spartan.budget import Budget
-from spartan.errors import MethodError, NonFiniteError
+from spartan.errors import CalibrationError, MethodError, NonFiniteError
 from spartan.masking import MaskingSparsifier
 from spartan.methods.base import Method
 from spartan.methods.fixed import Fixed
 from spartan.post_training.calibration import Calibration
 from spartan.post_training.network import Network
-from spartan.samples import run_on
+from spartan.samples import run_on, run_on_copy
 from spartan.seeds import derive_seed
 
 Augment = Callable[[Any, torch.Generator], Any]
 
+_KEPT_BYTES = 1 << 28  # of answers of the dense network
 _CHECKS = 8  # looks at the held-out samples while the budget holds
 
 
@@ -43,8 +45,9 @@ class Distillation:
         batch_size: Samples of a step.
         lr: Peak learning rate; None: 3e-3 for networks with batch norms, 5e-4 for others.
         temperature: T.
-        loss: `"kl"` on logits, `"mse"` on all outputs, or `"auto"`: the first where the output is
-            a matrix of logits or has `logits`.
+        loss: `"kl"` on logits (which an offset common to all classes does not change), `"mse"` on
+            all outputs, as for regression, or `"auto"`: the first where the output is a matrix of
+            several columns or has `logits`.
         augment: Changes a batch of inputs with random numbers from a generator; both networks see
             the result. Optional.
 
@@ -87,29 +90,61 @@ class Distillation:
         ]
         return torch.stack(errors).mean()
 
-    def references(self, dense: nn.Module, samples: Calibration) -> list[Reference]:
-        """Return batches of samples with what the dense model answers."""
-        with torch.no_grad():
-            return [Reference(b, run_on(dense, b)) for b in samples.batches(self.batch_size)]
+    def check(self, output: Any) -> None:
+        """Raise `CalibrationError` unless networks can be compared by such outputs."""
+        found = list(_tensors(output))
+        if not found or not found[0].is_floating_point():
+            raise CalibrationError(
+                f"The model returns {type(output).__name__}, in which there is no floating-point "
+                "tensor to compare: tensors, and dicts, lists, tuples or dataclasses of them can "
+                "be."
+            )
+        try:
+            self.divergence(output, output)
+        except (IndexError, RuntimeError) as error:
+            raise CalibrationError(
+                f"Outputs of shape {tuple(found[0].shape)} have no {self.loss!r} loss: {error}"
+            ) from error
 
-    def loss_on(self, model: nn.Module, references: Sequence[Reference]) -> float:
+    def loss_on(self, model: nn.Module, references: References) -> float:
         """Return the mean divergence of a model, in evaluation mode, from what it should answer."""
         model.eval()
         total, samples = 0.0, 0
         with torch.no_grad():
-            for known in references:
-                count = len(next(_tensors(known.batch)))
-                total += count * float(self.divergence(run_on(model, known.batch), known.wanted))
+            for batch, wanted in references:
+                count = len(next(_tensors(batch)))
+                total += count * float(self.divergence(run_on_copy(model, batch), wanted))
                 samples += count
         return total / samples
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A batch, and what the dense network answers."""
+class References:
+    """Batches, and what the dense network answers; kept where that takes little memory.
 
-    batch: Any
-    wanted: Any
+    Args:
+        dense: The dense network.
+        samples: The samples.
+        batch_size: Samples of a batch.
+    """
+
+    def __init__(self, dense: nn.Module, samples: Calibration, batch_size: int) -> None:
+        self._dense, self._batches = dense, samples.batches(batch_size)
+        self._known: list[Any] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        if self._known is not None:
+            yield from zip(self._batches, self._known, strict=True)
+            return
+        known, size = [], 0
+        for batch in self._batches:
+            with torch.no_grad():
+                wanted = run_on_copy(self._dense, batch)
+            size += sum(t.numel() * t.element_size() for t in _tensors(wanted))
+            if size <= _KEPT_BYTES:
+                known.append(wanted)
+            yield batch, wanted
+        if len(known) == len(self._batches):
+            self._known = known
 
 
 @dataclass
@@ -143,8 +178,15 @@ def distil(
     Raises:
         NonFiniteError: The loss is NaN or infinite.
     """
-    model.requires_grad_(True)  # also what was frozen: the whole network makes up for the pruning
-    optimizer = torch.optim.Adam(model.parameters(), lr=_peak(how, model))
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if any(p.dtype == torch.float16 for p in parameters):
+        raise MethodError(
+            "A model in float16 cannot be distilled: its optimizer underflows. Convert it first, "
+            "with model.float() or model.bfloat16(), or use a method that solves layers."
+        )
+    for parameter in parameters:
+        parameter.requires_grad_(True)  # also what was frozen: everything makes up for the pruning
+    optimizer = torch.optim.Adam(parameters, lr=_peak(how, model))
     peak = optimizer.param_groups[0]["lr"]
     names = [weight.name for weight in network.weights]
     sparsifier = MaskingSparsifier(
@@ -153,7 +195,7 @@ def distil(
     generator = torch.Generator().manual_seed(derive_seed(network.seed, "distillation", 0))
     moving = not isinstance(method, Fixed)
     looks = _looks(method, how.steps)
-    held_out = how.references(network.dense, network.held_out)
+    held_out = References(network.dense, network.held_out, how.batch_size)
     rows: list[dict[str, float]] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
 
@@ -162,6 +204,11 @@ def distil(
         if moving:
             _refresh_norms(model, network.fit.batches(how.batch_size))
         loss = how.loss_on(model, held_out)
+        if math.isnan(loss):
+            raise NonFiniteError(
+                f"The loss on held-out samples is NaN at step {step}: give a smaller lr, or look "
+                "for outputs of the dense model that are infinite."
+            )
         rows[-1]["held_out"] = loss
         if best is None or loss < best[0]:
             state = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -202,10 +249,12 @@ def _step(
     how: Distillation,
     moving: bool,
 ) -> float:
+    several = len(next(_tensors(batch))) > 1  # one sample has no statistics
     for module in model.modules():
-        module.training = moving and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        module.training = moving and several and norm
     with torch.no_grad():
-        wanted = run_on(dense, batch)
+        wanted = run_on_copy(dense, batch)
     optimizer.zero_grad()
     loss = how.divergence(run_on(model, batch), wanted)
     loss.backward()
@@ -220,8 +269,9 @@ def _refresh_norms(model: nn.Module, batches: Sequence[Any]) -> None:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
+    batches = [batch for batch in batches if len(next(_tensors(batch))) > 1]
     momenta = [norm.momentum for norm in norms]
-    if not norms:
+    if not norms or not batches:
         return
     model.eval()
     for norm in norms:
@@ -230,7 +280,7 @@ def _refresh_norms(model: nn.Module, batches: Sequence[Any]) -> None:
         norm.train()
     with torch.no_grad():
         for batch in batches:
-            run_on(model, batch)
+            run_on_copy(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -238,7 +288,7 @@ def _refresh_norms(model: nn.Module, batches: Sequence[Any]) -> None:
 
 def _looks(method: Method, steps: int) -> set[int]:
     """Return the steps after which the held-out samples are looked at; the last is one."""
-    first = next(s for s in range(steps + 1) if method.progress(s, steps) >= 1.0)
+    first = next((s for s in range(steps + 1) if method.progress(s, steps) >= 1.0), steps)
     return {round(first + (steps - first) * i / _CHECKS) for i in range(_CHECKS + 1)}
 
 
@@ -258,12 +308,25 @@ def _logits(output: Any) -> Tensor | None:
     named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
-    return output if isinstance(output, Tensor) and output.dim() == 2 else None
+    matrix = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+    return output if matrix else None
 
 
-def _tensors(value: Any) -> Any:
+def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the floating-point tensors in a value; of inputs without any, all tensors."""
-    from spartan.deploy.agreement import tensors_of
-
-    found = list(tensors_of(value))
+    found = list(_all_tensors(value))
     yield from [t for t in found if t.is_floating_point()] or found
+
+
+def _all_tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _all_tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _all_tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _all_tensors(getattr(value, field.name))

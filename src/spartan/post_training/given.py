@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from spartan.patterns import Pattern
 from spartan.post_training.base import LayerMethod, Solution
 from spartan.post_training.grams import LayerProblem
-from spartan.post_training.matrices import Tiling, to_matrix
+from spartan.post_training.matrices import tiling_of, to_matrix
 from spartan.prunable import Prunable
 
 
@@ -31,10 +32,10 @@ class Given(LayerMethod):
         return Solution(self.units[problem.weight.name], problem.dense)
 
 
-def kept_by(weights: Sequence[Prunable], tilings: Sequence[Tiling]) -> dict[str, Tensor]:
-    """Return the units of pruned weights in which something is not zero, by name."""
+def kept_by(weights: Sequence[Prunable], pattern: Pattern) -> dict[str, Tensor]:
+    """Return the units of weights in which something is not zero, by name."""
     kept = {}
-    for weight, tiling in zip(weights, tilings, strict=True):
+    for weight in weights:
         matrix = to_matrix(weight.parameter.detach(), weight)
-        kept[weight.name] = tiling.pool((matrix != 0).float()) > 0
+        kept[weight.name] = tiling_of(weight, pattern).pool((matrix != 0).float()) > 0
     return kept

@@ -20,7 +20,7 @@ from spartan.errors import CalibrationError
 from spartan.post_training.matrices import Tiling, to_matrix
 from spartan.post_training.products import Catch, Product
 from spartan.prunable import Prunable
-from spartan.samples import run_on
+from spartan.samples import run_on_copy
 from spartan.seeds import derive_seed
 
 _POSITIONS = 32_768  # of a layer's inputs that are looked at; of wide layers more
@@ -127,25 +127,34 @@ def scout(
     """
     found: dict[int, Reach] = {}
     bounds: dict[int, set[int]] = {}
-    calls: dict[int, int] = {}
+    calls: dict[tuple[int, int], int] = {}
 
     def meet(product: Product) -> None:
+        if not bool(torch.isfinite(product.inputs).all()):
+            raise CalibrationError(_not_finite(weights[product.index]))
         reach = found.setdefault(product.index, Reach())
         reach.positions += product.positions
         reach.groups = max(reach.groups, product.groups)
         bounds.setdefault(product.index, set()).update(product.outputs)
-        first = product.outputs[0]
-        calls[product.index] = calls.get(product.index, 0) + (first == min(bounds[product.index]))
+        part = product.index, product.outputs[0]
+        calls[part] = calls.get(part, 0) + 1
 
     for batch in batches:
         calls.clear()
         catch_all(model, [batch], weights, meet)
-        for index, count in calls.items():
+        for (index, _), count in calls.items():
             found[index].calls = max(found[index].calls, count)
     for index, reach in found.items():
         if reach.groups == 1:
             reach.groups = weights[index].oriented_shape[0] // math.gcd(*bounds[index])
     return found
+
+
+def _not_finite(weight: Prunable) -> str:
+    return (
+        f"The inputs of {weight.name!r} are NaN or infinite on the calibration data. Look for "
+        "samples that are, or for a layer before it that overflows."
+    )
 
 
 def catch_all(
@@ -164,7 +173,7 @@ def catch_all(
     try:
         for batch in batches:
             with torch.no_grad(), Catch(weights, meet):
-                run_on(model, batch)
+                run_on_copy(model, batch)
     except CalibrationError:
         raise
     except Exception as error:
@@ -205,6 +214,8 @@ class GramBuilder:
         Raises:
             CalibrationError: An input is NaN or infinite.
         """
+        if pruned.positions != dense.positions:
+            pruned = dense  # another choice of experts: their columns do not belong together
         count = dense.positions
         wanted = math.ceil(self.share * count)
         positions = torch.arange(count)
@@ -219,10 +230,7 @@ class GramBuilder:
         for ours, theirs in ((x, x) for x in dense.columns(positions)) if same else pairs:
             hessian = theirs @ theirs.mT
             if not bool(torch.isfinite(hessian).all()):
-                raise CalibrationError(
-                    f"The inputs of {self.weight.name!r} are NaN or infinite on the calibration "
-                    "data. Look for samples that are, or for a layer before it that overflows."
-                )
+                raise CalibrationError(_not_finite(self.weight))
             cross = hessian if same else ours @ theirs.mT
             self.gram.hessian[groups] += hessian
             self.gram.cross[groups] += cross

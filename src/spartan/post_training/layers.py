@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
 from spartan.post_training.base import LayerMethod
@@ -30,10 +31,12 @@ class LayerResult:
         error: Relative squared error of its outputs on calibration data, given the pruned
             network's inputs; NaN where that was not measured.
         seconds: Time it took.
+        units: What stays of it, boolean.
     """
 
     error: float
     seconds: float
+    units: Tensor
 
 
 def problems(
@@ -91,7 +94,8 @@ def prune_layers(
     results: dict[str, LayerResult] = {}
     began = time.perf_counter()
     for index in set(range(len(counts))) - set(network.reach):
-        _prune_unreached(network, index, counts[index])
+        units = _prune_unreached(network, index, counts[index])
+        results[network.weights[index].name] = LayerResult(math.nan, 0.0, units)
     solves = refits or method.needs_gram
     for index, problem in problems(network, (network.pruned, network.targets), DAMPING, solves):
         weight = network.weights[index]
@@ -100,19 +104,20 @@ def prune_layers(
         matrix = refit(problem, mask) if refits else solution.matrix * mask
         write(network.targets[index], from_matrix(matrix, weight))
         now = time.perf_counter()
-        results[weight.name] = LayerResult(problem.error(matrix), now - began)
+        results[weight.name] = LayerResult(problem.error(matrix), now - began, solution.units)
         began = now
-        network.tick("layers", len(results), len(network.reach))
+        network.tick("layers", len(results), len(network.weights))
     return results
 
 
-def _prune_unreached(network: Network, index: int, kept: int) -> None:
+def _prune_unreached(network: Network, index: int, kept: int) -> Tensor:
     """Keep the largest units of a weight that no calibration sample reaches."""
     weight = network.weights[index]
     matrix = to_matrix(weight.parameter.detach(), weight)
     tiling = tiling_of(weight, network.pattern)
     units = tiling.largest(tiling.pool(matrix.float().abs()), kept)
     write(network.targets[index], from_matrix(matrix * tiling.spread(units), weight))
+    return units
 
 
 def _add_shared(builders: dict[int, GramBuilder], product: Product) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spartan.budget import Budget
-from spartan.counts import Limits
+from spartan.counts import Limits, least_units
 from spartan.errors import PrunableError, SpartanError
 from spartan.patterns import NM, Pattern
 from spartan.post_training.calibration import Calibration
+from spartan.post_training.given import kept_by
 from spartan.post_training.grams import Reach
 from spartan.post_training.matrices import Tiling, tiling_of
 from spartan.prunable import Prunable
@@ -64,11 +63,6 @@ class Network:
     def tilings(self) -> list[Tiling]:
         """How each weight divides into units."""
         return [tiling_of(weight, self.pattern) for weight in self.weights]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.weights[0].parameter.device
 
     def batches(self) -> list[Any]:
         """Return the samples to compress with, in batches."""
@@ -125,9 +119,10 @@ def limits_of(
         costs = [1.0] * len(costs)
     total = sum(n * c for n, c in zip(units, costs, strict=True))
     kept = round(fraction * sum(units)) if set(costs) == {1.0} else float(fraction) * total
-    share = 1 - Fraction(str(max_layer_sparsity))
-    least = [max(1, math.ceil(share * n)) for n in units]
-    return Limits([w.name for w in weights], units, costs, least, kept)
+    # Units that are zero already are as good as pruned.
+    most = [int(mask.sum()) for mask in kept_by(weights, pattern).values()]
+    least = [min(n, m) for n, m in zip(least_units(units, max_layer_sparsity), most, strict=True)]
+    return Limits([w.name for w in weights], units, costs, least, most, kept)
 
 
 def write(target: Prunable, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from spartan.budget import Budget
@@ -22,9 +23,9 @@ def steps_within(
     """
     model, _ = network.scratch()
     clock: list[float] = []
-    trial = type(network)(**{**vars(network), "tick": lambda *_: clock.append(time.perf_counter())})
+    trial = dataclasses.replace(network, tick=lambda *_: clock.append(time.perf_counter()))
     began = time.perf_counter()
-    distil(trial, model, method, budget, type(how)(**{**vars(how), "steps": _TRIAL + 1}))
+    distil(trial, model, method, budget, dataclasses.replace(how, steps=_TRIAL + 1))
     each = (clock[-1] - clock[0]) / _TRIAL
     spent = time.perf_counter() - began
     return max(1, int((_RESERVE * seconds - spent) / each))

@@ -16,7 +16,7 @@ from spartan.patterns import NM
 from spartan.post_training.allocation import allocate
 from spartan.post_training.base import LayerMethod
 from spartan.post_training.best import combination
-from spartan.post_training.distillation import Trained, distil
+from spartan.post_training.distillation import Distillation, Trained, distil
 from spartan.post_training.given import Given, kept_by
 from spartan.post_training.layers import LayerResult, prune_layers
 from spartan.post_training.network import Network
@@ -71,7 +71,7 @@ def run(network: Network, request: Request, clock: Clock) -> Outcome:
     counts = None
     if not request.joint:
         with clock("allocation"):
-            counts = allocate(network, request.allocation, request.how)
+            counts = allocate(network, request.allocation, _how_to_learn(network, request, clock))
     if isinstance(request.method, LayerMethod):
         assert counts is not None
         return _solve(network, request, request.method, counts, clock)
@@ -94,6 +94,16 @@ def _settle(network: Network, request: Request, clock: Clock) -> Request:
     return Request(method, allocation, reconstruct, how, None)
 
 
+def _how_to_learn(network: Network, request: Request, clock: Clock) -> Distillation:
+    """Return how an allocation is learned: where time is short, in a quarter of it."""
+    how = request.how
+    if request.minutes is None or request.allocation != "learned":
+        return how
+    quarter = 15 * request.minutes - clock.total
+    steps = steps_within(network, FCPTS(), network.budget, how, quarter)
+    return dataclasses.replace(how, steps=4 * steps)
+
+
 def _solve(
     network: Network, request: Request, method: LayerMethod, counts: list[int], clock: Clock
 ) -> Outcome:
@@ -102,8 +112,11 @@ def _solve(
         solved = prune_layers(network, method, counts, request.reconstruct is not None)
     if request.reconstruct != "network":
         return Outcome(request, solved=solved)
-    shares = {t.name: t.kept / t.numel for t in network.targets}
-    steps, trained = _distil(network, request, Fixed(), Budget(allocation=shares), clock)
+    budget = network.budget
+    if not isinstance(network.pattern, NM):
+        kept = {name: result.units.float().mean() for name, result in solved.items()}
+        budget = Budget(allocation={name: float(share) for name, share in kept.items()})
+    steps, trained = _distil(network, request, Fixed(), budget, clock)
     return Outcome(request, steps, trained, solved)
 
 
@@ -113,7 +126,8 @@ def _train(
     """Let a method of training find masks during a distillation; then perhaps refit the layers."""
     budget = network.budget
     if isinstance(method, FCPTS) and request.joint:
-        method = dataclasses.replace(method, max_layer_sparsity=network.max_layer_sparsity)
+        cap = min(method.max_layer_sparsity, network.max_layer_sparsity)
+        method = dataclasses.replace(method, max_layer_sparsity=cap)
     elif counts is not None and not isinstance(network.pattern, NM):
         limits = network.limits
         pairs = zip(limits.names, counts, limits.units, strict=True)
@@ -122,7 +136,7 @@ def _train(
     if request.reconstruct == "network":
         return Outcome(request, steps, trained)
     with clock("layers"):
-        given = Given(kept_by(network.targets, network.tilings))
+        given = Given(kept_by(network.targets, network.pattern))
         network.pruned.load_state_dict(network.dense.state_dict())
         kept = [int(units.sum()) for units in given.units.values()]
         solved = prune_layers(network, given, kept, request.reconstruct == "layer")

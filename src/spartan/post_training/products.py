@@ -40,6 +40,7 @@ class Product:
         outputs: First and last + 1 of the weight's outputs that are computed.
         groups: Of a grouped convolution: each has its own inputs and its share of the outputs.
         positions: Columns of X: samples, tokens, pixels.
+        inputs: What X is made of.
         gather: Returns the columns of X at some positions, (groups, inputs, positions).
     """
 
@@ -47,6 +48,7 @@ class Product:
     outputs: tuple[int, int]
     groups: int
     positions: int
+    inputs: Tensor
     gather: Callable[[Tensor], Tensor]
 
     def columns(self, positions: Tensor) -> Iterator[Tensor]:
@@ -110,7 +112,7 @@ class Catch(TorchDispatchMode):
         if index is None:
             return None
         if factor.dim() == 3:
-            if factor.stride(0) != 0:
+            if factor.stride(0) != 0 and factor.shape[0] != 1:
                 return None  # a matrix for each sample is not one layer
             factor = factor[0]
             other = other.transpose(0, 1).flatten(1) if along == -2 else other.flatten(0, 1)
@@ -129,7 +131,7 @@ class Catch(TorchDispatchMode):
             other = other[:, None]
         x = other if along == -2 else other.t()
         outputs = first, first + factor.shape[0]
-        return Product(index, outputs, 1, x.shape[1], lambda p: x[:, p][None])
+        return Product(index, outputs, 1, x.shape[1], x, lambda p: x[:, p][None])
 
     def _convolution(
         self,
@@ -170,7 +172,7 @@ class Catch(TorchDispatchMode):
         patches = _Patches(x, groups, size, stride, dilation, shape, flipped=transposed)
         outputs = self.weights[index].oriented_shape[0]
         count = x.shape[0] * math.prod(shape)
-        return Product(index, (0, outputs), groups, count, patches)
+        return Product(index, (0, outputs), groups, count, x, patches)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from typing import Literal
 
 from spartan.errors import MethodError, did_you_mean
 from spartan.methods.base import Method
+from spartan.methods.fcpts import FCPTS
 from spartan.methods.fcpts_published import PublishedFCPTS
+from spartan.methods.fixed import Fixed
+from spartan.methods.gated import Gated
 from spartan.patterns import NM, Pattern
 from spartan.post_training.allocation import Allocation, check_allocation
 from spartan.post_training.base import LayerMethod
@@ -38,7 +41,8 @@ class Request:
     @property
     def joint(self) -> bool:
         """Whether the method finds the rates of layers itself."""
-        return isinstance(self.method, Method) and self.allocation == "learned"
+        learns = isinstance(self.method, FCPTS | PublishedFCPTS)
+        return learns and self.allocation == "learned"
 
     @property
     def best(self) -> bool:
@@ -65,9 +69,14 @@ def make_request(
         method = create(method)
     elif not isinstance(method, LayerMethod | Method):
         raise MethodError(f"method={method!r} is not a method; {did_you_mean('', METHODS)}")
+    if isinstance(method, Gated | Fixed):
+        raise MethodError(
+            f"{method.name!r} cannot be used in a distillation: gates need their random passes, "
+            "and 'fixed' prunes nothing."
+        )
     trains = isinstance(method, Method)
     if allocation is None:
-        allocation = "learned" if trains else "erk"
+        allocation = "learned" if isinstance(method, FCPTS | PublishedFCPTS) else "erk"
     check_allocation(allocation)
     if isinstance(pattern, NM):
         allocation = "uniform"  # n of every m leaves nothing to spread

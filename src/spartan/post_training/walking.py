@@ -20,7 +20,7 @@ from torch import nn
 
 from spartan.post_training.products import Catch, Product
 from spartan.prunable import Prunable
-from spartan.samples import run_on
+from spartan.samples import run_on_copy
 
 
 class _StoppedError(BaseException):
@@ -43,6 +43,9 @@ class Pass:
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Go to the first product."""
         self._thread.start()
         self.go()
 
@@ -55,17 +58,18 @@ class Pass:
             raise self._error
 
     def stop(self) -> None:
-        """End the pass where it stands."""
+        """End the pass where it stands, also if it never began, or was interrupted on its way."""
         self._stopping = True
-        self._resume.release()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._resume.release()
+            self._thread.join(0.05)
         self.product = None
 
     def _run(self) -> None:
         try:
             self._resume.acquire()
             with torch.no_grad(), Catch(self._weights, self._meet):
-                run_on(self._model, self._batch)
+                run_on_copy(self._model, self._batch)
         except _StoppedError:
             pass
         except BaseException as error:  # handed to the thread that waits
@@ -75,6 +79,8 @@ class Pass:
             self._arrived.release()
 
     def _meet(self, product: Product) -> None:
+        if self._stopping:
+            raise _StoppedError
         self.product = product
         self._arrived.release()
         self._resume.acquire()
@@ -87,11 +93,12 @@ class Walk:
 
     Iterating gives, layer by layer in the order of the passes, the index of a weight and the
     products of all batches with it: (dense, pruned). The pruned model's weight may be changed
-    before the next step of the iteration.
+    before the next step of the iteration. Where the pruned model takes another way than the dense
+    one, as experts do that are chosen by the data, the dense product stands for both.
 
     Args:
         dense: The dense model, in evaluation mode.
-        pruned: The model that is being pruned; the same object to walk through one model only.
+        pruned: The model that is being pruned.
         batches: Calibration batches.
         weights: Weights of the dense model, and the same of the pruned one.
         order: Indices of the weights in the order in which they are to be visited.
@@ -115,9 +122,11 @@ class Walk:
         dense, pruned, batches, (ours, theirs) = self._arguments
         try:
             for batch in batches:
-                first = Pass(dense, batch, ours)
-                second = first if pruned is dense else Pass(pruned, batch, theirs)
-                self._passes.append((first, second))
+                # Known before they run, so that whatever interrupts can end them.
+                pair = Pass(dense, batch, ours), Pass(pruned, batch, theirs)
+                self._passes.append(pair)
+                for one in pair:
+                    one.start()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -129,23 +138,22 @@ class Walk:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for one in {p for pair in self._passes for p in pair}:
-            one.stop()
+        for pair in self._passes:
+            for one in pair:
+                one.stop()
         torch.backends.mha.set_fastpath_enabled(self._fast)
 
     def __iter__(self) -> Iterator[tuple[int, list[tuple[Product, Product]]]]:
         done: set[int] = set()
         for index in self._order:
             for pair in self._passes:
-                for one in dict.fromkeys(pair):
+                for one in pair:
                     while one.product is not None and one.product.index in done:
                         one.go()
             products = [
-                (first.product, second.product)
-                for first, second in self._passes
-                if first.product is not None
-                and second.product is not None
-                and first.product.index == second.product.index == index
+                (first, second if second is not None and second.index == index else first)
+                for first, second in ((a.product, b.product) for a, b in self._passes)
+                if first is not None and first.index == index
             ]
             yield index, products
             done.add(index)

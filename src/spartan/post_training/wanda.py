@@ -3,7 +3,8 @@ r"""Wanda: weights times the norm of their inputs, compared within each output.
     score_ij = |w_ij| · |x_j|₂,    |x_j|₂² = H_jj
 
 Each output keeps the same number of weights (those of a layer that its number of outputs does not
-divide go to its first outputs). Where a unit spans several outputs, bands of outputs are compared.
+divide go to its first outputs), or all it has. Where a unit spans several outputs, bands of outputs
+are compared.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from spartan.post_training.base import LayerMethod, Solution
 from spartan.post_training.grams import LayerProblem
@@ -37,11 +39,21 @@ class Wanda(LayerMethod):
         scores = tiling.pool(scores)
         if tiling.kept_of is not None:
             return Solution(tiling.largest(scores, kept), problem.dense)
-        bands, width = tiling.units
-        each, more = divmod(kept, bands)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        place = torch.arange(width, device=scores.device)
-        limit = each + (torch.arange(bands, device=scores.device) < more).long()
-        stays = place < limit[:, None]
-        units = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, stays)
+        there = tiling.pool(problem.dense.abs()) > 0
+        order = scores.where(there, -1.0).argsort(dim=1, descending=True, stable=True)
+        place = torch.arange(tiling.units[1], device=scores.device)
+        stays = place < _even(there.sum(dim=1), kept)[:, None]
+        units = torch.zeros_like(there).scatter(1, order, stays)
         return Solution(units, problem.dense)
+
+
+def _even(available: Tensor, kept: int) -> Tensor:
+    """Divide a number over bands, as evenly as what each of them has allows."""
+    kept = min(kept, int(available.sum()))
+    levels = torch.arange(int(available.max()) + 1, device=available.device)
+    totals = torch.minimum(available[None], levels[:, None]).sum(dim=1)
+    level = int((totals <= kept).sum()) - 1
+    shares = available.clamp(max=level)
+    more = (available > level).nonzero().squeeze(1)[: kept - int(totals[level])]
+    shares[more] += 1
+    return shares

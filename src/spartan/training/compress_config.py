@@ -58,6 +58,12 @@ class CompressConfig:
     """Steps of the distillation."""
     lr: float | None = None
     """Its learning rate; by default 0.003 with batch norms, 0.0005 without."""
+    temperature: float = 4.0
+    """Of the logits in its loss."""
+    loss: str = "auto"
+    """kl on logits, mse on all outputs (regression), or auto."""
+    held_out: float = 0.125
+    """Fraction of the samples that the distillation is judged by."""
     batch_size: int = 64
     """Samples of a batch."""
     augment: bool | None = None
@@ -104,7 +110,14 @@ class CompressConfig:
 
     def make_distillation(self, augment: Any) -> Distillation:
         """Create the settings of the distillation."""
-        return Distillation(self.steps, self.batch_size, self.lr, augment=augment)
+        return Distillation(
+            self.steps,
+            self.batch_size,
+            self.lr,
+            self.temperature,
+            self.loss,  # type: ignore[arg-type]
+            augment,
+        )
 
     def to_json(self) -> str:
         """Return the config file's text."""

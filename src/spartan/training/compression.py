@@ -104,6 +104,7 @@ def run_job(config: CompressConfig, job: Job, tick: Tick) -> tuple[Run, Compress
         unreached=config.unreached,  # type: ignore[arg-type]
         distillation=config.make_distillation(_augment(config, job.images)),
         minutes=config.minutes,
+        held_out=config.held_out,
         batch_size=config.batch_size,
         seed=config.seed,
         progress=tick,
@@ -191,11 +192,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     samples = report.samples[0]
     each = report.settings.get("distillation", {}).get("batch_size", samples)
-    epochs = max(1, samples // each)
+    steps_per_epoch = max(1, samples // each)
     steps = report.settings["steps"]
     rows: list[dict[str, Any]] = []
     for row in report.rows:
-        rows.append({"split": "train", "epoch": row["step"] / epochs, **row})
+        rows.append({"split": "train", "epoch": row["step"] / steps_per_epoch, **row})
     for step, density, measured in ((0, 1.0, before), (steps, report.density, after)):
         if measured is not None:
             loss, accuracy = measured
@@ -203,7 +204,7 @@ def _rows(
                 {
                     "split": "test",
                     "step": step,
-                    "epoch": step / epochs,
+                    "epoch": step / steps_per_epoch,
                     "loss": loss,
                     "accuracy": accuracy,
                     "density": density,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,10 @@ class Run:
     def config(self) -> TrainConfig | CompressConfig:
         """Read the options the run was begun with: of a training run, or of a compression."""
         text, source = read_options(self.config_path), str(self.config_path)
-        values = json.loads(text) if f'"command": "{COMMAND}"' in text else None
-        if isinstance(values, dict):
-            return compress_config_from(values, source)
+        with contextlib.suppress(json.JSONDecodeError):  # told below
+            values = json.loads(text)
+            if isinstance(values, dict) and values.get("command") == COMMAND:
+                return compress_config_from(values, source)
         return config_from_json(text, source)
 
     def metrics(self) -> list[dict[str, Any]]:

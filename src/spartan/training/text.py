@@ -33,14 +33,15 @@ def open_text_model(config: CompressConfig) -> tuple[nn.Module, dict[str, Tensor
             f"transformers:{name} needs transformers: pip install transformers."
         ) from error
     try:
-        text = Path(config.calibration).read_text()
+        text = Path(config.calibration).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read the text {config.calibration!r}: {error}.") from error
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name)
     except Exception as error:
         raise ConfigError(f"transformers cannot open {name!r}: {error}") from error
+    model.config.use_cache = False  # nothing is generated
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     windows = tokens[: len(tokens) // config.tokens * config.tokens].view(-1, config.tokens)
     if len(windows) < 2:
