@@ -14,7 +14,8 @@ from spartan.errors import BudgetError
 from spartan.prunable import Prunable
 from spartan.samples import run_on
 
-_MATMULS = {
+# Products of two matrices, and the places of their factors.
+MATMULS = {
     torch.ops.aten.mm.default: (0, 1),
     torch.ops.aten.bmm.default: (0, 1),
     torch.ops.aten.addmm.default: (1, 2),
@@ -76,8 +77,8 @@ class _FlopCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _MATMULS:
-            left, right = (args[i] for i in _MATMULS[func])
+        if func in MATMULS:
+            left, right = (args[i] for i in MATMULS[func])
             self._charge(left, 2 * out.numel() * left.shape[-1])
             self._charge(right, 2 * out.numel() * left.shape[-1])
         elif func is torch.ops.aten.convolution.default:

@@ -1,10 +1,13 @@
-"""Sample inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+"""Sample inputs: a tensor, a tuple of positional or a dict of keyword arguments; and outputs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 def run_on(model: Callable[..., Any], sample: Any) -> Any:
@@ -19,3 +22,18 @@ def run_on(model: Callable[..., Any], sample: Any) -> Any:
 def run_on_copy(model: Callable[..., Any], sample: Any) -> Any:
     """Call a model on a copy of a sample input, which it may write into."""
     return run_on(model, copy.deepcopy(sample))
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an output: a tensor, or dicts, lists, tuples or dataclasses of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))

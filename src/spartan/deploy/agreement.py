@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spartan.always_sparse.conversion import to_dense
 from spartan.errors import DeployError
-from spartan.samples import run_on
+from spartan.samples import run_on, tensors_of
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -59,15 +58,3 @@ def relative_error(result: Any, reference: Any) -> float:
             error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
             worst = max(worst, float(error))
     return worst
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an output: a tensor, or dicts, lists and tuples of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_of(item)

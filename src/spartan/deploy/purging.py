@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from spartan.deploy.agreement import copy_of, relative_error, run, tensors_of
+from spartan.deploy.agreement import copy_of, relative_error, run
 from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
 from spartan.deploy.graph import simplify, trace
 from spartan.errors import DeployError
+from spartan.samples import tensors_of
 
 _TOLERANCE = 1e-5
 

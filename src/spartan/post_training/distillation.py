@@ -4,15 +4,14 @@ r"""Network-wise reconstruction: the pruned network learns what the dense one an
 
 averaged over samples (and tokens), or the mean squared error relative to the spread of the dense
 outputs where those are no logits. Labels are not used; dropout is off. While masks move, batch
-norms use the statistics of their batch, and estimate their running ones before each look at the
-held-out samples; with fixed masks, whose layers were solved for the running ones, they keep these.
+norms use the statistics of their batch, and learn their running ones; with fixed masks, whose
+layers were solved for the running ones, they keep these.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from spartan.methods.base import Method
 from spartan.methods.fixed import Fixed
 from spartan.post_training.calibration import Calibration
 from spartan.post_training.network import Network
-from spartan.samples import run_on, run_on_copy
+from spartan.samples import run_on, run_on_copy, tensors_of
 from spartan.seeds import derive_seed
 
 Augment = Callable[[Any, torch.Generator], Any]
@@ -201,8 +200,6 @@ def distil(
 
     def look(step: int) -> None:
         nonlocal best
-        if moving:
-            _refresh_norms(model, network.fit.batches(how.batch_size))
         loss = how.loss_on(model, held_out)
         if math.isnan(loss):
             raise NonFiniteError(
@@ -262,30 +259,6 @@ def _step(
     return float(loss.detach())
 
 
-def _refresh_norms(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Let batch norms estimate their running statistics anew, on samples as they are.
-
-    Those of the training steps are of changed inputs, and lag behind the weights.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
-    batches = [batch for batch in batches if len(next(_tensors(batch))) > 1]
-    momenta = [norm.momentum for norm in norms]
-    if not norms or not batches:
-        return
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average over batches
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            run_on_copy(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-
-
 def _looks(method: Method, steps: int) -> set[int]:
     """Return the steps after which the held-out samples are looked at; the last is one."""
     first = next((s for s in range(steps + 1) if method.progress(s, steps) >= 1.0), steps)
@@ -314,19 +287,5 @@ def _logits(output: Any) -> Tensor | None:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the floating-point tensors in a value; of inputs without any, all tensors."""
-    found = list(_all_tensors(value))
+    found = list(tensors_of(value))
     yield from [t for t in found if t.is_floating_point()] or found
-
-
-def _all_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _all_tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _all_tensors(item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _all_tensors(getattr(value, field.name))

@@ -16,19 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spartan.flops import MATMULS
 from spartan.prunable import Prunable
 
 _CHUNK = 1 << 24  # entries of X that are gathered at a time
-
-# Operator: places of its left and right factor.
-_MATMULS = {
-    torch.ops.aten.mm.default: (0, 1),
-    torch.ops.aten.bmm.default: (0, 1),
-    torch.ops.aten.addmm.default: (1, 2),
-    torch.ops.aten.baddbmm.default: (1, 2),
-    torch.ops.aten.mv.default: (0, 1),
-    torch.ops.aten.addmv.default: (1, 2),
-}
 
 
 @dataclass(frozen=True)
@@ -82,8 +73,8 @@ class Catch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         product = None
-        if func in _MATMULS:
-            left, right = (args[i] for i in _MATMULS[func])
+        if func in MATMULS:
+            left, right = (args[i] for i in MATMULS[func])
             product = self._matmul(right, left, -1) or self._matmul(left, right, -2)
         elif func is torch.ops.aten.convolution.default:
             product = self._convolution(*args)
