@@ -1,8 +1,8 @@
 """Which combination of method, allocation and reconstruction suits the time there is.
 
-What was measured (`benchmarks/post_training.py`): with time for a distillation, FCPTS, which moves
-masks and rates during it, is ahead of every solver that is followed by one. Without it, one sweep
-of SparseGPT with a refit is ahead of what else takes seconds.
+What `benchmarks/post_training.py` measured: from 50 steps on, which take as long as a sweep of
+SparseGPT with a refit, FCPTS is ahead of that (74.7 and 74.4 % at 80 % sparsity, 64.4 and 63.7 % at
+90 %), and gains with every further step.
 """
 
 from __future__ import annotations
