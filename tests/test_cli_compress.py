@@ -148,6 +148,8 @@ def test_ctrl_c_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "spartan", "compress", str(dense), "--calibration", "digits",
          "--density", "0.1", "--steps", "1000000", "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        # A shell in the background lets its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     time.sleep(8)
