@@ -54,6 +54,10 @@ class CalibrationError(SpartanError, ValueError):
     """Calibration data are missing, too few, or not what the model takes."""
 
 
+class AdapterError(SpartanError, ValueError):
+    """An adapter's setting is out of range, or it does not fit the model."""
+
+
 class FileError(SpartanError, OSError):
     """A file cannot be read or written, or its content is damaged."""
 

@@ -7,14 +7,15 @@ namespace {
 
 std::vector<InstructionSet> supported() {
   std::vector<InstructionSet> sets = {
-      {&baseline_loops(), &baseline_products(), &baseline_connections()}};
+      {&baseline_loops(), &baseline_products(), &baseline_connections(), &baseline_mixing()}};
 #if defined(SPARTAN_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back({&avx2_loops(), &avx2_products(), &avx2_connections()});
+    sets.push_back({&avx2_loops(), &avx2_products(), &avx2_connections(), &avx2_mixing()});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      sets.push_back({&avx512_loops(), &avx512_products(), &avx512_connections()});
+      sets.push_back(
+          {&avx512_loops(), &avx512_products(), &avx512_connections(), &avx512_mixing()});
   }
 #endif
   return sets;

@@ -9,6 +9,7 @@
 
 #include "connections.h"
 #include "loops.h"
+#include "mixing.h"
 #include "products.h"
 
 namespace spartan {
@@ -17,6 +18,7 @@ struct InstructionSet {
   const Loops* loops;
   const ProductLoops* products;
   const ConnectionLoops* connections;
+  const MixingLoops* mixing;
 };
 
 const InstructionSet& current_set();
@@ -25,6 +27,7 @@ void use_instruction_set(const std::string& name);
 
 void bind_layers(nanobind::module_&);
 void bind_connections(nanobind::module_&);
+void bind_mixing(nanobind::module_&);
 void bind_buffers(nanobind::module_&);
 
 }  // namespace spartan

@@ -2,3 +2,4 @@
 #include "loops.inc"
 #include "products.inc"
 #include "connections.inc"
+#include "mixing.inc"

@@ -188,6 +188,7 @@ void pull_back_by_units(const Sizes& grid, std::uintptr_t grad, std::uintptr_t t
 NB_MODULE(_native, m) {
   bind_layers(m);
   bind_connections(m);
+  bind_mixing(m);
   bind_buffers(m);
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &use_instruction_set);

@@ -1,0 +1,147 @@
+"""What an adapter is: modules added to a frozen backbone, and modules trained as copies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spartan.adapters.layers import Layer
+from spartan.described import Described
+from spartan.errors import AdapterError, did_you_mean
+
+
+class AddOn(nn.Module):
+    """What changes the output of a module of the backbone."""
+
+    def forward(self, output: Tensor, inputs: tuple[Any, ...], module: nn.Module) -> Tensor:
+        """Return the new output.
+
+        Args:
+            output: Output of the module, (..., width).
+            inputs: What the module was called with.
+            module: The module.
+        """
+        raise NotImplementedError
+
+    def merge(self, module: nn.Module) -> None:
+        """Write what this adds into the module's weights, if that can be done.
+
+        Raises:
+            AdapterError: It cannot.
+        """
+        raise AdapterError(
+            f"A {type(self).__name__} depends on its input in a way that no weight of the backbone "
+            "can express, so it cannot be merged. Keep it, or unload() it."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Described):
+    """Base of all adapters. A method is one subclass, and its row in `ADAPTERS`.
+
+    Attributes:
+        target_layers: `"all"`; numbers of layers; the path of the list that holds the layers, where
+            they are not found; or paths or globs of single modules.
+        modules_to_save: Modules, by name or end of name, that are trained and saved whole: the
+            head, usually.
+        train_layernorm: Whether all norms are trained too.
+    """
+
+    target_layers: str | Sequence[int] | Sequence[str] = "all"
+    modules_to_save: Sequence[str] = ()
+    train_layernorm: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            raise AdapterError(
+                f"modules_to_save={self.modules_to_save!r} must be a list of names, such as "
+                f"[{self.modules_to_save!r}]."
+            )
+
+    def add_ons(self, layers: Sequence[Layer]) -> Iterator[tuple[str, AddOn]]:
+        """Yield the path of a module and what is to be added to it, in float32 on the CPU."""
+        return iter(())
+
+    def copied(self, model: nn.Module) -> list[str]:
+        """Return the paths of the modules that are trained as copies."""
+        paths = [path for name in self.modules_to_save for path in _find(model, name)]
+        if self.train_layernorm:
+            paths += norms(model)
+        return outermost(paths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the adapter's name and settings as JSON knows them."""
+        return self.settings()
+
+
+def config_from(values: Mapping[str, Any], kinds: Mapping[str, type[AdapterConfig]]) -> Any:
+    """Create the config that `to_dict` was called on.
+
+    Raises:
+        AdapterError: The kind or an option is unknown, or a value is out of range.
+    """
+    settings = dict(values)
+    name = settings.pop("name", None)
+    if name not in kinds:
+        raise AdapterError(f"Unknown adapter {name!r}; {did_you_mean(str(name), kinds)}")
+    known = {field.name for field in dataclasses.fields(kinds[name])}
+    for key in settings:
+        if key not in known:
+            raise AdapterError(f"{name} has no setting {key!r}; {did_you_mean(key, known)}")
+    try:
+        return kinds[name](**settings)
+    except TypeError as error:
+        raise AdapterError(f"A setting of {name} has the wrong type: {error}.") from error
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Return the paths of all layer and RMS norms with parameters."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if type(module).__name__.endswith("Norm")
+        and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def owners(model: nn.Module) -> list[str]:
+    """Return the outermost modules that own parameters themselves."""
+    paths = [p for p, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    return outermost(paths)
+
+
+def outermost(paths: Sequence[str]) -> list[str]:
+    """Return the paths that lie in no other one, each once."""
+    unique = list(dict.fromkeys(paths))
+    return [p for p in unique if not any(q != p and _inside(p, q) for q in unique)]
+
+
+def initialized(weight: Tensor, std: float) -> nn.Parameter:
+    """Return a parameter drawn from N(0, std²), cut at two standard deviations."""
+    return nn.Parameter(nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std))
+
+
+def _inside(path: str, outer: str) -> bool:
+    return not outer or path.startswith(outer + ".")
+
+
+def _find(model: nn.Module, name: str) -> list[str]:
+    paths = [path for path, _ in model.named_modules() if path]
+    found = [path for path in paths if path == name or path.endswith("." + name)]
+    if not found:
+        raise AdapterError(
+            f"modules_to_save names {name!r}, which {type(model).__name__} does not have; "
+            + did_you_mean(name, paths)
+        )
+    return found
+
+
+def adapter_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype to train in beside a module: at least float32."""
+    dtypes = {p.dtype for p in module.parameters()}
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,0 +1,42 @@
+// How a memory mixes its values: parents chosen hard, the children of each one softly.
+
+#pragma once
+
+#include <cstdint>
+
+namespace spartan {
+
+struct Memory {
+  std::int64_t parents, children, chosen;
+  float temperature;  // of the children
+
+  std::int64_t values() const { return parents * children; }
+};
+
+// Logits of successive positions.
+struct Logits {
+  const float* of_parents;   // (positions, parents)
+  const float* of_children;  // (positions, parents, children)
+};
+
+// Room for what is computed about one position, in whole vectors of any instruction set.
+struct MixingRoom {
+  std::uint32_t* keys;    // of the parents
+  std::int64_t* places;   // of those chosen
+  float* terms;           // of those chosen, and of their children
+
+  static std::int64_t whole(std::int64_t count) { return (count + 15) / 16 * 16; }
+};
+
+struct MixingLoops {
+  // weights[n][c] = a_n b_nc for each position: a is the softmax over the `chosen` largest parents,
+  // the first ones of equals, and 0 elsewhere; b_n the softmax over the children of n.
+  // A logit that is read and not finite makes all weights of its position NaN.
+  void (*mix)(const Memory&, Logits, std::int64_t positions, float* weights, const MixingRoom&);
+};
+
+const MixingLoops& baseline_mixing();
+const MixingLoops& avx2_mixing();
+const MixingLoops& avx512_mixing();
+
+}  // namespace spartan
