@@ -1,6 +1,6 @@
 """Train, prune and ship PyTorch networks at exactly the sparsity asked for."""
 
-from spartan import always_sparse, kernels, methods, post_training
+from spartan import adapters, always_sparse, kernels, methods, post_training
 from spartan.budget import Budget
 from spartan.deploy import accelerate, load, purge, save
 from spartan.errors import SpartanError
@@ -22,6 +22,7 @@ __all__ = [
     "SpartanError",
     "Unstructured",
     "accelerate",
+    "adapters",
     "always_sparse",
     "compress",
     "freeze",

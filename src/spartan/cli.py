@@ -12,6 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from spartan.cli_adapt import adapt
 from spartan.cli_compress import compress
 from spartan.cli_deploy import deploy_commands
 from spartan.deploy import accelerate
@@ -99,6 +100,7 @@ def run_command(words: Sequence[str]) -> int:
         "inspect": inspect,
         "methods": methods,
         "compress": compress,
+        "adapt": adapt,
         **deploy_commands(),
     }
     code: int = tyro.extras.subcommand_cli_from_dict(

@@ -88,8 +88,12 @@ class AdapterModel(nn.Module):
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """Call the backbone with the active adapter; arguments and result are the backbone's."""
-        self._active  # noqa: B018  compiled code is renewed when another adapter is active
-        return self.base_model(*args, **_with_labels(labels, kwargs))
+        if labels is not None:
+            # Spelled out for transformers' Trainer, which looks for such names in the class.
+            kwargs["labels"] = labels
+        # Compiled code does not notice that hooks change. It does notice what branches depend on.
+        model = self.base_model if self._active else self.get_base_model()
+        return model(*args, **kwargs)
 
     def add_adapter(self, adapter_name: str, config: AdapterConfig) -> None:
         """Add a new adapter, without making it active.
@@ -272,8 +276,3 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
-
-
-def _with_labels(labels: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    # `labels` is spelled out for transformers' Trainer, which looks for such names in the class.
-    return kwargs if labels is None else {**kwargs, "labels": labels}

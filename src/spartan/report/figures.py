@@ -29,7 +29,7 @@ def accuracy(runs: Sequence[RunFacts]) -> str:
         _curves(axes, runs, "test", "accuracy", scale=100)
         _curves(axes, runs, "train", "accuracy", scale=100, faint=True)
 
-    return _figure(draw, "epoch", "accuracy, %", legend=len(runs) > 1)
+    return figure(draw, "epoch", "accuracy, %", legend=len(runs) > 1)
 
 
 def loss(runs: Sequence[RunFacts]) -> str:
@@ -45,7 +45,7 @@ def loss(runs: Sequence[RunFacts]) -> str:
             _curve(axes, run, color, *held_out)
             _curve(axes, run, color, "train", "loss", faint=True)
 
-    return _figure(draw, "epoch", "loss", legend=len(runs) > 1)
+    return figure(draw, "epoch", "loss", legend=len(runs) > 1)
 
 
 def schedule(runs: Sequence[RunFacts]) -> str:
@@ -66,7 +66,7 @@ def schedule(runs: Sequence[RunFacts]) -> str:
             right.set_ylim(bottom=0)
             right.spines["top"].set_visible(False)
 
-    return _figure(draw, "epoch", "density, %", legend=len(runs) > 1, log=True)
+    return figure(draw, "epoch", "density, %", legend=len(runs) > 1, log=True)
 
 
 def churn(runs: Sequence[RunFacts]) -> str:
@@ -76,7 +76,7 @@ def churn(runs: Sequence[RunFacts]) -> str:
         _curves(axes, runs, "train", "churn", scale=100)
         axes.set_ylim(bottom=0)
 
-    return _figure(draw, "epoch", "units that changed, %", legend=len(runs) > 1)
+    return figure(draw, "epoch", "units that changed, %", legend=len(runs) > 1)
 
 
 def densities(runs: Sequence[RunFacts]) -> str:
@@ -106,7 +106,7 @@ def _layers(runs: Sequence[RunFacts], value_of: Callable[[Layer], float | None],
         axes.set_ylim(len(names) - 0.4, -0.6)
 
     size = (7.6, max(2.0, 0.24 * len(names) * max(1.0, 0.7 * len(runs)) + 0.8))
-    return _figure(draw, label, "", legend=len(runs) > 1, size=size)
+    return figure(draw, label, "", legend=len(runs) > 1, size=size)
 
 
 def histograms(run: RunFacts) -> str:
@@ -132,7 +132,7 @@ def histograms(run: RunFacts) -> str:
         axes.set_ylim(-0.15, len(shown) + 0.05)
 
     size = (7.6, max(2.0, 0.27 * len(shown) + 0.8))
-    return _figure(draw, "weight (nonzero ones)", "", size=size)
+    return figure(draw, "weight (nonzero ones)", "", size=size)
 
 
 def _curves(
@@ -174,11 +174,16 @@ def _curve(
     )
 
 
+def color_of(number: int) -> str:
+    """Return the colour of the run of this number."""
+    return _COLORS[number % len(_COLORS)]
+
+
 def _colors(runs: Sequence[RunFacts]) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(len(runs))]
+    return [color_of(i) for i in range(len(runs))]
 
 
-def _figure(
+def figure(
     draw: Callable[[Axes], None],
     x_label: str,
     y_label: str,
@@ -186,6 +191,7 @@ def _figure(
     log: bool = False,
     size: tuple[float, float] = (7.6, 3.0),
 ) -> str:
+    """Return what `draw` puts on axes, as SVG text."""
     settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with mpl.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")

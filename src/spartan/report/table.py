@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from spartan import kernels, methods, post_training
+from spartan.adapters import ADAPTERS
 from spartan.described import Described
 from spartan.report.facts import read_facts
 from spartan.report.inspection import FileFacts
+from spartan.training.adapting import Adapted
 from spartan.training.run import Run
 from spartan.training.trainer import Trainer
 
@@ -56,6 +60,26 @@ def print_methods(console: Console) -> None:
     for solver in post_training.METHODS.values():
         if issubclass(solver, post_training.LayerMethod):
             _print_method(console, solver, "costs")
+    console.print("\nfor `spartan adapt`:", highlight=False)
+    for adapter in ADAPTERS.values():
+        _print_method(console, adapter, "adds")
+
+
+def print_adapted(console: Console, adapted: Sequence[Adapted]) -> None:
+    """Print what adapters reached."""
+    columns = ("accuracy", "loss", "trained", "bytes", "training, texts/s", "inference, texts/s")
+    table = _table("adapters", "adapter", *columns)
+    for one in adapted:
+        table.add_row(
+            one.name,
+            f"{one.accuracy:.2%}",
+            f"{one.loss:.4f}",
+            f"{one.parameters:,}",
+            f"{one.bytes:,}",
+            f"{one.train_per_second:.1f}",
+            f"{one.infer_per_second:.1f}",
+        )
+    console.print(table)
 
 
 def _print_method(console: Console, method: type[Described], verb: str) -> None:

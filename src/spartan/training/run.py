@@ -79,8 +79,14 @@ class Run:
         text, source = read_options(self.config_path), str(self.config_path)
         with contextlib.suppress(json.JSONDecodeError):  # told below
             values = json.loads(text)
-            if isinstance(values, dict) and values.get("command") == COMMAND:
+            command = values.get("command") if isinstance(values, dict) else None
+            if command == COMMAND:
                 return compress_config_from(values, source)
+            if command is not None:
+                raise ConfigError(
+                    f"{str(self.folder)!r} was written by `spartan {command}` and holds no run. "
+                    f"Its report is {self.report_path}."
+                )
         return config_from_json(text, source)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -1,0 +1,83 @@
+"""The command of `spartan` that adapts a pretrained transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spartan.errors import FileError
+from spartan.files import write_text
+from spartan.report.adapting import write_adapting_page
+from spartan.report.table import print_adapted
+from spartan.training.adapt_config import AdaptConfig
+from spartan.training.adapting import Adapted, open_adapt_job
+from spartan.training.adapting import adapt as adapt_one
+from spartan.training.run import Run
+
+
+def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
+    """Train small adapters on a frozen pretrained transformer; several are compared.
+
+    Args:
+        options: Every option of the adaptation.
+    """
+    console = Console()
+    folder = Path(options.out)
+    Run(folder).refuse_existing()
+    job = open_adapt_job(options)
+    console.print(
+        f"{len(job.data.train):,} texts of {len(job.data.classes)} classes, "
+        f"{len(job.data.test):,} held out",
+        highlight=False,
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Cannot make the folder {options.out!r}: {error.strerror}.") from error
+    write_text(folder / "config.json", options.to_json())
+    adapted: list[Adapted] = []
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        tasks = {name: progress.add_task(name, total=None) for name in options.adapter}
+
+        def tick(name: str, done: int, total: int) -> None:
+            progress.update(tasks[name], completed=done, total=total)
+
+        for name in options.adapter:
+            adapted.append(adapt_one(options, job, name, folder / name, tick))
+            _write(folder, options, adapted, job.data.classes)
+    print_adapted(console, adapted)
+    console.print(
+        f"adapters {', '.join(str(folder / one.name) for one in adapted)}\n"
+        f"report   {folder / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _write(folder: Path, options: AdaptConfig, adapted: list[Adapted], classes: list[str]) -> None:
+    """Write what has been reached so far."""
+    results = [
+        {
+            **{k: v for k, v in vars(one).items() if k != "specializations"},
+            "specializations": {
+                layer: {"bits": found.bits, "by_chance": found.by_chance, "p": found.p,
+                        "shares": found.shares.tolist()}
+                for layer, found in one.specializations.items()
+            },
+        }
+        for one in adapted
+    ]  # fmt: skip
+    text = json.dumps({"classes": classes, "adapters": results}, indent=1) + "\n"
+    write_text(folder / "results.json", text)
+    values = dataclasses.asdict(options)
+    write_adapting_page(adapted, classes, values, folder / "report.html")

@@ -1,0 +1,139 @@
+"""Every option of `spartan adapt`, in one dataclass that is also its folder's config file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from spartan.adapters import (
+    ADAPTERS,
+    AdapterConfig,
+    FullConfig,
+    HoulsbyConfig,
+    LayerNormConfig,
+    LoraConfig,
+    MemoryConfig,
+    PfeifferConfig,
+    ProbeConfig,
+)
+from spartan.errors import ConfigError, did_you_mean
+
+COMMAND = "adapt"  # what tells these files from those of other commands
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Options of one adaptation, or of several to be compared."""
+
+    source: tyro.conf.Positional[str]
+    """The pretrained model: a folder that transformers can open, with its tokenizer."""
+    data: str
+    """docs:PACKAGE (documentation of an installed package, by sub-package), a table (csv, json,
+    parquet, …) with text and label columns, or a folder with tables called train and test."""
+    task: Literal["classification"] = "classification"
+    """What is learned: a class for each text."""
+    adapter: tuple[str, ...] = ("memory",)
+    """memory, houlsby, pfeiffer, lora, layernorm, probe, full; several are compared."""
+    per_class: int | None = None
+    """Training texts of each class to draw; all by default."""
+    test_per_class: int | None = None
+    """Held-out texts of each class to draw; all by default."""
+    epochs: int = 5
+    """Passes over the training texts."""
+    batch_size: int = 16
+    """Texts of a batch."""
+    lr: float | None = None
+    """Learning rate at the start, falling to 0; by default 0.001, and 0.00005 of full."""
+    head_lr: float = 0.01
+    """The same of the new head."""
+    max_length: int = 128
+    """Tokens of a text; the rest is cut off."""
+    parents: int = 16
+    """Of memory: parents of each layer."""
+    children: int = 3
+    """Of memory: children of each parent."""
+    top_k: int = 8
+    """Of memory: parents that each position picks."""
+    temperature: float = 1.6
+    """Of memory: of the softmax over children."""
+    init: Literal["zero_value", "normal"] = "zero_value"
+    """Of memory: zero_value starts as the backbone, exactly; normal as published."""
+    balance_loss: float = 0.0
+    """Of memory: weight of the loss that spreads positions over parents."""
+    size: int = 16
+    """Of houlsby and pfeiffer: hidden units of each bottleneck."""
+    rank: int = 16
+    """Of lora: rank of the updates."""
+    train_layernorm: bool = False
+    """Train all norms too."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers to adapt; all by default."""
+    seed: int = 0
+    """Decides which texts are drawn, their order, and all new weights."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1."""
+    out: str = "runs/adapted"
+    """Folder to write: a folder for each adapter, results.json and report.html."""
+
+    def __post_init__(self) -> None:
+        for name in self.adapter:
+            if name not in ADAPTERS:
+                raise ConfigError(f"Unknown adapter {name!r}; {did_you_mean(name, ADAPTERS)}")
+        if not self.adapter or len(set(self.adapter)) < len(self.adapter):
+            raise ConfigError("--adapter needs one name or several different ones.")
+        counts = {
+            "epochs": self.epochs,
+            "batch-size": self.batch_size,
+            "max-length": self.max_length,
+        }
+        counts |= {"per-class": self.per_class or 1, "test-per-class": self.test_per_class or 1}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"--{name} {count} must be at least 1.")
+        if not self.head_lr > 0 or not (self.lr is None or self.lr > 0):
+            raise ConfigError(f"--lr {self.lr} and --head-lr {self.head_lr} must be positive.")
+        for name in self.adapter:
+            self.make_adapter(name, ())  # tells what is out of range
+
+    def make_adapter(self, name: str, head: tuple[str, ...]) -> AdapterConfig:
+        """Create the settings of one adapter, with the modules of a new head.
+
+        Raises:
+            AdapterError: A setting is out of range.
+        """
+        target: str | tuple[int, ...] = self.layers or "all"
+        common = (target, head, self.train_layernorm)
+        names = dict(
+            zip(("target_layers", "modules_to_save", "train_layernorm"), common, strict=True)
+        )
+        if name == MemoryConfig.name:
+            return MemoryConfig(
+                num_parents=self.parents,
+                children_per_parent=self.children,
+                top_k=self.top_k,
+                temperature=self.temperature,
+                init=self.init,
+                balance_loss=self.balance_loss,
+                **names,  # type: ignore[arg-type]
+            )
+        if name == LoraConfig.name:
+            return LoraConfig(rank=self.rank, **names)  # type: ignore[arg-type]
+        for bottleneck in (HoulsbyConfig, PfeifferConfig):
+            if name == bottleneck.name:
+                return bottleneck(size=self.size, **names)  # type: ignore[arg-type]
+        kinds = {kind.name: kind for kind in (LayerNormConfig, ProbeConfig, FullConfig)}
+        return kinds[name](**names)  # type: ignore[arg-type]
+
+    def lr_of(self, name: str) -> float:
+        """Return the learning rate of one adapter."""
+        if self.lr is not None:
+            return self.lr
+        return 5e-5 if name == FullConfig.name else 1e-3
+
+    def to_json(self) -> str:
+        """Return the config file's text."""
+        return json.dumps({"command": COMMAND, **dataclasses.asdict(self)}, indent=2) + "\n"
