@@ -63,10 +63,16 @@ class Run:
 
         Raises:
             FileError: There is no run.
+            ConfigError: Another command wrote the folder.
         """
         run = cls(folder)
         if not run.config_path.is_file():
             raise FileError(f"{str(folder)!r} is not a run folder: it has no config.json.")
+        if run._command not in (None, COMMAND):
+            raise ConfigError(
+                f"{str(folder)!r} was written by `spartan {run._command}` and holds no run. Its "
+                f"report is {run.report_path}."
+            )
         return run
 
     @property
@@ -77,17 +83,17 @@ class Run:
     def config(self) -> TrainConfig | CompressConfig:
         """Read the options the run was begun with: of a training run, or of a compression."""
         text, source = read_options(self.config_path), str(self.config_path)
-        with contextlib.suppress(json.JSONDecodeError):  # told below
-            values = json.loads(text)
-            command = values.get("command") if isinstance(values, dict) else None
-            if command == COMMAND:
-                return compress_config_from(values, source)
-            if command is not None:
-                raise ConfigError(
-                    f"{str(self.folder)!r} was written by `spartan {command}` and holds no run. "
-                    f"Its report is {self.report_path}."
-                )
+        if self._command == COMMAND:
+            return compress_config_from(json.loads(text), source)
         return config_from_json(text, source)
+
+    @property
+    def _command(self) -> str | None:
+        """The command that wrote the folder, where the file says it; training does not."""
+        with contextlib.suppress(json.JSONDecodeError):  # told when options are read
+            values = json.loads(read_options(self.config_path))
+            return values.get("command") if isinstance(values, dict) else None
+        return None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all metrics rows; a last line cut short by a crash is left out.

@@ -77,7 +77,9 @@ def load_texts(
         MissingExtraError: The `data` extra is needed for tables.
     """
     if source.startswith("docs:"):
-        pairs, test_pairs = list(_documentation(source.removeprefix("docs:"))), None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is deprecated there
+            pairs, test_pairs = list(_documentation(source.removeprefix("docs:"))), None
     else:
         pairs, test_pairs = _tables(Path(source))
     classes = sorted({label for _, label in pairs})
@@ -191,9 +193,7 @@ def _public(places: Sequence[str]) -> list[str]:
 def _modules(name: str) -> Iterator[ModuleType]:
     """Yield a module and the public ones inside it, as far as they can be imported."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception:  # other packages may be needed for it
         return
     yield module
