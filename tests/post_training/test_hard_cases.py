@@ -308,6 +308,7 @@ def test_what_cannot_be_distilled_is_refused() -> None:
         ({"allocation": 0.5}, "allocation="),
         ({"batch_size": 8.5}, "whole number"),
         ({"method": "best", "allocation": "erk"}, "chooses"),
+        ({"method": "fcpts-published", "max_layer_sparsity": 0.9}, "knows no max_layer_sparsity"),
     ):
         with pytest.raises(MethodError, match=message):
             compress(model, x, density=0.5, **options)

@@ -13,6 +13,7 @@ from torch import nn
 from spartan.budget import Budget
 from spartan.errors import CalibrationError, MethodError, NonFiniteError
 from spartan.methods.base import Method
+from spartan.methods.fcpts_published import PublishedFCPTS
 from spartan.patterns import Pattern, Unstructured
 from spartan.post_training.allocation import Allocation
 from spartan.post_training.base import LayerMethod
@@ -117,6 +118,8 @@ def compress(
         )
     if cost not in ("parameters", "flops"):
         raise MethodError(f"cost={cost!r} must be 'parameters' or 'flops'.")
+    if isinstance(request.method, PublishedFCPTS) and max_layer_sparsity < 1:
+        raise MethodError("'fcpts-published' knows no max_layer_sparsity; 'fcpts' does.")
     if unreached not in ("error", "dense", "magnitude"):
         raise MethodError(f"unreached={unreached!r} must be 'error', 'dense' or 'magnitude'.")
     Budget(density=density, sparsity=sparsity)  # refuses what is out of range

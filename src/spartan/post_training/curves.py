@@ -22,7 +22,7 @@ import torch
 
 from spartan.post_training.distillation import Distillation, References
 from spartan.post_training.grams import LayerProblem
-from spartan.post_training.layers import DAMPING, problems
+from spartan.post_training.layers import problems
 from spartan.post_training.least_squares import refit
 from spartan.post_training.matrices import from_matrix
 from spartan.post_training.network import Network, write
@@ -65,9 +65,9 @@ def measure_curves(
         samples = samples.split(_SAMPLES, network.seed)[1]
     references = References(network.dense, samples, how.batch_size)
     model, weights = network.scratch()
-    for index, problem in problems(network, (model, weights), DAMPING):
+    for index, problem in problems(network, (model, weights)):
         write(weights[index], from_matrix(_pruned(problem, start[index]), weights[index]))
-    layers = problems(network, (model, weights), DAMPING)
+    layers = problems(network, (model, weights))
     for done, (index, problem) in enumerate(layers, start=1):
         before = weights[index].parameter.detach().clone()
         for density in MEASURED:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
+from spartan.post_training.fused import without_fused_attention
 from spartan.post_training.matrices import Tiling, to_matrix
 from spartan.post_training.products import Catch, Product
 from spartan.prunable import Prunable
@@ -62,11 +63,6 @@ class Gram:
     def groups(self) -> int:
         """Number of groups."""
         return len(self.hessian)
-
-    def of_rows(self, matrices: Tensor) -> Tensor:
-        """Return the matrix of each group as one for each output, without copying: a view."""
-        rows = len(self.target) // self.groups
-        return matrices[:, None].expand(-1, rows, -1, -1)
 
 
 @dataclass
@@ -168,11 +164,9 @@ def catch_all(
     Raises:
         CalibrationError: The model does not run on the data.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it hides its products
     try:
         for batch in batches:
-            with torch.no_grad(), Catch(weights, meet):
+            with without_fused_attention(), torch.no_grad(), Catch(weights, meet):
                 run_on_copy(model, batch)
     except CalibrationError:
         raise
@@ -180,8 +174,6 @@ def catch_all(
         raise CalibrationError(
             f"The model does not run on the calibration data: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class GramBuilder:

@@ -42,7 +42,6 @@ class LayerResult:
 def problems(
     network: Network,
     pruned: tuple[nn.Module, Sequence[Prunable]],
-    damping: float,
     solves: bool = True,
 ) -> Iterator[tuple[int, LayerProblem]]:
     """Yield each weight that the calibration data reach, with its problem, in order of a pass.
@@ -53,7 +52,6 @@ def problems(
     Args:
         network: The network.
         pruned: A copy of the dense model, and its weights.
-        damping: See `LayerProblem`.
         solves: Whether the samples have to be enough to solve for weights.
 
     Raises:
@@ -77,7 +75,7 @@ def problems(
                     builder.add(dense, other)
             matrix = builder.matrix.double()
             tiling = tiling_of(weights[index], network.pattern)
-            yield index, LayerProblem(weights[index], tiling, matrix, builder.gram, damping)
+            yield index, LayerProblem(weights[index], tiling, matrix, builder.gram, DAMPING)
 
 
 def prune_layers(
@@ -97,7 +95,7 @@ def prune_layers(
         units = _prune_unreached(network, index, counts[index])
         results[network.weights[index].name] = LayerResult(math.nan, 0.0, units)
     solves = refits or method.needs_gram
-    for index, problem in problems(network, (network.pruned, network.targets), DAMPING, solves):
+    for index, problem in problems(network, (network.pruned, network.targets), solves):
         weight = network.weights[index]
         solution = method.prune(problem, counts[index])
         mask = problem.tiling.spread(solution.units)

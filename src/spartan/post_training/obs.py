@@ -35,7 +35,7 @@ class OBS(LayerMethod):
     """
 
     name: ClassVar[str] = "obs"
-    summary: ClassVar[str] = "the best layer by layer, for layers of up to a thousand inputs"
+    summary: ClassVar[str] = "the best layer by layer, for layers of up to some hundred inputs"
     paper: ClassVar[str] = "Frantar and Alistarh, NeurIPS 2022"
     step_cost: ClassVar[str] = "outputs x inputs³ for each layer"
 

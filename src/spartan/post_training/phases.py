@@ -66,7 +66,7 @@ class Outcome:
 
 def run(network: Network, request: Request, clock: Clock) -> Outcome:
     """Allocate, prune and reconstruct: the copy in `network` is compressed then."""
-    if request.best:
+    if request.method is None:
         request = _settle(network, request, clock)
     counts = None
     if not request.joint:
@@ -81,7 +81,6 @@ def run(network: Network, request: Request, clock: Clock) -> Outcome:
 
 def _settle(network: Network, request: Request, clock: Clock) -> Request:
     """Choose the combination for the time there is."""
-    method: LayerMethod | Method = FCPTS()
     steps = request.how.steps
     if request.minutes is not None:
         with clock("pacing"):

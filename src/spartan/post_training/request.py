@@ -1,4 +1,4 @@
-"""What a compression is asked to do, with nothing left open."""
+"""What a compression is asked to do, checked and filled in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Reconstruct = Literal["auto", "layer", "network"] | None
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done, with nothing left open.
+    """What is to be done.
 
     Attributes:
         method: Finds what stays; None for the best for the time there is.
@@ -43,11 +43,6 @@ class Request:
         """Whether the method finds the rates of layers itself."""
         learns = isinstance(self.method, FCPTS | PublishedFCPTS)
         return learns and self.allocation == "learned"
-
-    @property
-    def best(self) -> bool:
-        """Whether the combination is still to be chosen."""
-        return self.method is None
 
 
 def make_request(

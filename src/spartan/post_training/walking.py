@@ -10,6 +10,7 @@ time, in a fixed order, so that results do not depend on timing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spartan.post_training.fused import without_fused_attention
 from spartan.post_training.products import Catch, Product
 from spartan.prunable import Prunable
 from spartan.samples import run_on_copy
@@ -115,10 +117,10 @@ class Walk:
         self._order = order
         self._passes: list[tuple[Pass, Pass]] = []
         self._arguments = dense, pruned, batches, weights
+        self._unfused = contextlib.ExitStack()
 
     def __enter__(self) -> Walk:
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it hides its products
+        self._unfused.enter_context(without_fused_attention())
         dense, pruned, batches, (ours, theirs) = self._arguments
         try:
             for batch in batches:
@@ -141,7 +143,7 @@ class Walk:
         for pair in self._passes:
             for one in pair:
                 one.stop()
-        torch.backends.mha.set_fastpath_enabled(self._fast)
+        self._unfused.close()
 
     def __iter__(self) -> Iterator[tuple[int, list[tuple[Product, Product]]]]:
         done: set[int] = set()
