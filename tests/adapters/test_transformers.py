@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spartan.adapters import MemoryConfig, MemoryModel, get_memory_model
-from tests.adapters.models import digest, family, hidden, inputs, minilm, stir
+from tests.adapters.models import digest, encoder, family, hidden, inputs, minilm, stir
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -116,6 +116,28 @@ def test_compiled_training() -> None:
         gradients.append([p.grad for p in model.adapters.parameters()])
     for plain, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_exported_and_traced() -> None:
+    model, batch = get_memory_model(family("bert")).eval(), inputs("bert")
+    stir(model)
+    exported = torch.export.export(model, (), batch)
+    expected = hidden(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(**batch).last_hidden_state, expected)
+    example = batch["input_ids"], batch["attention_mask"]
+    traced = torch.jit.trace(model, example, strict=False)
+    other = {name: tensor.flip(0) for name, tensor in batch.items()}
+    with torch.no_grad():
+        got = traced(*other.values())["last_hidden_state"]
+    torch.testing.assert_close(got, hidden(model, other), rtol=1e-4, atol=1e-5)
+
+
+def test_function_transforms() -> None:
+    model, x = get_memory_model(encoder()).eval(), torch.randn(3, 5, 32)
+    stir(model)
+    each = torch.func.vmap(lambda one: model(one[None])[0])(x)
+    torch.testing.assert_close(each, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast() -> None:

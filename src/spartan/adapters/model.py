@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from types import CodeType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -276,3 +277,8 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export says where the forward pass is from.
+        return type(self.model).forward.__code__

@@ -65,8 +65,9 @@ def soft_over_chosen(logits: Tensor, chosen: int) -> Tensor:
 
 
 def _native(of_parents: Tensor, of_children: Tensor) -> Any:
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return None  # what is traced must be made of torch operators
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or torch._C._are_functorch_transforms_active():
+        return None  # these look inside, and know torch's operators
     return native_for_any_order(of_parents, of_children)
 
 
