@@ -240,8 +240,9 @@ def test_names_and_kinds_of_adapters() -> None:
         model.set_adapter("defalt")
     with pytest.raises(AdapterError, match="the only adapter"):
         model.delete_adapter("default")
-    with pytest.raises(AdapterError, match="has adapters already"):
-        get_memory_model(model)
+    for adapted in (model, model.get_base_model()):
+        with pytest.raises(AdapterError, match="has adapters already"):
+            get_memory_model(adapted)
 
 
 def test_printed_count(capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,12 @@ def _no_change(module: nn.Module, args: Any, output: Any) -> None:
     """Keep torch's fused layers, which look for hooks, from going past a replaced module."""
 
 
+def is_adapted(base: nn.Module) -> bool:
+    """Whether adapters are on a model."""
+    hooks = (hook for module in base.modules() for hook in module._forward_hooks.values())
+    return any(isinstance(hook, _Change) or hook is _no_change for hook in hooks)
+
+
 def _adds(config: AdapterConfig) -> bool:
     return type(config).add_ons is not AdapterConfig.add_ons
 

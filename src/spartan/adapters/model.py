@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from spartan.adapters.adapter import Adapter, Attachment
+from spartan.adapters.adapter import Adapter, Attachment, is_adapted
 from spartan.adapters.base import AdapterConfig
 from spartan.adapters.files import read_adapter, write_adapter
 from spartan.errors import AdapterError, did_you_mean
@@ -40,7 +40,7 @@ class AdapterModel(nn.Module):
             AdapterError: The adapter does not fit the backbone; the backbone is untouched then.
         """
         super().__init__()
-        if isinstance(base, AdapterModel):
+        if isinstance(base, AdapterModel) or is_adapted(base):
             raise AdapterError(
                 "The model has adapters already: call add_adapter() on it, or unload() it first."
             )
