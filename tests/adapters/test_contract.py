@@ -171,6 +171,20 @@ def test_half_precision_backbones(config: AdapterConfig) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@each
+def test_its_state_is_that_of_the_adapters(config: AdapterConfig) -> None:
+    outer = nn.Sequential(get_adapter_model(family("bert", head=True), config)).eval()
+    stir(outer[0])
+    state = outer.state_dict()
+    assert all(name.startswith("0.adapters.default.") for name in state)
+    fresh = nn.Sequential(get_adapter_model(family("bert", head=True), config)).eval()
+    fresh.load_state_dict(state)
+    assert torch.equal(logits(fresh[0]), logits(outer[0]))
+    del state[next(iter(state))]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.adapters"):
+        fresh.load_state_dict(state)
+
+
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     def fresh() -> nn.Module:
         return family("bert", head=True)

@@ -216,6 +216,7 @@ def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
         (MemoryConfig(target_layers=[0, "layers.1"]), "must be 'all', numbers, or paths"),
         (MemoryConfig(modules_to_save=["classifer"]), "which TransformerEncoder does not have"),
         (ProbeConfig(), "nothing to train"),
+        (MemoryConfig(modules_to_save=["layers"]), "trains 'layers' whole, but 'layers.0'"),
         (LoraConfig(), "target_modules"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,35 @@ def test_trainer(tmp_path: Path) -> None:
     batch = inputs("bert")
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    tokens = torch.randint(2, 99, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+
+    def train(resume: bool | None) -> tuple[Any, MemoryModel]:
+        torch.manual_seed(0)
+        # Its head is tied to its embedding.
+        base = transformers.GPT2LMHeadModel(family("gpt2").config)
+        model = get_memory_model(base)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), num_train_epochs=2, save_strategy="epoch", report_to=[], use_cpu=True,
+            disable_tqdm=True, learning_rate=0.05,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        return trainer.train(resume_from_checkpoint=resume), model
+
+    _, whole = train(None)
+    first, last = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    saved = (first / "model.safetensors").stat().st_size
+    assert saved <= 4 * whole.get_nb_trainable_parameters()[0] + 10_000
+    shutil.rmtree(last)
+    output, resumed = train(True)
+    assert output.global_step == 4
+    for ours, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Adapter(nn.Module):
         )
         layers = find_layers(base, config.target_layers) if _adds(config) else []
         added = list(config.add_ons(layers))
+        _refuse_hidden([path for path, _ in added], self.copied)
         self.paths = [path for path, _ in added]
         self.add_ons = nn.ModuleList(add_on for _, add_on in added)
         for path, add_on in added:
@@ -177,6 +178,17 @@ def is_adapted(base: nn.Module) -> bool:
     """Whether adapters are on a model."""
     hooks = (hook for module in base.modules() for hook in module._forward_hooks.values())
     return any(isinstance(hook, _Change) or hook is _no_change for hook in hooks)
+
+
+def _refuse_hidden(added: Sequence[str], copied: Sequence[str]) -> None:
+    """Refuse copies of modules inside which something is added: it would not be called."""
+    for outer in copied:
+        inside = [path for path in added if path.startswith(f"{outer}.")]
+        if inside:
+            raise AdapterError(
+                f"modules_to_save trains {outer!r} whole, but {inside[0]!r} inside it is to be "
+                "changed by an add-on. Name smaller modules, or choose other target_layers."
+            )
 
 
 def _adds(config: AdapterConfig) -> bool:

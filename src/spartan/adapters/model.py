@@ -22,12 +22,14 @@ from spartan.errors import AdapterError, did_you_mean
 class AdapterModel(nn.Module):
     """A backbone whose own weights are frozen, and its adapters, of which one is active.
 
+    Its state dict holds the adapters only: what a trainer's checkpoint has to.
+
     Calls, attributes and methods that it does not have itself (`generate`, `config`,
     `gradient_checkpointing_enable`, …) are the backbone's. The backbone is used in place: while an
     adapter is active, calling it directly computes the same.
 
     Attributes:
-        base_model: The backbone. Its parameters, buffers and state-dict keys never change.
+        base_model: The backbone. Its parameters and the keys of its state never change.
         adapters: The adapters by name.
     """
 
@@ -53,6 +55,8 @@ class AdapterModel(nn.Module):
         # What transformers' Trainer looks at to see which columns the model takes.
         self.forward = _Forward(self, base)  # type: ignore[method-assign]
         self._add(adapter_name, adapter)
+        self.register_state_dict_post_hook(_leave_backbone_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_miss_no_backbone)  # type: ignore[no-untyped-call]
         base.requires_grad_(False)
         self.set_adapter(adapter_name)
 
@@ -266,6 +270,19 @@ class AdapterModel(nn.Module):
         if self._attachment is not None:
             self._attachment.remove()
         self._attachment, self._active = None, None
+
+
+def _leave_backbone_out(
+    model: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}base_model.")]:
+        del state[key]
+
+
+def _miss_no_backbone(model: AdapterModel, incompatible: Any) -> None:
+    own = {f"base_model.{key}" for key in model.base_model.state_dict()}
+    missing: list[str] = incompatible.missing_keys
+    missing[:] = [key for key in missing if not any(key.endswith(name) for name in own)]
 
 
 class _Forward:
