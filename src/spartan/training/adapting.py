@@ -93,6 +93,7 @@ def open_adapt_job(config: AdaptConfig) -> AdaptJob:
     data = load_texts(config.data, config.per_class, config.test_per_class, config.seed)
     torch.manual_seed(derive_seed(config.seed, "head", 0))
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(config.source)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -89,36 +89,57 @@ def load_texts(
     unknown = {label for _, label in test_pairs or ()} - numbers.keys()
     if unknown:
         raise DataError(f"The test texts have classes without training texts: {sorted(unknown)}.")
-    everything = _numbered(pairs, numbers)
+    train = _numbered(pairs, numbers)
     if test_pairs is not None:
-        train, test = everything, _numbered(test_pairs, numbers)
+        test = _numbered(test_pairs, numbers)
         test = test.take(_draw(test, test_per_class, seed, "test texts", classes))
     else:
-        few = max(1, len(everything) // (10 * len(classes)))
-        held_out = set(_draw(everything, test_per_class or few, seed, "test texts", classes))
-        test = everything.take(sorted(held_out))
-        train = everything.take([i for i in range(len(everything)) if i not in held_out])
-    return TextData(
-        train.take(_draw(train, per_class, seed, "training texts", classes)), test, classes
-    )
+        held_out = set(_hold_out(train, test_per_class, seed, classes))
+        test = train.take(sorted(held_out))
+        train = train.take([i for i in range(len(train)) if i not in held_out])
+    train = train.take(_draw(train, per_class, seed, "training texts", classes))
+    return TextData(train, test, classes)
 
 
 def _numbered(pairs: Sequence[tuple[str, str]], numbers: dict[str, int]) -> Texts:
     return Texts([text for text, _ in pairs], [numbers[label] for _, label in pairs])
 
 
+def _hold_out(texts: Texts, count: int | None, seed: int, classes: list[str]) -> list[int]:
+    """Return the places of the texts to test with: `count` of each class, or a tenth of it."""
+    drawn: list[int] = []
+    for number, name in enumerate(classes):
+        places = _shuffled(texts, number, seed, "test texts")
+        few = len(places) // 10 or min(1, len(places) - 1) if count is None else count
+        if len(places) <= few:
+            raise DataError(
+                f"Class {name!r} has {len(places)} texts: {few} cannot be held out and one left. "
+                "Give fewer --test-per-class, or a table of test texts."
+            )
+        drawn += places[:few]
+    if not drawn:
+        raise DataError("Every class has one text: none can be held out. Give more texts.")
+    return drawn
+
+
 def _draw(texts: Texts, count: int | None, seed: int, what: str, classes: list[str]) -> list[int]:
     """Return the places of `count` texts of each class, in order."""
     if count is None:
         return list(range(len(texts)))
-    generator = torch.Generator().manual_seed(derive_seed(seed, what, 0))
     drawn: list[int] = []
     for number, name in enumerate(classes):
-        places = [i for i, label in enumerate(texts.labels) if label == number]
+        places = _shuffled(texts, number, seed, what)
         if len(places) < count:
             raise DataError(f"Class {name!r} has {len(places)} {what}; {count} are asked for.")
-        drawn += [places[i] for i in torch.randperm(len(places), generator=generator)[:count]]
+        drawn += places[:count]
     return sorted(drawn)
+
+
+def _shuffled(texts: Texts, number: int, seed: int, what: str) -> list[int]:
+    """Return the places of the texts of a class in random order."""
+    places = [i for i, label in enumerate(texts.labels) if label == number]
+    generator = torch.Generator().manual_seed(derive_seed(seed, what, number))
+    return [places[i] for i in torch.randperm(len(places), generator=generator).tolist()]
 
 
 def _tables(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]] | None]:
@@ -162,9 +183,11 @@ def _table(path: Path) -> list[tuple[str, str]]:
             f"{str(path)!r} has columns {', '.join(table.column_names)}; text and label are needed."
         )
     names = getattr(table.features["label"], "names", None)
-    pairs = [
-        (str(row["text"]), str(names[row["label"]] if names else row["label"])) for row in table
-    ]
+    pairs = []
+    for number, row in enumerate(table, start=1):
+        if row["label"] is None or not isinstance(row["text"], str):
+            raise DataError(f"{str(path)!r}, text {number}: the text or its label is missing.")
+        pairs.append((row["text"], str(names[row["label"]] if names else row["label"])))
     if not pairs:
         raise DataError(f"{str(path)!r} is empty.")
     return pairs
