@@ -41,7 +41,7 @@ from spartan.training.adapting import adapt, open_adapt_job
 # Name, adapter, options.
 COMPARED: list[tuple[str, str, dict[str, Any]]] = [
     ("memory", "memory", {}),
-    ("memory, as published", "memory", {"init": "normal", "train_layernorm": True}),
+    ("memory, normal start, norms", "memory", {"init": "normal", "train_layernorm": True}),
     ("houlsby 28", "houlsby", {"size": 28}),
     ("pfeiffer 56", "pfeiffer", {"size": 56}),
     ("lora 16", "lora", {"rank": 16}),

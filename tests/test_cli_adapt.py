@@ -116,7 +116,7 @@ def test_bad_input(
     assert "--epochs 0 must be" in refused(capsys, model, *rest, "--epochs", "0")
     assert "no config.json" in refused(capsys, tmp_path, *rest)
     assert "layer 2; there are 2" in refused(capsys, model, *rest, "--layers", "2")
-    (tmp_path / "out" / "config.json").unlink()
+    assert "up to 512 tokens" in refused(capsys, model, *rest, "--max-length", "600")
     words = refused(capsys, model, *rest, "--per-class", "99")
     assert "has 22 training texts; 99 are asked for" in words
     words = refused(capsys, model, *rest, "--test-per-class", "24")
@@ -133,9 +133,12 @@ def test_bad_input(
     )
     table.write_text("text,label\na,b\n")
     assert "two are the least" in refused(capsys, model, "--data", table, "--out", tmp_path / "x")
-    assert "no installed package" in refused(
+    assert "no such package" in refused(
         capsys, model, "--data", "docs:nosuch", "--out", tmp_path / "x"
     )
+    assert "no such package" in refused(capsys, model, "--data", "docs:", "--out", tmp_path / "x")
+    assert "lower --lr" in refused(capsys, model, *rest, "--lr", "1e30", "--head-lr", "1e30")
+    assert not list((tmp_path / "out").glob("*"))
     assert not (tmp_path / "x").exists()
 
 

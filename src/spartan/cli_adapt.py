@@ -11,14 +11,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spartan.errors import FileError
+from spartan.errors import ConfigError, FileError
 from spartan.files import write_text
 from spartan.report.adapting import write_adapting_page
 from spartan.report.table import print_adapted
 from spartan.training.adapt_config import AdaptConfig
 from spartan.training.adapting import Adapted, open_adapt_job
 from spartan.training.adapting import adapt as adapt_one
-from spartan.training.run import Run
 
 
 def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
@@ -29,7 +28,8 @@ def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
     """
     console = Console()
     folder = Path(options.out)
-    Run(folder).refuse_existing()
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{options.out!r} already holds a run: give another --out.")
     job = open_adapt_job(options)
     console.print(
         f"{len(job.data.train):,} texts of {len(job.data.classes)} classes, "
@@ -40,7 +40,6 @@ def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"Cannot make the folder {options.out!r}: {error.strerror}.") from error
-    write_text(folder / "config.json", options.to_json())
     adapted: list[Adapted] = []
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)
     with Progress(
@@ -65,7 +64,8 @@ def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
 
 
 def _write(folder: Path, options: AdaptConfig, adapted: list[Adapted], classes: list[str]) -> None:
-    """Write what has been reached so far."""
+    """Write what has been reached so far; before the first result, the folder holds none."""
+    write_text(folder / "config.json", options.to_json())
     results = [
         {
             **{k: v for k, v in vars(one).items() if k != "specializations"},

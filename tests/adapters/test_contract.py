@@ -162,13 +162,102 @@ def test_merging(config: AdapterConfig) -> None:
 
 
 @each
-def test_half_precision_backbones(config: AdapterConfig) -> None:
-    model = get_adapter_model(family("bert", head=True).bfloat16(), config)
-    assert {p.dtype for p in model.adapters.parameters()} == {torch.float32}
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model.train()(**inputs("bert"), labels=torch.tensor([1, 3])).loss
-    loss.backward()
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_backbones_of_other_precision(
+    config: AdapterConfig, autocast: bool, dtype: torch.dtype
+) -> None:
+    model = get_adapter_model(family("bert", head=True).to(dtype), config)
+    expected = torch.float32 if dtype is torch.bfloat16 else dtype
+    assert {p.dtype for p in model.adapters.parameters()} == {expected}
+    if autocast and dtype is torch.float64:
+        pytest.skip("autocast leaves float64 alone")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model.train()(**inputs("bert"), labels=torch.tensor([1, 3]))
+    output.loss.backward()
+    assert output.logits.dtype is dtype
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_wrapping_keeps_evaluation_mode(tmp_path: Path) -> None:
+    config = LoraConfig(rank=2, dropout=0.5, modules_to_save=HEAD)
+    model = get_adapter_model(family("bert", head=True), config)
+    stir(model)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(logits(model), logits(model))
+    model.save_pretrained(tmp_path)
+    loaded = AdapterModel.from_pretrained(family("bert", head=True), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    def tied() -> nn.Module:
+        return transformers.GPT2LMHeadModel(family("gpt2").config).eval()
+
+    base = tied()
+    parameters = sum(p.numel() for p in base.parameters())
+    model = get_adapter_model(base, FullConfig())
+    stir(model)
+    expected = logits(model)
+    assert model.get_nb_trainable_parameters()[0] == parameters
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert 4 * parameters <= size <= 4 * parameters + 20_000
+    assert torch.equal(logits(AdapterModel.from_pretrained(tied(), tmp_path)), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
+    head = get_adapter_model(tied(), ProbeConfig(modules_to_save=["lm_head"]))
+    stir(head)
+    expected = logits(head)
+    with pytest.raises(AdapterError, match="is tied to"):
+        head.merge_and_unload()
+    assert torch.equal(logits(head), expected)
+
+
+def test_what_was_there_before_is_there_again() -> None:
+    base = family("bert", head=True)
+    own = base.classifier.forward
+    base.classifier.forward = own  # as libraries do that place modules on devices
+    get_adapter_model(base, ProbeConfig(modules_to_save=HEAD)).unload()
+    assert base.classifier.__dict__["forward"] is own
+
+
+def test_changes_while_disabled_last() -> None:
+    model: AdapterModel = get_adapter_model(
+        family("bert", head=True), ProbeConfig(modules_to_save=HEAD)
+    )
+    model.add_adapter("b", LoraConfig(rank=2))
+    with model.disable_adapter():
+        assert model.active_adapters == []
+        for call in (model.merge_and_unload, lambda: model.save_pretrained("nowhere")):
+            with pytest.raises(AdapterError, match="No adapter is active"):
+                call()
+        model.set_adapter("b")
+    assert model.active_adapters == ["b"]
+    with model.disable_adapter():
+        model.delete_adapter("b")
+    assert model.active_adapters == ["default"]
+
+
+def test_training_nothing_is_refused(tmp_path: Path) -> None:
+    get_adapter_model(family("bert", head=True), LoraConfig(rank=2)).save_pretrained(tmp_path)
+    loaded = AdapterModel.from_pretrained(family("bert", head=True), tmp_path).train()
+    batch = {**inputs("bert"), "labels": torch.tensor([1, 3])}
+    with pytest.raises(AdapterError, match="is_trainable=True"):
+        loaded(**batch)
+    loaded.set_adapter("default", is_trainable=True)
+    loaded(**batch).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(LoraConfig, {"rank": 2.5}), (LoraConfig, {"alpha": float("nan")}),
+     (LoraConfig, {"target_modules": "query"}), (HoulsbyConfig, {"size": 0})],
+)  # fmt: skip
+def test_settings_of_baselines(kind: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(AdapterError, match=next(iter(settings))):
+        kind(**settings)
 
 
 @each

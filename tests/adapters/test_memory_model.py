@@ -180,6 +180,17 @@ def test_other_models_by_path() -> None:
         wrong(x)
 
 
+def test_a_star_is_one_part_of_a_path() -> None:
+    model = get_memory_model(encoder(), MemoryConfig(target_layers="layers.*"))
+    assert model.adapters["default"].paths == ["layers.0", "layers.1", "layers.2"]
+    bert = family("bert")
+    lora = get_adapter_model(bert, LoraConfig(rank=2, target_layers="encoder.layer.*"))
+    assert len(lora.adapters["default"].paths) == 2 * 3
+    lora.unload()
+    with pytest.raises(AdapterError, match="overlap"):
+        get_adapter_model(bert, LoraConfig(target_layers=["encoder", "encoder.layer"]))
+
+
 def test_encoder_and_decoder_ask_for_a_choice() -> None:
     both = nn.Transformer(32, 4, 2, 2, 64, batch_first=True)
     with pytest.raises(AdapterError, match=r"encoder\.layers, decoder\.layers"):
@@ -192,7 +203,15 @@ def test_encoder_and_decoder_ask_for_a_choice() -> None:
     [
         ({"top_k": 17}, "top_k=17 must be from 1 to num_parents=16"),
         ({"top_k": 0}, "top_k=0"),
-        ({"children_per_parent": 0}, "children_per_parent=0 must be at least 1"),
+        ({"children_per_parent": 0}, "children_per_parent=0 must be a whole number of at least 1"),
+        ({"num_parents": "16"}, "num_parents='16' must be a whole number"),
+        ({"top_k": True}, "top_k=True"),
+        ({"hidden_size": -3}, "hidden_size=-3"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"balance_loss": float("nan")}, "balance_loss"),
+        ({"modules_to_save": None}, "must be a list"),
+        ({"modules_to_save": [1.5]}, "names or numbers"),
+        ({"target_layers": 0}, "must be a list"),
         ({"num_parents": 0}, "num_parents=0"),
         ({"temperature": 0.0}, "temperature"),
         ({"balance_loss": -1.0}, "balance_loss"),
@@ -218,6 +237,12 @@ def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
         (ProbeConfig(), "nothing to train"),
         (MemoryConfig(modules_to_save=["layers"]), "trains 'layers' whole, but 'layers.0'"),
         (LoraConfig(), "target_modules"),
+        (
+            LoraConfig(target_modules=["out_proj"]),
+            "choose 'layers.0.self_attn'",
+        ),
+        (ProbeConfig(modules_to_save=["out_proj"]), "without calling it"),
+        (MemoryConfig(target_layers=["layers", "layers.*.nothing"]), "does not have"),
     ],
 )
 def test_what_does_not_fit_leaves_the_model_alone(config: Any, words: str) -> None:
@@ -230,7 +255,7 @@ def test_what_does_not_fit_leaves_the_model_alone(config: Any, words: str) -> No
 
 def test_names_and_kinds_of_adapters() -> None:
     model = get_memory_model(encoder())
-    for name in ("a.b", "", "pop"):
+    for name in ("a.b", "", "pop", "training"):
         with pytest.raises(AdapterError, match="cannot be an adapter's name"):
             model.add_adapter(name, MemoryConfig())
     with pytest.raises(AdapterError, match="already"):

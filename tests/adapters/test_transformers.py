@@ -46,12 +46,33 @@ def test_trainer(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.9 * first
     assert digest(base) == before
-    trainer.save_model(str(tmp_path / "saved"))
     model.save_pretrained(tmp_path / "adapter")
     again = MemoryModel.from_pretrained(family("bert", head=True), tmp_path / "adapter").eval()
     batch = inputs("bert")
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_the_balance_loss_is_that_of_a_step_however_it_is_accumulated(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    tokens = torch.randint(2, 99, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    norms = []
+    for batch, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        base = transformers.GPT2LMHeadModel(family("gpt2").config)
+        model = get_memory_model(base, MemoryConfig(balance_loss=1e5))
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, max_grad_norm=1.0,
+            gradient_accumulation_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True,
+            save_strategy="no", logging_steps=1,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    # Means over less positions differ a little; four times the loss would be four times as much.
+    assert norms[1] == pytest.approx(norms[0], rel=0.5)
 
 
 def test_a_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from spartan.errors import AdapterError, did_you_mean
 
 
 class AddOn(nn.Module):
-    """What changes the output of a module of the backbone."""
+    """What changes the output of a module of the backbone.
+
+    Attributes:
+        mergeable: Whether the module's weights can express it.
+    """
+
+    mergeable: ClassVar[bool] = False
 
     def forward(self, output: Tensor, inputs: tuple[Any, ...], module: nn.Module) -> Tensor:
         """Return the new output.
@@ -29,15 +35,8 @@ class AddOn(nn.Module):
         raise NotImplementedError
 
     def merge(self, module: nn.Module) -> None:
-        """Write what this adds into the module's weights, if that can be done.
-
-        Raises:
-            AdapterError: It cannot.
-        """
-        raise AdapterError(
-            f"A {type(self).__name__} depends on its input in a way that no weight of the backbone "
-            "can express, so it cannot be merged. Keep it, or unload() it."
-        )
+        """Write what this adds into the module's weights, if it is `mergeable`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +56,9 @@ class AdapterConfig(Described):
     train_layernorm: bool = False
 
     def __post_init__(self) -> None:
+        # As tuples they can be compared and written down.
+        for name in ("target_layers", "modules_to_save"):
+            object.__setattr__(self, name, _listed(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             raise AdapterError(
                 f"modules_to_save={self.modules_to_save!r} must be a list of names, such as "
@@ -118,7 +120,7 @@ def owners(model: nn.Module) -> list[str]:
 def outermost(paths: Sequence[str]) -> list[str]:
     """Return the paths that lie in no other one, each once."""
     unique = list(dict.fromkeys(paths))
-    return [p for p in unique if not any(q != p and _inside(p, q) for q in unique)]
+    return [p for p in unique if not any(q != p and is_inside(p, q) for q in unique)]
 
 
 def initialized(weight: Tensor, std: float) -> nn.Parameter:
@@ -126,8 +128,28 @@ def initialized(weight: Tensor, std: float) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std))
 
 
-def _inside(path: str, outer: str) -> bool:
-    return not outer or path.startswith(outer + ".")
+def is_inside(path: str, outer: str) -> bool:
+    """Whether a path is that of a module, or lies inside it."""
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def require_counts(**values: object) -> None:
+    """Raise `AdapterError` unless all are whole numbers of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise AdapterError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def _listed(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    try:
+        listed = tuple(value)
+    except TypeError as error:
+        raise AdapterError(f"{name}={value!r} must be a list.") from error
+    if not all(isinstance(one, str | int) for one in listed):
+        raise AdapterError(f"{name}={value!r} must hold names or numbers.")
+    return listed
 
 
 def _find(model: nn.Module, name: str) -> list[str]:

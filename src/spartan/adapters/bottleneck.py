@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spartan.adapters.base import AdapterConfig, AddOn, initialized
+from spartan.adapters.base import AdapterConfig, AddOn, initialized, require_counts
 from spartan.adapters.layers import Layer, width_of
-from spartan.errors import AdapterError
 
 _STD = 0.01  # near the identity, as Houlsby et al. start
 
@@ -59,8 +58,7 @@ class BottleneckConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 1:
-            raise AdapterError(f"size={self.size} must be at least 1.")
+        require_counts(size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def write_adapter(folder: Path, adapter: Adapter, base: nn.Module) -> None:
     values = {"version": _VERSION, "base": _about(base), "adapter": adapter.config.to_dict()}
     text = json.dumps(values, indent=2) + "\n"
     # The settings are in both files, so that two halves of different adapters are noticed.
-    save_tensors(folder / TENSORS, dict(adapter.named_tensors()), values)
+    save_tensors(folder / TENSORS, adapter.named_tensors(), values)
     write_text(folder / CONFIG, text)
 
 

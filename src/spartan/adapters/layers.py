@@ -168,13 +168,19 @@ def _named(model: nn.Module, name: str) -> list[str]:
     module = modules.get(name)
     if isinstance(module, nn.ModuleList | nn.Sequential):
         return [f"{name}.{key}" for key, _ in module.named_children()]
-    found = fnmatch.filter([path for path in modules if path], name)
+    found = [path for path in modules if path and _matches(path, name)]
     if not found:
         raise AdapterError(
             f"target_layers names {name!r}, which {type(model).__name__} does not have; "
             + did_you_mean(name, [path for path in modules if path])
         )
     return found
+
+
+def _matches(path: str, glob: str) -> bool:
+    """Whether a path matches part by part: a star stands for one part, or for some of it."""
+    parts, globs = path.split("."), glob.split(".")
+    return len(parts) == len(globs) and all(map(fnmatch.fnmatchcase, parts, globs))
 
 
 def _width(model: nn.Module, layer: nn.Module) -> int | None:

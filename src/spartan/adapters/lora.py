@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spartan.adapters.base import AdapterConfig, AddOn
+from spartan.adapters.base import AdapterConfig, AddOn, require_counts
 from spartan.adapters.layers import Layer
 from spartan.errors import AdapterError
 
@@ -46,10 +46,13 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1 or not 0 <= self.dropout < 1:
+        require_counts(rank=self.rank)
+        if not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
             raise AdapterError(
-                f"rank={self.rank} must be at least 1, dropout={self.dropout} in [0, 1)."
+                f"dropout={self.dropout} must be in [0, 1), alpha={self.alpha} a number."
             )
+        if isinstance(self.target_modules, str):
+            raise AdapterError(f"target_modules={self.target_modules!r} must be a list of names.")
 
     def add_ons(self, layers: Sequence[Layer]) -> Iterator[tuple[str, AddOn]]:
         found = False
@@ -69,6 +72,8 @@ class LoraConfig(AdapterConfig):
 
 class LowRank(AddOn):
     """(α / r) B A x, added to W x."""
+
+    mergeable = True
 
     def __init__(self, config: LoraConfig, inputs: int, outputs: int) -> None:
         """Create an update of a projection from `inputs` to `outputs` entries."""

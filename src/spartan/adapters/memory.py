@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spartan.adapters.base import AdapterConfig, AddOn
+from spartan.adapters.base import AdapterConfig, AddOn, require_counts
 from spartan.adapters.layers import Layer, width_of
 from spartan.adapters.reading import fastest
 from spartan.errors import AdapterError
@@ -53,19 +54,20 @@ class MemoryConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_parents < 1 or self.children_per_parent < 1:
-            raise AdapterError(
-                f"num_parents={self.num_parents} and children_per_parent="
-                f"{self.children_per_parent} must be at least 1."
-            )
-        if not 1 <= self.top_k <= self.num_parents:
+        require_counts(
+            num_parents=self.num_parents,
+            children_per_parent=self.children_per_parent,
+            top_k=self.top_k,
+            hidden_size=1 if self.hidden_size is None else self.hidden_size,
+        )
+        if self.top_k > self.num_parents:
             raise AdapterError(
                 f"top_k={self.top_k} must be from 1 to num_parents={self.num_parents}."
             )
-        if not self.temperature > 0:
-            raise AdapterError(f"temperature={self.temperature} must be positive.")
-        if self.balance_loss < 0:
-            raise AdapterError(f"balance_loss={self.balance_loss} must not be negative.")
+        if not 0 < self.temperature < math.inf:
+            raise AdapterError(f"temperature={self.temperature} must be a positive number.")
+        if not 0 <= self.balance_loss < math.inf:
+            raise AdapterError(f"balance_loss={self.balance_loss} must be a number from 0.")
         if self.init not in ("zero_value", "normal"):
             raise AdapterError(f"init={self.init!r} must be 'zero_value' or 'normal'.")
 
@@ -104,7 +106,8 @@ class Memory(AddOn):
         if output.shape[-1] != self.parents.shape[1]:
             raise AdapterError(
                 f"The memory is for hidden states of {self.parents.shape[1]} entries; "
-                f"{type(module).__name__} gives {output.shape[-1]}."
+                f"{type(module).__name__} gives {output.shape[-1]}: give hidden_size=, or other "
+                "target_layers."
             )
         h = output.to(self.parents.dtype).reshape(-1, output.shape[-1])
         if self.balanced and self.training:

@@ -18,6 +18,9 @@ from spartan.errors import AdapterError
 _MASKS = {"attention_mask": True, "src_key_padding_mask": False}
 
 
+_IGNORED = -100  # label of what does not count, in transformers
+
+
 class MemoryModel(AdapterModel):
     """A frozen transformer with a sparse memory after each layer; see `AdapterModel`."""
 
@@ -31,7 +34,8 @@ class MemoryModel(AdapterModel):
         valid = self._valid(args, kwargs)
         output = super().forward(*args, labels=labels, **kwargs)
         if self.training and getattr(output, "loss", None) is not None and self._balanced():
-            output.loss = output.loss + self.balance_loss(valid)
+            share = _share_of_step(labels, kwargs.get("num_items_in_batch"))
+            output.loss = output.loss + share * self.balance_loss(valid)
         return output
 
     def balance_loss(self, valid: Tensor | None = None) -> Tensor:
@@ -68,7 +72,8 @@ class MemoryModel(AdapterModel):
                 `src_key_padding_mask` excludes do not count.
 
         Returns:
-            By the path of the layer, (examples, N): the mean of a over positions. Rows sum to 1.
+            By the path of the layer, (examples, N): the mean of a over positions. Rows sum to 1,
+            but for examples without a position that counts.
 
         Raises:
             AdapterError: No memory is active.
@@ -92,13 +97,11 @@ class MemoryModel(AdapterModel):
         return usage
 
     def _memories(self) -> list[tuple[str, Memory]]:
-        if self._active is None:
-            raise AdapterError("No memory is active: it is disabled, or was unloaded.")
-        adapter = self._get(self._active)
+        adapter = self._active_adapter()
         return list(zip(adapter.paths, adapter.add_ons, strict=True))  # type: ignore[arg-type]
 
     def _config(self) -> Any:
-        return self._get(str(self._active)).config
+        return self._active_adapter().config
 
     def _balanced(self) -> bool:
         return self._active is not None and self._config().balance_loss > 0
@@ -112,6 +115,16 @@ class MemoryModel(AdapterModel):
                 # A padding mask may also be added to logits: 0 where a position counts.
                 return mask.bool() if counts else mask == 0
         return None
+
+
+def _share_of_step(labels: Any, items: Any) -> Any:
+    """Return how much of an optimizer step a batch is, where transformers' Trainer says it.
+
+    It then adds up the losses of the batches instead of taking their mean.
+    """
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    return (labels != _IGNORED).sum() / items
 
 
 def _mean_over(a: Tensor, valid: Tensor | None, dims: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from spartan.adapters.adapter import Adapter, Attachment, is_adapted
+from spartan.adapters.adapter import Adapter
+from spartan.adapters.attachment import Attachment, is_adapted
 from spartan.adapters.base import AdapterConfig
 from spartan.adapters.files import read_adapter, write_adapter
 from spartan.errors import AdapterError, did_you_mean
@@ -47,8 +48,9 @@ class AdapterModel(nn.Module):
                 "The model has adapters already: call add_adapter() on it, or unload() it first."
             )
         adapter = self._create(base, config)
+        self.training = base.training
         self.base_model = base
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(base.training)
         self._required = {name: p.requires_grad for name, p in base.named_parameters()}
         self._active: str | None = None
         self._attachment: Attachment | None = None
@@ -96,6 +98,7 @@ class AdapterModel(nn.Module):
         if labels is not None:
             # Spelled out for transformers' Trainer, which looks for such names in the class.
             kwargs["labels"] = labels
+            self._refuse_to_train_nothing()
         # Compiled code does not notice that hooks change. It does notice what branches depend on.
         model = self.base_model if self._active else self.get_base_model()
         return model(*args, **kwargs)
@@ -173,8 +176,9 @@ class AdapterModel(nn.Module):
         try:
             yield
         finally:
-            if active is not None and active in self.adapters:
-                self.set_adapter(active)
+            if active is not None and self._active is None:  # else another was set meanwhile
+                left = active if active in self.adapters else next(iter(self.adapters))
+                self.set_adapter(left)
 
     def unload(self) -> nn.Module:
         """Take everything off and return the backbone as it was."""
@@ -187,9 +191,10 @@ class AdapterModel(nn.Module):
         """Write the active adapter into the backbone's weights, where that is possible.
 
         Raises:
-            AdapterError: It computes what no weights can express, as a memory does.
+            AdapterError: It computes what no weights can express, as a memory does, or a weight is
+                tied to one that it leaves alone.
         """
-        adapter = self._get(str(self._active))
+        adapter = self._active_adapter()
         with self.disable_adapter():
             adapter.merge(self.base_model)
         return self.unload()
@@ -202,9 +207,10 @@ class AdapterModel(nn.Module):
             ignored: What trainers pass to the method of this name of other models.
 
         Raises:
-            FileError: It cannot be written; what was there before is intact.
+            FileError: It cannot be written.
+            AdapterError: None is active.
         """
-        write_adapter(Path(folder), self._get(str(self._active)), self.base_model)
+        write_adapter(Path(folder), self._active_adapter(), self.base_model)
 
     def get_base_model(self) -> nn.Module:
         """Return the backbone."""
@@ -217,7 +223,7 @@ class AdapterModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable parameters, and of all: backbone and active adapter."""
-        own = list(self._get(self._active).parameters()) if self._active else []
+        own = list(self._active_adapter().parameters()) if self._active else []
         trainable = sum(p.numel() for p in own if p.requires_grad)
         return trainable, sum(p.numel() for p in self.base_model.parameters()) + sum(
             p.numel() for p in own
@@ -252,8 +258,20 @@ class AdapterModel(nn.Module):
             raise AdapterError(
                 f"There is an adapter {name!r} already; choose another name or delete_adapter() it."
             )
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise AdapterError(f"{name!r} cannot be an adapter's name: use letters and digits.")
+        if not name or "." in name or hasattr(self.adapters, name):
+            raise AdapterError(
+                f"{name!r} cannot be an adapter's name: it may not be empty, have a dot, or be an "
+                "attribute of torch's ModuleDict."
+            )
+
+    def _refuse_to_train_nothing(self) -> None:
+        if self.training and torch.is_grad_enabled() and self._active:
+            adapter = self._get(self._active)
+            if not adapter.trainable:
+                raise AdapterError(
+                    f"The adapter {self._active!r} is not to be trained: load it with "
+                    "is_trainable=True, or set_adapter(name, is_trainable=True); eval() otherwise."
+                )
 
     def _add(self, name: str, adapter: Adapter) -> None:
         self._refuse_name(name)
@@ -265,6 +283,11 @@ class AdapterModel(nn.Module):
         if name not in self.adapters:
             raise AdapterError(f"There is no adapter {name!r}; {did_you_mean(name, self.adapters)}")
         return self.adapters[name]  # type: ignore[return-value]
+
+    def _active_adapter(self) -> Adapter:
+        if self._active is None:
+            raise AdapterError("No adapter is active: set_adapter() makes one.")
+        return self._get(self._active)
 
     def _detach(self) -> None:
         if self._attachment is not None:

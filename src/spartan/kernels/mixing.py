@@ -37,7 +37,8 @@ def mix(of_parents: Tensor, of_children: Tensor, chosen: int, temperature: float
         temperature: T.
 
     Returns:
-        (positions, N * C), in the dtype of the logits, at least float32.
+        (positions, N * C), in the dtype of the logits, at least float32. Weights may underflow to
+        0; with logits that are not finite, which of a position's are NaN is up to the backend.
     """
     of_parents, of_children = wide(of_parents), wide(of_children)
     native = _native(of_parents, of_children)

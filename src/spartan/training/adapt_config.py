@@ -23,7 +23,7 @@ from spartan.adapters import (
 from spartan.errors import ConfigError, did_you_mean
 
 COMMAND = "adapt"  # what tells these files from those of other commands
-# Best of some on few hundred texts, and of a probe that of its head alone (benchmarks/memory.py).
+# Best of a few on other draws of the texts of benchmarks/memory.py; a probe has a head only.
 _RATES = {
     "memory": 0.01,
     "houlsby": 0.003,
@@ -82,7 +82,7 @@ class AdaptConfig:
     train_layernorm: bool = False
     """Train all norms too."""
     layers: tuple[int, ...] = ()
-    """Numbers of the layers to adapt; all by default."""
+    """Numbers of the layers that get add-ons (memory, houlsby, pfeiffer, lora); all by default."""
     seed: int = 0
     """Decides which texts are drawn, their order, and all new weights."""
     device: str = "auto"

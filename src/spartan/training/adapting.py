@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from spartan.adapters import AdapterModel, MemoryModel, get_adapter_model
+from spartan.adapters.adapter import Adapter
 from spartan.adapters.files import TENSORS
 from spartan.adapters.specialization import Specialization, specialization
 from spartan.errors import ConfigError, MissingExtraError, NonFiniteError
@@ -78,7 +80,8 @@ def open_adapt_job(config: AdaptConfig) -> AdaptJob:
     """Open the model and the texts.
 
     Raises:
-        ConfigError: transformers cannot open the model.
+        ConfigError: transformers cannot open the model, or it takes fewer tokens.
+        AdapterError: An adapter does not fit the model.
         DataError: There are no texts.
         MissingExtraError: transformers is needed.
     """
@@ -101,14 +104,26 @@ def open_adapt_job(config: AdaptConfig) -> AdaptJob:
             num_labels=len(data.classes),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            dtype=torch.float32,
         )
     except Exception as error:
         raise ConfigError(f"transformers cannot open {config.source!r}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"The tokenizer of {config.source!r} has no token to fill batches with.")
     model.config.pad_token_id = tokenizer.pad_token_id
+    most = getattr(model.config, "max_position_embeddings", config.max_length)
+    if config.max_length > min(most, tokenizer.model_max_length):
+        raise ConfigError(
+            f"--max-length {config.max_length}: the model takes up to "
+            f"{min(most, tokenizer.model_max_length)} tokens."
+        )
+    head = _head_of(model, info)
+    for name in config.adapter:
+        Adapter(model, config.make_adapter(name, head))  # tells what does not fit
     device = pick_device(config.device)
-    return AdaptJob(model.to(device), _head_of(model, info), tokenizer, data, device)
+    return AdaptJob(model.to(device), head, tokenizer, data, device)
 
 
 def adapt(config: AdaptConfig, job: AdaptJob, name: str, folder: Path, tick: Tick) -> Adapted:
@@ -122,6 +137,8 @@ def adapt(config: AdaptConfig, job: AdaptJob, name: str, folder: Path, tick: Tic
     try:
         rows, seconds = _train(config, job, name, model, tick)
         accuracy, loss, test_seconds = _test(config, job, model)
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"The loss of {name} is {loss} on held-out texts: lower --lr.")
         read = _specializations(config, job, model)
         model.save_pretrained(folder)
         trainable, _ = model.get_nb_trainable_parameters()
@@ -145,7 +162,7 @@ def adapt(config: AdaptConfig, job: AdaptJob, name: str, folder: Path, tick: Tic
 def _head_of(model: nn.Module, info: dict[str, Any]) -> tuple[str, ...]:
     """Return the modules that the file had no weights for, else those called as heads are."""
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    found = {key.rpartition(".")[0] for key in new}
+    found = {key.rpartition(".")[0] for key in new if "." in key}
     found |= {path for path, _ in model.named_children() if path in _HEADS} if not found else set()
     if not found:
         raise ConfigError(f"{type(model).__name__} has no head that could be trained.")
@@ -178,8 +195,8 @@ def _train(
             step += 1
             tick(name, step, total)
         mean = float(torch.stack(losses).mean())
-        if mean != mean:
-            raise NonFiniteError(f"The loss of {name} is NaN in epoch {epoch + 1}: lower --lr.")
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"The loss of {name} is {mean} in epoch {epoch + 1}: lower --lr.")
         rows.append({"adapter": name, "epoch": epoch + 1, "loss": mean})
     return rows, time.perf_counter() - start
 
@@ -191,7 +208,7 @@ def _groups(
     adapter: Any = model.adapters[model.active_adapters[0]]
     head: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for key, tensor in adapter.named_tensors():
+    for key, tensor in adapter.named_tensors().items():
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             in_head = any(key.startswith(f"{path}.") for path in job.head)
             (head if in_head else rest).append(tensor)

@@ -197,10 +197,9 @@ def _documentation(name: str) -> Iterator[tuple[str, str]]:
     """Yield the prose that begins each docstring of a package, with the sub-package it is of."""
     try:
         package = importlib.import_module(name)
-        places = package.__path__
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"docs:{name}: there is no installed package of this name.") from error
-    for topic in _public(places):
+    except Exception as error:  # whatever a package does when it is imported
+        raise DataError(f"docs:{name}: there is no such package that can be imported.") from error
+    for topic in _public(getattr(package, "__path__", ())):
         things = (thing for module in _modules(f"{name}.{topic}") for thing in _documented(module))
         texts = dict.fromkeys(filter(None, map(_prose, things)))
         if len(texts) >= _FEWEST:
