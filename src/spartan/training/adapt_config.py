@@ -5,21 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from spartan.adapters import (
-    ADAPTERS,
-    AdapterConfig,
-    FullConfig,
-    HoulsbyConfig,
-    LayerNormConfig,
-    LoraConfig,
-    MemoryConfig,
-    PfeifferConfig,
-    ProbeConfig,
-)
+from spartan.adapters import ADAPTERS, AdapterConfig
 from spartan.errors import ConfigError, did_you_mean
 
 COMMAND = "adapt"  # what tells these files from those of other commands
@@ -116,28 +106,25 @@ class AdaptConfig:
         Raises:
             AdapterError: A setting is out of range.
         """
-        target: str | tuple[int, ...] = self.layers or "all"
-        common = (target, head, self.train_layernorm)
-        names = dict(
-            zip(("target_layers", "modules_to_save", "train_layernorm"), common, strict=True)
-        )
-        if name == MemoryConfig.name:
-            return MemoryConfig(
-                num_parents=self.parents,
-                children_per_parent=self.children,
-                top_k=self.top_k,
-                temperature=self.temperature,
-                init=self.init,
-                balance_loss=self.balance_loss,
-                **names,  # type: ignore[arg-type]
-            )
-        if name == LoraConfig.name:
-            return LoraConfig(rank=self.rank, **names)  # type: ignore[arg-type]
-        for bottleneck in (HoulsbyConfig, PfeifferConfig):
-            if name == bottleneck.name:
-                return bottleneck(size=self.size, **names)  # type: ignore[arg-type]
-        kinds = {kind.name: kind for kind in (LayerNormConfig, ProbeConfig, FullConfig)}
-        return kinds[name](**names)  # type: ignore[arg-type]
+        common: dict[str, Any] = {
+            "target_layers": self.layers or "all",
+            "modules_to_save": head,
+            "train_layernorm": self.train_layernorm,
+        }
+        own: dict[str, dict[str, Any]] = {
+            "memory": {
+                "num_parents": self.parents,
+                "children_per_parent": self.children,
+                "top_k": self.top_k,
+                "temperature": self.temperature,
+                "init": self.init,
+                "balance_loss": self.balance_loss,
+            },
+            "houlsby": {"size": self.size},
+            "pfeiffer": {"size": self.size},
+            "lora": {"rank": self.rank},
+        }
+        return ADAPTERS[name](**common, **own.get(name, {}))
 
     def lr_of(self, name: str) -> float:
         """Return the learning rate of one adapter."""
