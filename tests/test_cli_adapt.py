@@ -114,6 +114,7 @@ def test_bad_input(
     assert "did you mean 'memory'" in refused(capsys, model, *rest, "--adapter", "memry")
     assert "top_k=17 must be from 1" in refused(capsys, model, *rest, "--top-k", "17")
     assert "--epochs 0 must be" in refused(capsys, model, *rest, "--epochs", "0")
+    assert "--per-class 0 must be" in refused(capsys, model, *rest, "--per-class", "0")
     assert "no config.json" in refused(capsys, tmp_path, *rest)
     assert "layer 2; there are 2" in refused(capsys, model, *rest, "--layers", "2")
     assert "up to 512 tokens" in refused(capsys, model, *rest, "--max-length", "600")

@@ -90,10 +90,11 @@ class AdaptConfig:
             "epochs": self.epochs,
             "batch-size": self.batch_size,
             "max-length": self.max_length,
+            "per-class": self.per_class,
+            "test-per-class": self.test_per_class,
         }
-        counts |= {"per-class": self.per_class or 1, "test-per-class": self.test_per_class or 1}
         for name, count in counts.items():
-            if count < 1:
+            if count is not None and count < 1:
                 raise ConfigError(f"--{name} {count} must be at least 1.")
         if not self.head_lr > 0 or not (self.lr is None or self.lr > 0):
             raise ConfigError(f"--lr {self.lr} and --head-lr {self.head_lr} must be positive.")
