@@ -168,9 +168,9 @@ def _take_turns(calls: dict[str, Callable[[], float]], turns: int) -> dict[str, 
 def forms() -> None:
     torch.set_num_threads(1)
     width = 384
-    columns = "masked / fused | gathered / fused | fused, ms"
-    print(f"\n| positions | N, C, k: chosen | {columns} | in training: {columns} |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "masked / fused | gathered / fused | fused, ms | chosen"
+    print(f"\n| positions | N, C, k | {columns} | in training: {columns} |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     shapes = [(16, 3, 8), (64, 4, 2), (64, 16, 2), (256, 4, 2), (256, 16, 2), (1024, 4, 4)]
     for positions in (16, 128, 1024):
         for n, c, k in shapes:
@@ -184,9 +184,9 @@ def forms() -> None:
                     f"{best['masked'] / best['fused']:.2f}x",
                     f"{best['gathered'] / best['fused']:.2f}x",
                     f"{1e3 * best['fused']:.3f}",
+                    fastest(n, c, k, positions, grad).__name__,
                 ]
-            chosen = fastest(n, c, k).__name__
-            print(f"| {positions} | {n}, {c}, {k}: {chosen} | {' | '.join(cells)} |", flush=True)
+            print(f"| {positions} | {n}, {c}, {k} | {' | '.join(cells)} |", flush=True)
 
 
 def _form(form: Any, shape: Sequence[int], grad: bool) -> Callable[[], float]:

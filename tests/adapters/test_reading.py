@@ -104,5 +104,7 @@ def test_positions_are_alone() -> None:
 
 
 def test_the_form_follows_the_shape() -> None:
-    assert fastest(16, 3, 8) is fused
-    assert fastest(1024, 16, 1) is gathered
+    assert fastest(16, 3, 8, 128, True) is fused
+    assert fastest(1024, 16, 1, 128, True) is gathered
+    assert fastest(1024, 16, 1, 128, False) is gathered
+    assert fastest(256, 16, 2, 1024, False) is fused

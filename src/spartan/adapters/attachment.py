@@ -101,15 +101,19 @@ class _StandIn:
         self.stand_in = stand_in
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outside, inside = _dtype(self.module), _dtype(self.stand_in)
-        if outside == inside or torch.is_autocast_enabled():
+        outside, inside = _first(self.module), _first(self.stand_in)
+        if outside.dtype == inside.dtype or torch.is_autocast_enabled(inside.device.type):
             return self.stand_in.forward(*args, **kwargs)
-        args, kwargs = _to((args, kwargs), inside)
-        return _to(self.stand_in.forward(*args, **kwargs), outside)
+        args, kwargs = _to((args, kwargs), inside.dtype)
+        return _to(self.stand_in.forward(*args, **kwargs), outside.dtype)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+def _first(module: nn.Module) -> Tensor:
+    """Return the first floating-point parameter, or else some scalar."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    return torch.zeros(())
 
 
 def _to(values: Any, dtype: torch.dtype) -> Any:

@@ -100,7 +100,6 @@ class Memory(AddOn):
         self.temperature = config.temperature
         self.balanced = config.balance_loss > 0
         self.activity: Tensor | None = None
-        self._read = fastest(n, c, config.top_k)
 
     def forward(self, output: Tensor, inputs: tuple[Any, ...], module: nn.Module) -> Tensor:
         if output.shape[-1] != self.parents.shape[1]:
@@ -112,8 +111,10 @@ class Memory(AddOn):
         h = output.to(self.parents.dtype).reshape(-1, output.shape[-1])
         if self.balanced and self.training:
             self.activity = batch_first(self.attend(output), module)
+        n, c, _ = self.keys.shape
+        read = fastest(n, c, self.chosen, len(h), torch.is_grad_enabled())
         tensors = self.parents, self.keys, self.values
-        return self._read(h, *tensors, self.chosen, self.temperature).view_as(output).to(output)
+        return read(h, *tensors, self.chosen, self.temperature).view_as(output).to(output)
 
     def attend(self, h: Tensor) -> Tensor:
         """Return a: how much each position (..., H) reads of each parent, (..., N)."""

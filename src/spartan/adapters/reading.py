@@ -25,8 +25,10 @@ from spartan.kernels.mixing import choose, mix, soft_over_chosen
 from spartan.kernels.scores import wide
 
 # What gathering costs for each parent (sorting) and each child that is read (moving its key and its
-# value), in rows of a product of matrices: measured on a CPU (benchmarks/memory.py --forms).
-_SORT_COST, _GATHER_COST = 5, 100
+# value), in rows of a product of matrices: measured on a CPU (benchmarks/memory.py --part forms),
+# without and with gradients. Without them, products of many positions are cheaper still.
+_COSTS = {False: (10.0, 150.0), True: (4.5, 100.0)}
+_MANY = 256
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
@@ -69,7 +71,10 @@ def fused(h: Tensor, p: Tensor, k: Tensor, v: Tensor, chosen: int, temperature: 
     return h + weights.to(values.dtype) @ values
 
 
-def fastest(parents: int, children: int, chosen: int) -> Form:
-    """Return the form that is fastest for a memory of this shape."""
-    gathering = _SORT_COST * parents + _GATHER_COST * chosen * children
-    return gathered if 2 * parents * children > gathering else fused
+def fastest(parents: int, children: int, chosen: int, positions: int, grad: bool) -> Form:
+    """Return the form that is fastest for a memory of this shape, with gradients or without."""
+    sort, gather = _COSTS[grad]
+    if positions > _MANY and not grad:
+        gather *= 2
+    gathering = sort * parents + gather * chosen * children
+    return gathered if gathering < 2 * parents * children else fused

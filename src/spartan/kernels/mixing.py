@@ -44,9 +44,10 @@ def mix(of_parents: Tensor, of_children: Tensor, chosen: int, temperature: float
     native = _native(of_parents, of_children)
     if native is None:
         return _mix(of_parents, of_children, chosen, temperature)
-    weights: Tensor = _Mix.apply(  # type: ignore[no-untyped-call]
-        of_parents, of_children, chosen, temperature, native
-    )
+    arguments = of_parents, of_children, chosen, temperature, native
+    if not torch.is_grad_enabled():
+        return _mix_natively(*arguments)
+    weights: Tensor = _Mix.apply(*arguments)  # type: ignore[no-untyped-call]
     return weights
 
 
@@ -79,6 +80,26 @@ def _mix(of_parents: Tensor, of_children: Tensor, chosen: int, temperature: floa
     return weights
 
 
+def _mix_natively(
+    of_parents: Tensor, of_children: Tensor, chosen: int, temperature: float, native: Any
+) -> Tensor:
+    positions, parents = of_parents.shape
+    of_parents, of_children = of_parents.contiguous(), of_children.contiguous()
+    weights = torch.empty_like(of_children)
+    native.mix(
+        of_parents.data_ptr(),
+        of_children.data_ptr(),
+        positions,
+        parents,
+        of_children.shape[1] // parents,
+        chosen,
+        temperature,
+        weights.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return weights
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,21 +110,8 @@ class _Mix(torch.autograd.Function):
         temperature: float,
         native: Any,
     ) -> Tensor:
-        positions, parents = of_parents.shape
-        of_parents, of_children = of_parents.contiguous(), of_children.contiguous()
-        weights = torch.empty_like(of_children)
-        native.mix(
-            of_parents.data_ptr(),
-            of_children.data_ptr(),
-            positions,
-            parents,
-            of_children.shape[1] // parents,
-            chosen,
-            temperature,
-            weights.data_ptr(),
-            torch.get_num_threads(),
-        )
-        ctx.parents, ctx.temperature = parents, temperature
+        weights = _mix_natively(of_parents, of_children, chosen, temperature, native)
+        ctx.parents, ctx.temperature = of_parents.shape[1], temperature
         ctx.save_for_backward(weights)
         return weights
 
