@@ -170,6 +170,7 @@ def _table(path: Path) -> list[tuple[str, str]]:
         raise MissingExtraError(
             "Tables need the data extra: pip install 'spartan-torch[data]'."
         ) from error
+    datasets.disable_progress_bars()
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
     try:
         with warnings.catch_warnings():
