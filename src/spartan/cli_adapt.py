@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spartan.errors import ConfigError, FileError
 from spartan.files import write_text
@@ -18,6 +17,7 @@ from spartan.report.table import print_adapted
 from spartan.training.adapt_config import AdaptConfig
 from spartan.training.adapting import Adapted, open_adapt_job
 from spartan.training.adapting import adapt as adapt_one
+from spartan.training.display import Phases
 
 
 def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
@@ -41,17 +41,9 @@ def adapt(options: Annotated[AdaptConfig, tyro.conf.arg(name="")]) -> int:
     except OSError as error:
         raise FileError(f"Cannot make the folder {options.out!r}: {error.strerror}.") from error
     adapted: list[Adapted] = []
-    columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
-        tasks = {name: progress.add_task(name, total=None) for name in options.adapter}
-
-        def tick(name: str, done: int, total: int) -> None:
-            progress.update(tasks[name], completed=done, total=total)
-
+    with Phases(console) as phases:
         for name in options.adapter:
-            adapted.append(adapt_one(options, job, name, folder / name, tick))
+            adapted.append(adapt_one(options, job, name, folder / name, phases.tick))
             _write(folder, options, adapted, job.data.classes)
     print_adapted(console, adapted)
     console.print(

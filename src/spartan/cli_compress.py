@@ -7,12 +7,12 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spartan.report.page import write_page
 from spartan.report.table import print_layers
 from spartan.training.compress_config import CompressConfig
 from spartan.training.compression import open_job, run_job
+from spartan.training.display import Phases
 from spartan.training.run import Run
 
 
@@ -25,19 +25,8 @@ def compress(options: Annotated[CompressConfig, tyro.conf.arg(name="")]) -> int:
     console = Console()
     Run(Path(options.out)).refuse_existing()
     job = open_job(options)
-    columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)
-    progress = Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
-    tasks = {}
-
-    def tick(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            tasks[phase] = progress.add_task(phase, total=total)
-        progress.update(tasks[phase], completed=done, total=total)
-
-    with progress:
-        run, report = run_job(options, job, tick)
+    with Phases(console) as phases:
+        run, report = run_job(options, job, phases.tick)
     write_page([run], run.report_path)
     print_layers(console, run)
     times = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.phases.items())

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spartan.adapters.specialization import Specialization
-from spartan.files import write_text
 from spartan.report import figures
+from spartan.report.rendering import write_rendered
 from spartan.training.adapting import Adapted
 
 
@@ -29,27 +28,20 @@ def write_adapting_page(
     Raises:
         FileError: It cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spartan.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     heatmaps = [
         (f"{layer} of {one.name}", found, _heatmap(found, classes))
         for one in adapted
         for layer, found in one.specializations.items()
     ]
-    template = environment.get_template("adapting.html.j2")
-    text = template.render(
+    write_rendered(
+        path,
+        "adapting.html.j2",
         adapted=adapted,
         losses=_losses(adapted),
         heatmaps=heatmaps,
         options=options,
         title=Path(str(options["out"])).resolve().name,
     )
-    write_text(path, text)
 
 
 def _losses(adapted: Sequence[Adapted]) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
-from spartan.files import write_text
 from spartan.report import figures
 from spartan.report.facts import RunFacts, read_facts
+from spartan.report.rendering import write_rendered
 from spartan.training.run import Run
 
 
@@ -20,16 +18,8 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
         FileError: A run has nothing saved yet, or the page cannot be written.
     """
     facts = [read_facts(run) for run in runs]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spartan.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = _percent
-    template = environment.get_template("page.html.j2")
-    write_text(path, template.render(runs=facts, charts=_charts(facts), options=_options(facts)))
+    charts, options = _charts(facts), _options(facts)
+    write_rendered(path, "page.html.j2", runs=facts, charts=charts, options=options)
 
 
 def _charts(runs: Sequence[RunFacts]) -> list[tuple[str, str, str]]:
@@ -84,7 +74,3 @@ def _plain(value: object) -> str:
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)
-
-
-def _percent(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}%}"

@@ -9,6 +9,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -70,3 +71,31 @@ def _metrics(row: Row) -> str:
         f"loss {row['loss']:.3f}  acc {row['accuracy']:.1%}  density {row['density']:.2%}{beta}  "
         f"{row['images_per_second']:,.0f} img/s"
     )
+
+
+class Phases:
+    """A live progress bar for each phase of a job, in a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Phases:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def tick(self, phase: str, done: int, total: int) -> None:
+        """Say how far a phase is."""
+        if phase not in self._tasks:
+            self._tasks[phase] = self.progress.add_task(phase, total=total)
+        self.progress.update(self._tasks[phase], completed=done, total=total)
