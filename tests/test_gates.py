@@ -1,4 +1,4 @@
-"""Hard-concrete gates against their vectors and closed forms."""
+"""Gates against their vectors and closed forms."""
 
 from __future__ import annotations
 
@@ -94,3 +94,35 @@ def test_slope_is_the_derivative(a: float, u: float) -> None:
         torch.testing.assert_close(slope.detach(), expected, rtol=1e-9, atol=1e-12)
     elif value in (0.0, 1.0):
         assert float(slope.detach()) == 0.0
+
+
+def test_bernoulli_marginals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for g in (-3.0, -1.0, 0.0, 1.0, 3.0):
+        logits = torch.full((400_000,), g)
+        drawn = gates.bernoulli(logits, gates.logistic_noise(logits, generator))
+        assert float(drawn.mean()) == pytest.approx(torch.tensor(g).sigmoid().item(), abs=0.003)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bernoulli_is_exactly_0_or_1(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(10_000, generator=generator, dtype=torch.float64).to(dtype)
+    for noise in (None, gates.logistic_noise(logits, generator)):
+        drawn = gates.bernoulli(logits, noise)
+        assert drawn.dtype == dtype
+        assert set(drawn.unique().tolist()) == {0.0, 1.0}
+
+
+def test_bernoulli_without_noise_is_open_above_one_half() -> None:
+    assert gates.bernoulli(torch.tensor([-0.1, 0.0, 0.1])).tolist() == [0.0, 0.0, 1.0]
+
+
+@given(g=st.floats(-20, 20), noise=st.floats(-10, 10), temperature=st.floats(0.5, 4))
+def test_bernoulli_gradient_is_that_of_the_sigmoid(
+    g: float, noise: float, temperature: float
+) -> None:
+    logit = double(g).requires_grad_()
+    gates.bernoulli(logit, double(noise), temperature).backward()
+    (slope,) = torch.autograd.grad(torch.sigmoid((logit + noise) / temperature), logit)
+    torch.testing.assert_close(logit.grad, slope)

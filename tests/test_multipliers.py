@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spartan.multipliers import Ascent, DualRule, NuPI
+from spartan.multipliers import Ascent, DualRule, Multiplicative, NuPI
 from tests.conftest import VECTORS
 
 FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())[
@@ -85,3 +86,38 @@ def test_nupi_agrees_with_cooper(sequence: list[float], kp: float, smoothing: fl
     found = trajectory(NuPI(0.1, kp, smoothing=smoothing), sequence)
     # Its gains are float32.
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@given(
+    violations=st.lists(st.floats(0.001, 2), min_size=1, max_size=30), sign=st.sampled_from((1, -1))
+)
+def test_multiplicative_follows_the_sign_of_the_violation(
+    violations: list[float], sign: int
+) -> None:
+    rule = Multiplicative(rise=0.05, fall=0.005, maximum=100.0)
+    before, memory = 10.0, None
+    for violation in violations:
+        now, memory = rule.update(before, sign * violation, memory)
+        assert (now >= before) if sign > 0 else (now <= before)
+        assert 0 < now <= 100.0
+        before = now
+
+
+def test_multiplicative_without_violation_stays() -> None:
+    rule = Multiplicative(rise=0.05, fall=0.005, maximum=100.0)
+    multiplier, memory = 3.0, None
+    for _ in range(1000):
+        multiplier, memory = rule.update(multiplier, 0.0, memory)
+    assert multiplier == pytest.approx(3.0, abs=1e-12)
+
+
+def test_multiplicative_by_hand() -> None:
+    rule = Multiplicative(rise=0.1, fall=0.01, maximum=5.0, smoothing=0.5)
+    first, memory = rule.update(1.0, 0.4, None)
+    assert (first, memory) == (pytest.approx(math.exp(0.1 * 0.4)), 0.4)
+    second, memory = rule.update(first, -2.0, memory)
+    assert memory == pytest.approx(-0.8)
+    assert second == pytest.approx(first * math.exp(-0.01 * 0.8))
+    clipped, _ = rule.update(1.0, -1000.0, None)
+    assert clipped == pytest.approx(math.exp(-0.01))
+    assert rule.update(4.9, 1.0, None)[0] == 5.0

@@ -15,6 +15,8 @@ from rich.console import Console
 from spartan.cli_adapt import adapt
 from spartan.cli_compress import compress
 from spartan.cli_deploy import deploy_commands
+from spartan.cli_options import refuse_changes
+from spartan.cli_world import run_world_command
 from spartan.deploy import accelerate
 from spartan.errors import ConfigError
 from spartan.report.facts import read_facts
@@ -34,6 +36,8 @@ _MAY_CHANGE = {"device", "workers", "out"}
 
 def run_command(words: Sequence[str]) -> int:
     """Parse a command line, run its command and return the exit code."""
+    if words[:1] == ["world"]:
+        return run_world_command(words[1:])
     start, resumed = _defaults(words)
 
     def train(
@@ -51,7 +55,7 @@ def run_command(words: Sequence[str]) -> int:
             dry_run: Print layers, costs, budget and schedule, and stop.
         """
         if resume is not None:
-            _refuse_changes(resumed, options)
+            refuse_changes(resumed, options, _MAY_CHANGE)
             options = dataclasses.replace(options, out=resume)
         return _dry_run(options) if dry_run else _train(options, resume is not None)
 
@@ -93,6 +97,10 @@ def run_command(words: Sequence[str]) -> int:
         print_methods(Console())
         return 0
 
+    def world() -> int:
+        """Learn which object influences which: train, evaluate, adapt, show; see world --help."""
+        return run_world_command(["--help"])
+
     commands: dict[str, Callable[..., int]] = {
         "train": train,
         "evaluate": evaluate_run,
@@ -101,6 +109,7 @@ def run_command(words: Sequence[str]) -> int:
         "methods": methods,
         "compress": compress,
         "adapt": adapt,
+        "world": world,
         **deploy_commands(),
     }
     code: int = tyro.extras.subcommand_cli_from_dict(
@@ -130,16 +139,6 @@ def _defaults(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
         return saved, saved
     start = read_config(known.config) if known.config is not None else TrainConfig()
     return start, start
-
-
-def _refuse_changes(saved: TrainConfig, given: TrainConfig) -> None:
-    for field in dataclasses.fields(saved):
-        before, now = getattr(saved, field.name), getattr(given, field.name)
-        if before != now and field.name not in _MAY_CHANGE:
-            raise ConfigError(
-                f"--{field.name.replace('_', '-')} was {before!r} when the run was begun and "
-                f"cannot become {now!r} on resuming; start a new run with --out."
-            )
 
 
 def _train(config: TrainConfig, resume: bool) -> int:

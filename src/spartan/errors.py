@@ -58,6 +58,10 @@ class AdapterError(SpartanError, ValueError):
     """An adapter's setting is out of range, or it does not fit the model."""
 
 
+class WorldError(SpartanError, ValueError):
+    """A world model's setting or data are out of range, or its target means nothing."""
+
+
 class FileError(SpartanError, OSError):
     """A file cannot be read or written, or its content is damaged."""
 

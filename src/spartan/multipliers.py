@@ -8,6 +8,7 @@ for λ; each is a pure function, whose memory the caller keeps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,3 +83,38 @@ class NuPI:
         change = self.integral * violation + self.proportional * (smoothed - before)
         moved = multiplier + self.step * change
         return moved if self.signed else max(0.0, moved), smoothed
+
+
+@dataclass(frozen=True)
+class Multiplicative:
+    """Steps of ln λ along a moving average of the violation, for constraints of unknown scale.
+
+        ē_t = ρ ē_{t-1} + (1 - ρ) e_t,    ē_0 = e_0
+        λ ← min(λ_max, λ exp(η clip(ē_t, -1, 1)))    with η_fall for η where ē_t < 0
+
+    λ stays positive, and e is best relative to the constraint's level, so that η has no unit. The
+    bound is what keeps λ from winding up while the constraint cannot be met yet.
+
+    Attributes:
+        rise: η.
+        fall: η_fall.
+        maximum: λ_max.
+        smoothing: ρ, in [0, 1).
+
+    Source: Rezende, Viola, "Taming VAEs" (GECO), 2018; the published rule λ ← α exp(e) λ drifts
+    where α ≠ 1 and e = 0.
+    """
+
+    rise: float
+    fall: float
+    maximum: float = math.inf
+    smoothing: float = 0.99
+
+    def update(
+        self, multiplier: float, violation: float, memory: float | None
+    ) -> tuple[float, float]:
+        before = violation if memory is None else memory
+        smoothed = self.smoothing * before + (1.0 - self.smoothing) * violation
+        step = self.rise if smoothed > 0 else self.fall
+        moved = multiplier * math.exp(step * min(1.0, max(-1.0, smoothed)))
+        return min(self.maximum, moved), smoothed

@@ -15,6 +15,7 @@ from spartan.report.inspection import FileFacts
 from spartan.training.adapting import Adapted
 from spartan.training.run import Run
 from spartan.training.trainer import Trainer
+from spartan.training.world_scores import WorldScores
 
 
 def print_layers(console: Console, run: Run) -> None:
@@ -143,6 +144,41 @@ def print_inspection(console: Console, facts: FileFacts) -> None:
     )  # fmt: skip
     console.print(table)
     console.print(f"file size {facts.bytes:,} bytes", highlight=False)
+
+
+def print_world(console: Console, table: WorldScores) -> None:
+    """Print how the graphs of a world compare with the truth."""
+    shown = _table(
+        f"graphs against the truth; {table.budget}",
+        *("graphs read by", "error", "SHD", "+ targets", "edges", "precision", "recall"),
+        *("event recall", f"{table.horizon} steps", "removal"),
+    )
+    for one in table.scores:
+        graphs = one.graphs
+        shown.add_row(
+            one.name,
+            _or_dash(one.error, ".4f"),
+            f"{graphs.shd:.3f}",
+            f"{graphs.shd_with_targets:.3f}",
+            f"{graphs.edges:.2f}",
+            f"{graphs.precision:.1%}",
+            f"{graphs.recall:.1%}",
+            f"{graphs.event_recall:.1%}",
+            _or_dash(one.rollout, ".3f"),
+            _or_dash(one.removal, ".1%"),
+        )
+    console.print(shown)
+    console.print(
+        f"of pairs without a path in SPARTAN's graph {table.influence_held:.3%} have influence, "
+        f"{table.influence_free:.1%} where gates may open in response; removing what has no path "
+        f"in it changes its error by {table.own_removal:.3%}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,0 +1,118 @@
+"""Every option of `spartan world train`, in one dataclass that is also its folder's config file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from spartan.errors import ConfigError, WorldError
+from spartan.world_model.attention import Normalise
+from spartan.world_model.constraints import EdgeBudget, ErrorBudget
+from spartan.world_model.environments import make_environment
+from spartan.world_model.learning import Recipe
+from spartan.world_model.model import Mode, TransitionConfig
+
+COMMAND = "world"  # what tells these files from those of other commands
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Options of one world model and of those it is compared with."""
+
+    env: str = "particles"
+    """particles, pong, balls, create."""
+    tau_factor: float = 1.0
+    """The error allowed, in multiples of the fully connected model's."""
+    error: float | None = None
+    """The error allowed, in itself: mean square, in units of the usual change."""
+    edges: float | None = None
+    """Instead of an error: edges between objects allowed in the mean of all states."""
+    steps: int = 16_000
+    """Batches, of each model."""
+    batch_size: int = 128
+    """Transitions of a batch."""
+    lr: float = 1e-3
+    """Adam's learning rate, falling to 0 in the last 30 % of steps."""
+    transitions: int = 200_000
+    """Simulated transitions to train on."""
+    width: int = 64
+    """Features of a token."""
+    layers: int = 2
+    """Layers of gated attention."""
+    hidden: int = 128
+    """Units of each hidden layer."""
+    normalise: Normalise = "open"
+    """Attention sums to 1 over open gates; dense, as published, over all."""
+    baselines: bool = True
+    """Train the global graph and the nearest-object attention, too, to compare with."""
+    seed: int = 0
+    """Decides data, weights, batches and gates."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1."""
+    out: str = "runs/world"
+    """Folder to write."""
+
+    def __post_init__(self) -> None:
+        try:
+            environment = make_environment(self.env)
+            self.recipe()
+            self.model_config("sparse")
+        except WorldError as error:
+            raise ConfigError(str(error)) from error
+        if self.error is not None and self.edges is not None:
+            raise ConfigError("Give --error or --edges, not both.")
+        if not self.tau_factor > 0:
+            raise ConfigError(f"--tau-factor {self.tau_factor} must be positive.")
+        for name in ("error", "edges"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name} {value} must be positive.")
+        least = environment.episode * environment.seen
+        if self.transitions < least:
+            raise ConfigError(f"--transitions {self.transitions}: at least {least} are needed.")
+
+    def recipe(self) -> Recipe:
+        """Return how each model is trained."""
+        return Recipe(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+
+    def model_config(self, mode: Mode) -> TransitionConfig:
+        """Return the sizes of a model."""
+        environment = make_environment(self.env)
+        return TransitionConfig(
+            features=len(environment.features),
+            changing=environment.changing,
+            environments=environment.seen,
+            width=self.width,
+            layers=self.layers,
+            hidden=self.hidden,
+            mode=mode,
+            normalise=self.normalise,
+        )
+
+    def budget(self, dense_error: float) -> ErrorBudget | EdgeBudget:
+        """Return the constraint, given the error of the fully connected model."""
+        if self.edges is not None:
+            return EdgeBudget(self.edges)
+        allowed = self.tau_factor * dense_error if self.error is None else self.error
+        return ErrorBudget(allowed)
+
+    def to_json(self) -> str:
+        """Return the config file's text."""
+        return json.dumps({"command": COMMAND, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+
+def world_config_from(values: dict[str, Any], source: str) -> WorldConfig:
+    """Return the options of a config file.
+
+    Raises:
+        ConfigError: An option is unknown or missing.
+    """
+    given = {name: value for name, value in values.items() if name != "command"}
+    try:
+        return WorldConfig(**given)
+    except TypeError as error:
+        raise ConfigError(
+            f"{source!r} does not hold the options of a world model: {error}."
+        ) from error

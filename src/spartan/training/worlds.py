@@ -1,0 +1,251 @@
+"""The job of `spartan world train`: several models of one world, one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spartan.errors import ConfigError, FileError, StateError
+from spartan.files import load_state, save_state, write_text
+from spartan.seeds import derive_seed
+from spartan.training.interrupt import InterruptedRunError, SignalGuard
+from spartan.training.metrics import MetricsLog
+from spartan.training.run import Run
+from spartan.training.trainer import pick_device
+from spartan.training.world_config import COMMAND, WorldConfig, world_config_from
+from spartan.world_model.baselines import GlobalGraph, NearestObjects
+from spartan.world_model.constraints import EdgeBudget, ErrorBudget
+from spartan.world_model.environments import Environment, make_environment
+from spartan.world_model.files import load_model, save_model
+from spartan.world_model.learning import Learner, measure
+from spartan.world_model.model import TransitionModel, WorldModel
+from spartan.world_model.transitions import Transitions
+
+Tick = Callable[[str, int, int], None]
+_HELD_OUT = 6_000  # transitions
+_ROWS = 250  # of metrics, for each model
+
+
+class WorldRun:
+    """The folder of a world model: `config.json`, one file for each model, metrics and report.
+
+    Args:
+        folder: Where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.run = Run(folder)
+        self.folder = folder
+        self.results_path = folder / "results.json"
+        self.animation_path = folder / "world.gif"
+
+    @classmethod
+    def create(cls, config: WorldConfig) -> WorldRun:
+        """Start a new folder.
+
+        Raises:
+            ConfigError: It already holds a run.
+            FileError: It cannot be made.
+        """
+        world = cls(Path(config.out))
+        if world.run.config_path.exists():
+            raise ConfigError(
+                f"{config.out!r} already holds a run: continue it with --resume {config.out} if it "
+                "is one of a world model, or give another --out."
+            )
+        try:
+            world.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"Cannot make the folder {config.out!r}: {error.strerror}.") from error
+        write_text(world.run.config_path, config.to_json())
+        return world
+
+    @classmethod
+    def open(cls, folder: Path) -> tuple[WorldRun, WorldConfig]:
+        """Open an existing folder.
+
+        Raises:
+            FileError: There is none, or it is damaged.
+            ConfigError: Another command wrote it.
+        """
+        world = cls(folder)
+        path = world.run.config_path
+        if not path.is_file():
+            raise FileError(f"{str(folder)!r} holds no world model: it has no config.json.")
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise FileError(f"{str(path)!r} cannot be read as JSON: {error}.") from error
+        if not isinstance(values, dict) or values.get("command") != COMMAND:
+            raise ConfigError(f"{str(folder)!r} was not written by `spartan world train`.")
+        return world, world_config_from(values, str(path))
+
+    def model_path(self, name: str) -> Path:
+        """Where a finished model is."""
+        return self.folder / f"{name}.safetensors"
+
+    def model(self, name: str = "sparse") -> WorldModel:
+        """Load a finished model.
+
+        Raises:
+            FileError: It is not there yet, or damaged.
+        """
+        path = self.model_path(name)
+        if not path.is_file():
+            raise FileError(
+                f"{str(self.folder)!r} has no {name} model yet: continue the training with "
+                f"`spartan world train --resume {self.folder}`."
+            )
+        return load_model(path)
+
+
+class WorldJob:
+    """Trains a fully connected model, one without interaction, the sparse one, and baselines.
+
+    Args:
+        config: Options.
+    """
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self.environment = make_environment(config.env)
+        self.device = pick_device(config.device)
+        self.data = draw(self.environment, config.transitions, config.seed, "train")
+        self.data = self.data.to(self.device)
+        self.held_out = draw(self.environment, _HELD_OUT, config.seed, "held out").to(self.device)
+        self.names = ["dense", "identity", "sparse"]
+        self.names += ["nearest", "global"] if config.baselines else []
+
+    def fit(self, world: WorldRun, tick: Tick, say: Callable[[str], None]) -> None:
+        """Train what is not trained yet.
+
+        Raises:
+            InterruptedRunError: A signal came; a checkpoint is written.
+            WorldError: The error allowed is met without any graph.
+        """
+        saved = _checkpoint(world)
+        total = self.config.steps * len(self.names)
+        done = self._steps_before(saved["name"]) + saved["learner"]["step"] if saved else 0
+        if saved is None:
+            finished = [name for name in self.names if world.model_path(name).is_file()]
+            done = self.config.steps * len(finished)
+        log = MetricsLog(world.run, done, total + 1)
+        try:
+            with SignalGuard() as guard:
+                for name in self.names:
+                    if world.model_path(name).is_file():
+                        continue
+                    learner = self._learner(world, name)
+                    if saved is not None and saved["name"] == name:
+                        _continue(learner, saved["learner"], world)
+                    self._train(world, name, learner, log, tick, guard)
+                    save_model(world.model_path(name), learner.model)
+                    world.run.checkpoint_path.unlink(missing_ok=True)
+                    error, edges = measure(learner.model, self.held_out)
+                    say(f"{name:9} error {error:.4f}  edges {edges:.2f}")
+        finally:
+            log.close()
+
+    def budget(self, world: WorldRun) -> ErrorBudget | EdgeBudget:
+        """Return the sparse model's budget, once the models are there that it is measured by.
+
+        Raises:
+            WorldError: It is met without any graph.
+        """
+        errors = {
+            name: measure(world.model(name).to(self.device), self.held_out)[0]
+            for name in ("dense", "identity")
+        }
+        budget = self.config.budget(errors["dense"])
+        if isinstance(budget, ErrorBudget):
+            budget.check(errors["identity"])
+        return budget
+
+    def _learner(self, world: WorldRun, name: str) -> Learner:
+        config = self.config
+        torch.manual_seed(derive_seed(config.seed, f"world/{name}", 0))
+        model: WorldModel
+        if name == "global":
+            model = GlobalGraph(config.model_config("sparse"), self.environment.objects)
+        elif name == "nearest":
+            model = NearestObjects(config.model_config("dense"))
+        elif name == "identity":
+            model = TransitionModel(config.model_config("identity"))
+        else:
+            model = TransitionModel(config.model_config("dense" if name == "dense" else "sparse"))
+        model.fit_scale(self.data)
+        budget = self.budget(world) if name in ("sparse", "global") else None
+        return Learner(
+            model.to(self.device), self.data, self.held_out, config.recipe(), budget, config.seed
+        )
+
+    def _train(
+        self,
+        world: WorldRun,
+        name: str,
+        learner: Learner,
+        log: MetricsLog,
+        tick: Tick,
+        guard: SignalGuard,
+    ) -> None:
+        steps = self.config.steps
+        every = max(1, steps // _ROWS)
+        before = self._steps_before(name)
+        while not learner.done:
+            row = learner.advance()
+            if learner.checks_now:
+                row |= learner.check()
+            if learner.step % every == 0 or learner.checks_now:
+                log.write({"split": name, "step": before + learner.step, **row})
+            if (learner.checks_now and not learner.done) or guard.received is not None:
+                _save(world, name, learner)
+            if guard.received is not None:
+                raise InterruptedRunError(
+                    f"Stopped after step {learner.step} of {steps} of the {name} model. To "
+                    f"continue: spartan world train --resume {world.folder}",
+                    guard.received,
+                )
+            tick(name, learner.step, steps)
+        learner.finish()
+
+    def _steps_before(self, name: str) -> int:
+        return self.config.steps * self.names.index(name)
+
+
+def draw(environment: Environment, count: int, seed: int, purpose: str) -> Transitions:
+    """Simulate transitions of the interventions for training, half of them with events."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, f"world/{purpose}", 0))
+    natural = draw_natural(environment, count, generator)
+    return natural.balanced(generator)
+
+
+def draw_natural(environment: Environment, count: int, generator: torch.Generator) -> Transitions:
+    """Simulate transitions of the interventions for training, as they come."""
+    length = environment.episode
+    return environment.collect(count // length, length, range(environment.seen), generator)
+
+
+def _checkpoint(world: WorldRun) -> Any:
+    path = world.run.checkpoint_path
+    if not path.is_file():
+        return None
+    state = load_state(path)
+    if not isinstance(state, dict) or set(state) != {"name", "learner"}:
+        raise FileError(f"{str(path)!r} is not a checkpoint of a world model.")
+    return state
+
+
+def _save(world: WorldRun, name: str, learner: Learner) -> None:
+    save_state(world.run.checkpoint_path, {"name": name, "learner": learner.state_dict()})
+
+
+def _continue(learner: Learner, state: dict[str, Any], world: WorldRun) -> None:
+    try:
+        learner.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        path = str(world.run.checkpoint_path)
+        raise StateError(f"{path!r} does not fit the options: {error}") from error

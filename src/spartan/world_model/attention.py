@@ -1,0 +1,110 @@
+r"""Attention through hard gates that depend on the state.
+
+    q, k, v = W_q z, W_k z, W_v z           z: tokens, each with LayerNorm
+    g_ij    = q_i · k_j / √d + b
+    A_ij    ~ Bernoulli(sigmoid(g_ij))      without noise, when not training: 1[g_ij > 0]
+    w_ij    = A_ij exp(q_i · k_j / √d) / Σ_j' A_ij' exp(q_i · k_j' / √d)
+    h_i     = Σ_j w_ij v_j
+
+As published, the sum in w runs over all j', open or closed: then a token that nobody attends to
+still changes every output through the denominator. Summing over open gates only makes A exact, bit
+for bit, and is the default.
+
+Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; there g is not divided by
+√d and b = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spartan.gates import bernoulli, logistic_noise
+
+Normalise = Literal["open", "dense"]
+GateScale = Literal["sqrt_d", "none"]
+
+
+class GatedAttention(nn.Module):
+    """One head of gated attention.
+
+    Args:
+        width: d, features of a token.
+        normalise: Over which tokens weights are normalised: those with open gates, or all.
+        gate_scale: Whether g is divided by √d.
+        gate_bias: b; above 0, gates start open.
+        temperature: T of the gates' straight-through gradient. Above 1, the gradient reaches gates
+            that are surely closed, so that what was closed too early opens again.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        normalise: Normalise = "open",
+        gate_scale: GateScale = "sqrt_d",
+        gate_bias: float = 0.0,
+        temperature: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.normalise = normalise
+        self.gate_scale = gate_scale
+        self.gate_bias = gate_bias
+        self.temperature = temperature
+
+    def forward(
+        self,
+        tokens: Tensor,
+        present: Tensor,
+        sharpness: Tensor | float = 1.0,
+        shift: Tensor | float = 0.0,
+        generator: torch.Generator | None = None,
+        adjacency: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            tokens: `[B, n, d]`.
+            present: Boolean `[B, n, n]`: both tokens are there; other gates are closed.
+            sharpness: Factor of g.
+            shift: Added to every g.
+            generator: Draws the gates; without it they are open where g > 0.
+            adjacency: Gates to use instead of the model's own, 0 or 1, `[B, n, n]`.
+
+        Returns:
+            h `[B, n, d]`, A `[B, n, n]` and w `[B, n, n]`.
+        """
+        q, k, v = self.query_key_value(self.norm(tokens)).chunk(3, -1)
+        root = math.sqrt(q.shape[-1])
+        logits = q @ k.transpose(-2, -1) / root
+        if adjacency is None:
+            gate = logits if self.gate_scale == "sqrt_d" else logits * root
+            gate = sharpness * (gate + self.gate_bias + shift)
+            noise = None if generator is None else logistic_noise(gate, generator)
+            adjacency = bernoulli(gate, noise, self.temperature)
+        adjacency = adjacency * present
+        weights = gated_softmax(logits, adjacency, present, self.normalise)
+        return weights @ v, adjacency, weights
+
+
+def gated_softmax(
+    logits: Tensor, adjacency: Tensor, present: Tensor, normalise: Normalise
+) -> Tensor:
+    """Return the attention weights w, `[B, n, n]`; a row whose gates are all closed is 0.
+
+    Differentiable with respect to gates that are closed, too: what one of them would weigh if it
+    were open, at most 1.
+    """
+    over = adjacency > 0 if normalise == "open" else present
+    top = logits.detach().masked_fill(~over, -math.inf).amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    # A closed gate has no say in `top`; its exponential is bounded, as it is multiplied by 0.
+    scaled = (logits - top).clamp(max=0.0).exp()
+    weights = adjacency * scaled
+    total = (weights if normalise == "open" else present * scaled).sum(-1, keepdim=True)
+    # Of rows that nothing is open in: any number will do, but a tiny one would blow up gradients.
+    return weights / (total + (total == 0))

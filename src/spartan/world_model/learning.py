@@ -1,0 +1,246 @@
+"""Fitting a transition model, step by step; with a budget, its graph too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from spartan.errors import NonFiniteError, WorldError
+from spartan.seeds import derive_seed
+from spartan.world_model.constraints import Constraint, EdgeBudget, ErrorBudget
+from spartan.world_model.model import Prediction, WorldModel
+from spartan.world_model.paths import Rows
+from spartan.world_model.transitions import Transitions
+
+_EVALUATED = 1000  # transitions at a time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: Batches.
+        batch_size: Transitions of a batch.
+        lr: Adam's rate, after a warm-up of 200 steps and until it falls to 0 in the last 30 %.
+        sharpness: Factor that gate logits end with, reached from 1 between 10 % and 50 % of the
+            steps. A gate that must surely be open up to the rim of a region overshoots it by as
+            much as the logit needs to grow; sharpening shrinks that.
+        checks: How many times the graph is compared with held-out data.
+    """
+
+    steps: int = 12_000
+    batch_size: int = 128
+    lr: float = 1e-3
+    sharpness: float = 10.0
+    checks: int = 40
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.checks) < 1:
+            raise WorldError("steps, batch_size and checks must be at least 1.")
+        if not self.lr > 0 or not self.sharpness >= 1:
+            raise WorldError(
+                f"lr={self.lr} must be positive, and sharpness={self.sharpness} at least 1."
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Return the rate of one step."""
+        warm = min(1.0, (step + 1) / 200)
+        return self.lr * warm * min(1.0, (self.steps - step) / (0.3 * self.steps))
+
+    def sharpness_at(self, step: int) -> float:
+        """Return the factor of gate logits in one step."""
+        progress = (step / self.steps - 0.1) / 0.4
+        return float(self.sharpness ** min(1.0, max(0.0, progress)))
+
+
+def prediction_error(prediction: Tensor, data: Transitions, scale: Tensor) -> Tensor:
+    """Return the mean squared error in units of σ, over the objects that are there."""
+    squared = ((prediction - data.following) / scale).square().mean(-1)
+    return (squared * data.mask).sum() / data.mask.sum()
+
+
+class Learner:
+    """Trains a model; every batch and gate is drawn from the seed and the number of the step.
+
+    Args:
+        model: What is trained, in place.
+        data: Transitions for training.
+        held_out: Transitions to choose the result by, under a budget.
+        recipe: How to train.
+        budget: None trains for the error alone.
+        seed: Decides batches and gates.
+        rows: Which paths are penalised.
+
+    Raises:
+        WorldError: Data and model do not fit.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        data: Transitions,
+        held_out: Transitions,
+        recipe: Recipe,
+        budget: ErrorBudget | EdgeBudget | None = None,
+        seed: int = 0,
+        rows: Rows = "decoded",
+    ) -> None:
+        self.model = model
+        self.data, self.held_out = data, held_out
+        self.recipe, self.seed = recipe, seed
+        config = self.model.config
+        if data.following.shape[-1] != config.changing:
+            raise WorldError(
+                f"The data has {data.following.shape[-1]} features that change, the model "
+                f"{config.changing}."
+            )
+        if int(data.environment.max()) >= config.environments:
+            raise WorldError(
+                f"The data is of {int(data.environment.max()) + 1} environments, the model of "
+                f"{config.environments}."
+            )
+        self.step = 0
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+        objects = data.states.shape[1]
+        self.constraint = None if budget is None else Constraint(budget, config, objects, rows)
+        self.best: dict[str, Any] | None = None
+        self._generator = torch.Generator(device=data.states.device)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step >= self.recipe.steps
+
+    def advance(self) -> dict[str, float]:
+        """Take one step, and return what was measured in it.
+
+        Raises:
+            NonFiniteError: The error is NaN or infinite.
+        """
+        recipe, generator = self.recipe, self._generator
+        generator.manual_seed(derive_seed(self.seed, "world", self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr_at(self.step)
+        shape = (recipe.batch_size,)
+        device = self.data.states.device
+        batch = self.data[torch.randint(len(self.data), shape, generator=generator, device=device)]
+        self.model.train()
+        self.model.sharpness.fill_(recipe.sharpness_at(self.step))
+        gates = generator if self.model.config.mode == "sparse" else None
+        prediction: Prediction = self.model(batch.states, batch.environment, batch.mask, gates)
+        error = prediction_error(prediction.states, batch, self.model.scale)
+        if self.constraint is None:
+            loss, row = error, {"error": error.item()}
+        else:
+            loss, row = self.constraint.loss(error, prediction)
+        if not math.isfinite(row["error"]):
+            raise NonFiniteError(
+                f"The prediction error is {row['error']} in step {self.step}: lower lr."
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return row
+
+    def check(self) -> dict[str, float]:
+        """Measure on held-out data, and remember the sparsest model within an error budget.
+
+        Returns:
+            Error and edges, with gates as they are when not training.
+        """
+        error, edges = measure(self.model, self.held_out)
+        budget = None if self.constraint is None else self.constraint.budget
+        if isinstance(budget, ErrorBudget):
+            before = None if self.best is None else (self.best["kept"], self.best["order"])
+            # Within the budget, fewer edges are better; outside, less error is.
+            kept = error <= budget.limit
+            order = edges if kept else error
+            if before is None or (kept, -order) > (before[0], -before[1]):
+                weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+                self.best = {"kept": kept, "order": order, "model": weights}
+        return {"held_out_error": error, "held_out_edges": edges}
+
+    @property
+    def checks_now(self) -> bool:
+        """Whether the last step was one after which `check` is due."""
+        every = max(1, self.recipe.steps // self.recipe.checks)
+        return self.step % every == 0 or self.done
+
+    def finish(self) -> None:
+        """Leave the model with what was best: within its error budget, or exactly at its edges."""
+        self.model.eval()
+        if self.best is not None:
+            self.model.load_state_dict(self.best["model"])
+        if self.constraint is not None and isinstance(self.constraint.budget, EdgeBudget):
+            meet_edges(self.model, self.held_out, self.constraint.budget.limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue bit for bit."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "constraint": None if self.constraint is None else self.constraint.state_dict(),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.constraint is not None:
+            self.constraint.load_state_dict(state["constraint"])
+        self.best = state["best"]
+        self.step = state["step"]
+
+
+@torch.no_grad()
+def measure(model: WorldModel, data: Transitions) -> tuple[float, float]:
+    """Return error and mean number of edges, with gates as they are when not training."""
+    model.eval()
+    errors, edges, objects = 0.0, 0, 0
+    for begin in range(0, len(data), _EVALUATED):
+        part = data[begin : begin + _EVALUATED]
+        prediction: Prediction = model(part.states, part.environment, part.mask)
+        there = int(part.mask.sum())
+        errors += float(prediction_error(prediction.states, part, model.scale)) * there
+        objects += there
+        edges += int(prediction.graph().edges.sum())
+    return errors / objects, edges / len(data)
+
+
+def meet_edges(model: WorldModel, data: Transitions, limit: float) -> None:
+    """Shift all gate logits so that the model has as many edges as it may, and none more.
+
+    Args:
+        model: A sparse transition model; its `gate_shift` is set.
+        data: States over which edges are counted.
+        limit: Mean edges of a state.
+
+    Raises:
+        WorldError: Even with all gates open there would be fewer.
+    """
+    low, high = -1.0, 1.0
+
+    def edges_at(shift: float) -> float:
+        model.gate_shift.fill_(shift)
+        return measure(model, data)[1]
+
+    while edges_at(low) > limit:
+        low *= 2
+    while edges_at(high) <= limit:
+        high *= 2
+        if high > 1e6:
+            raise WorldError(f"There are never more than {edges_at(high):.2f} edges: ask for less.")
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if edges_at(middle) <= limit else (low, middle)
+    edges_at(low)

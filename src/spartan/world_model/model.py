@@ -1,0 +1,236 @@
+r"""The transition model: a transformer over object tokens with hard, learned gates.
+
+    s^0   = tokeniser(x), and T_I as one more token      x: features of each object
+    s^l   = MLP(h^l + s^(l-1))                           h^l: gated attention over s^(l-1)
+    x̂'    = x + σ ⊙ W s^L                                of the features that change
+
+σ is the usual change of each feature, so that an error of 1 is that of predicting no change.
+
+Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4 and appendix A.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spartan.errors import WorldError
+from spartan.world_model.attention import GatedAttention, GateScale, Normalise
+from spartan.world_model.paths import Graph, read_graph
+from spartan.world_model.transitions import Transitions
+
+Mode = Literal["sparse", "dense", "identity"]
+# The scale of embedded objects: with tokens of norm 1 per feature, training stays at a plateau.
+_TOKEN_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class TransitionConfig:
+    """Sizes of a transition model.
+
+    Attributes:
+        features: Features of an object, F.
+        changing: The first how many of them change with time, D; the rest is what the object is.
+        environments: Interventions seen in training, K; one of them may be "none".
+        width: d, features of a token.
+        layers: L.
+        hidden: Units of each hidden layer of the perceptrons.
+        mode: `"sparse"` learns the gates; `"dense"` has all open, `"identity"` all closed.
+        normalise: Whether attention is normalised over open gates or, as published, over all.
+        gate_scale: Whether gate logits are divided by √d.
+        gate_bias: Added to gate logits; above 0, gates start open.
+        temperature: Of the gates' straight-through gradient.
+        token_reads: Whether the intervention's token reads objects, as published. Otherwise nothing
+            influences an intervention, and no route leads from object to object through it.
+    """
+
+    features: int
+    changing: int
+    environments: int = 1
+    width: int = 32
+    layers: int = 2
+    hidden: int = 64
+    mode: Mode = "sparse"
+    normalise: Normalise = "open"
+    gate_scale: GateScale = "sqrt_d"
+    gate_bias: float = 0.0
+    temperature: float = 2.0
+    token_reads: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("features", "changing", "environments", "width", "layers", "hidden"):
+            if getattr(self, name) < 1:
+                raise WorldError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.changing > self.features:
+            raise WorldError(f"changing={self.changing} is more than features={self.features}.")
+        for name, allowed in (
+            ("mode", ("sparse", "dense", "identity")),
+            ("normalise", ("open", "dense")),
+            ("gate_scale", ("sqrt_d", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise WorldError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of some states.
+
+    Attributes:
+        states: Next value of the features that change, `[B, N, D]`.
+        adjacency: A of each layer, exactly 0 or 1, `[L, B, N + 1, N + 1]`.
+        weights: w, the attention weights of each layer, same shape.
+    """
+
+    states: Tensor
+    adjacency: Tensor
+    weights: Tensor
+
+    def graph(self) -> Graph:
+        """Read the local causal graphs."""
+        return read_graph(self.adjacency)
+
+
+class WorldModel(nn.Module):
+    """What every model of transitions has; called as `TransitionModel` is.
+
+    Args:
+        config: Sizes.
+
+    Attributes:
+        scale: σ, `[D]`.
+        sharpness: Factor of the gate logits; training raises it.
+        gate_shift: Added to the gate logits; what an edge budget is met exactly with.
+    """
+
+    scale: Tensor
+    sharpness: Tensor
+    gate_shift: Tensor
+
+    def __init__(self, config: TransitionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("scale", torch.ones(config.changing))
+        self.register_buffer("sharpness", torch.ones(()))
+        self.register_buffer("gate_shift", torch.zeros(()))
+
+    @torch.no_grad()
+    def fit_scale(self, data: Transitions) -> None:
+        """Set σ to the root mean square change of each feature."""
+        change = data.following - data.states[..., : self.config.changing]
+        scale = change[data.mask].square().mean(0).sqrt()
+        self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+
+class TransitionModel(WorldModel):
+    """Predicts the next state of every object, and which objects it read for that.
+
+    Args:
+        config: Sizes.
+
+    Attributes:
+        codebook: Tokens of the interventions seen in training, `[K, d]`.
+    """
+
+    def __init__(self, config: TransitionConfig) -> None:
+        super().__init__(config)
+        self.tokeniser = nn.Sequential(
+            nn.Linear(config.features, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.width),
+        )
+        self.codebook = nn.Parameter(_TOKEN_SCALE * torch.randn(config.environments, config.width))
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.decoder = nn.Linear(config.width, config.changing)
+
+    def forward(
+        self,
+        states: Tensor,
+        environment: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        adjacency: Tensor | None = None,
+    ) -> Prediction:
+        """Predict one step.
+
+        Args:
+            states: Features of the objects, `[B, N, F]`.
+            environment: Which intervention, integers `[B]`; or tokens of one, `[d]` or `[B, d]`.
+            mask: Which objects are there, boolean `[B, N]`; all by default.
+            generator: Draws the gates, in training; without it they are open where that has a
+                probability above 1/2.
+            adjacency: Gates to use instead of the model's own, `[L, B, N + 1, N + 1]`.
+
+        Raises:
+            WorldError: Shapes do not fit.
+        """
+        self._check(states, environment, mask)
+        batch, objects, _ = states.shape
+        token = environment if environment.is_floating_point() else self.codebook[environment]
+        token = token.expand(batch, self.config.width).unsqueeze(1)
+        tokens = torch.cat((self.tokeniser(states), token), 1)
+        there = torch.ones(batch, objects + 1, dtype=torch.bool, device=states.device)
+        if mask is not None:
+            there[:, :-1] = mask
+        present = there.unsqueeze(-1) & there.unsqueeze(-2)
+        present[:, -1] &= self.config.token_reads
+        if adjacency is None and self.config.mode != "sparse":
+            level = 1.0 if self.config.mode == "dense" else 0.0
+            adjacency = tokens.new_full((self.config.layers, 1, 1, 1), level)
+        gates, weights = [], []
+        block: Any
+        for number, block in enumerate(self.blocks):
+            given = None if adjacency is None else adjacency[number]
+            h, opened, weight = block.attention(
+                tokens, present, self.sharpness, self.gate_shift, generator, given
+            )
+            tokens = block.perceptron(h + tokens)
+            gates.append(opened)
+            weights.append(weight)
+        change = self.decoder(tokens[:, :-1])
+        following = states[..., : self.config.changing] + self.scale * change
+        return Prediction(following, torch.stack(gates), torch.stack(weights))
+
+    def _check(self, states: Tensor, environment: Tensor, mask: Tensor | None) -> None:
+        config = self.config
+        if states.dim() != 3 or states.shape[-1] != config.features:
+            raise WorldError(
+                f"states of shape {tuple(states.shape)} given; [B, N, {config.features}] needed."
+            )
+        shape = tuple(environment.shape)
+        token = environment.is_floating_point()
+        allowed = [(config.width,), (len(states), config.width)] if token else [(len(states),)]
+        if shape not in allowed:
+            raise WorldError(
+                f"environment of shape {shape} given; integers [{len(states)}], or tokens "
+                f"[{config.width}] or [{len(states)}, {config.width}], needed."
+            )
+        if mask is not None and (mask.shape != states.shape[:2] or mask.dtype != torch.bool):
+            raise WorldError(
+                f"mask of shape {tuple(mask.shape)}, {mask.dtype}, given; boolean "
+                f"{tuple(states.shape[:2])} needed."
+            )
+
+
+class _Block(nn.Module):
+    """What s ← MLP(h + s) is computed by; the perceptron has three linear layers."""
+
+    def __init__(self, config: TransitionConfig) -> None:
+        super().__init__()
+        self.attention = GatedAttention(
+            config.width,
+            config.normalise,
+            config.gate_scale,
+            config.gate_bias,
+            config.temperature,
+        )
+        self.perceptron = nn.Sequential(
+            nn.Linear(config.width, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.width),
+        )
