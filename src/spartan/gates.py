@@ -1,6 +1,7 @@
 r"""Random gates, closed with some probability: hard-concrete in [0, 1], and Bernoulli in {0, 1}.
 
-A hard-concrete gate z has one parameter, log α. With u uniform on (0, 1), temperature T and stretch (γ, ζ),
+A hard-concrete gate z has one parameter, log α. With u uniform on (0, 1), temperature T and
+stretch (γ, ζ),
 
     y = sigmoid((ln u - ln(1 - u) + log α) / T)
     s = y (ζ - γ) + γ

@@ -150,22 +150,19 @@ def print_world(console: Console, table: WorldScores) -> None:
     """Print how the graphs of a world compare with the truth."""
     shown = _table(
         f"graphs against the truth; {table.budget}",
-        *("graphs read by", "error", "SHD", "+ targets", "edges", "precision", "recall"),
-        *("event recall", f"{table.horizon} steps", "removal"),
+        *("graphs read by", "error", "SHD", "+targets", "edges", "prec.", "recall", "events"),
     )
     for one in table.scores:
         graphs = one.graphs
         shown.add_row(
             one.name,
-            _or_dash(one.error, ".4f"),
+            "–" if one.error is None else f"{one.error:.4f}",
             f"{graphs.shd:.3f}",
             f"{graphs.shd_with_targets:.3f}",
             f"{graphs.edges:.2f}",
             f"{graphs.precision:.1%}",
             f"{graphs.recall:.1%}",
             f"{graphs.event_recall:.1%}",
-            _or_dash(one.rollout, ".3f"),
-            _or_dash(one.removal, ".1%"),
         )
     console.print(shown)
     console.print(
@@ -175,10 +172,6 @@ def print_world(console: Console, table: WorldScores) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -30,7 +30,7 @@ _TITLES = {
     "dense": "fully connected",
     "identity": "no interaction",
     "nearest": "nearest object",
-    "global": "one global graph",
+    "global": "global graph",
 }
 
 

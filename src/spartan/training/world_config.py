@@ -30,7 +30,7 @@ class WorldConfig:
     edges: float | None = None
     """Instead of an error: edges between objects allowed in the mean of all states."""
     steps: int = 16_000
-    """Batches, of each model."""
+    """Batches; half of them for the baselines, a quarter for the model without interaction."""
     batch_size: int = 128
     """Transitions of a batch."""
     lr: float = 1e-3

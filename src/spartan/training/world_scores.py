@@ -105,16 +105,16 @@ def score_world(job: WorldJob, world: WorldRun, seed: int) -> WorldScores:
     scores = [_score("SPARTAN", models["sparse"], job, data, trajectories)]
     dense = models["dense"]
     for title, threshold in (
-        ("dense, threshold by the truth", oracle_threshold(dense, data)),
-        ("dense, threshold 1/n", 1 / environment.objects),
+        ("dense, best threshold", oracle_threshold(dense, data)),
+        ("dense, above 1/n", 1 / environment.objects),
     ):
         graphs = thresholded_graphs(dense, data, threshold)
         scores.append(_score(title, dense, job, data, trajectories, graphs))
-    for name, title in (("nearest", "nearest object"), ("global", "one global graph")):
+    for name, title in (("nearest", "nearest object"), ("global", "global graph")):
         if name in models:
             scores.append(_score(title, models[name], job, data, trajectories))
     constant = WorldScore(
-        "best constant graph", None, None, None, score_graphs(constant_graph(data), data)
+        "constant graph", None, None, None, score_graphs(constant_graph(data), data)
     )
     scores.append(constant)
     scores.append(_score("no interaction", models["identity"], job, data, trajectories))

@@ -1,12 +1,13 @@
 r"""The two budgets of a world model, and the loss that keeps each.
 
     error budget (as published)     min E|Ā|        s.t.  E MSE ≤ τ        L = (MSE - τ) + |Ā| / λ
-    edge budget                     min E MSE       s.t.  E edges ≤ k      L = MSE + λ |Ā|
+    edge budget                     min E MSE       s.t.  E edges ≤ k      L = MSE + λ Σ_i≠j Ā_ij
 
-In both, λ follows the relative violation, on a moving average (`multipliers.Multiplicative`); the
-weight of the paths is 1/λ in the first, and λ in the second. It starts at its smallest, where the
-loss of all paths together is a small part of the error: paths that are closed before the dynamics
-are known do not open again.
+with i, j objects in the second: routes from the intervention are no edges. In both, λ follows the
+relative violation, on a moving average (`multipliers.Multiplicative`); the weight of the paths is
+1/λ in the first, and λ in the second. It starts at its smallest, where all paths together are a
+small part of the error: paths that are closed before the dynamics are known hardly open again. For
+the same reason, k shrinks from all edges to what is allowed, as a cube, while the model learns.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4 and appendix A.2, after Rezende, Viola,
 "Taming VAEs", 2018. The edge budget is our own.
@@ -23,13 +24,17 @@ from torch import Tensor
 
 from spartan.errors import WorldError
 from spartan.multipliers import Multiplicative
-from spartan.world_model.model import Prediction, TransitionConfig
+from spartan.world_model.model import Prediction
 from spartan.world_model.paths import Rows, count_paths, read_graph
 
-# λ starts at this many times the ratio of all paths of the open model to the error allowed.
-
-_START = 20.0
-_FAST, _SLOW = 0.02, 0.02
+# What all paths of the first batch are worth at the start: a part of the error that is allowed, or,
+# under an edge budget, of the whole error, which is about 1.
+_WORTH_OF_LIMIT, _WORTH = 1 / 70, 1 / 1000
+_RATE = 0.02
+# No path is worth more than this part of one object's share of the whole error, which is about 1.
+_DEAREST = 0.5
+# Between these parts of the training, an edge budget shrinks from all edges to what is allowed.
+_BEGIN, _END = 0.1, 0.6
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,6 @@ class Constraint:
 
     Args:
         budget: Which.
-        config: Of the model.
         objects: N of the data.
         rows: Which paths are counted.
     """
@@ -92,56 +96,80 @@ class Constraint:
     def __init__(
         self,
         budget: ErrorBudget | EdgeBudget,
-        config: TransitionConfig,
         objects: int,
         rows: Rows = "decoded",
     ) -> None:
         self.budget = budget
         self.rows: Rows = rows
-        n = objects + 1
-        ends = objects if rows == "decoded" else n
-        self.most_paths = ends * float(n + 1) ** config.layers
-        if isinstance(budget, ErrorBudget):
-            self.multiplier: float = _START * self.most_paths / budget.limit
-            self.rule = Multiplicative(rise=_FAST, fall=_SLOW, maximum=self.multiplier)
-        else:
-            self.multiplier = 1 / (_START * self.most_paths)
-            self.rule = Multiplicative(rise=_SLOW, fall=_FAST, maximum=1.0)
+        self.objects = objects
+        self.most_edges = float(objects * (objects - 1))
+        self.maximum = math.inf
+        self.multiplier: float | None = None  # from the first batch on
         self.memory: float | None = None
 
-    @property
-    def path_weight(self) -> float:
-        """What a path costs, in units of the error."""
-        return 1 / self.multiplier if isinstance(self.budget, ErrorBudget) else self.multiplier
+    def limit_at(self, progress: float) -> float:
+        """Return what is allowed after a part of the training."""
+        if isinstance(self.budget, ErrorBudget):
+            return self.budget.limit
+        left = 1 - min(1.0, max(0.0, (progress - _BEGIN) / (_END - _BEGIN)))
+        return self.budget.limit + max(0.0, self.most_edges - self.budget.limit) * left**3
 
-    def loss(self, error: Tensor, prediction: Prediction) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, error: Tensor, prediction: Prediction, progress: float
+    ) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of one batch and what was measured; then move the multiplier.
 
         Args:
             error: MSE of the batch, differentiable.
             prediction: What it is the error of.
+            progress: Part of the training that is over, in [0, 1].
         """
-        paths = count_paths(prediction.adjacency, self.rows).mean()
-        loss = error + self.path_weight * paths
+        by_error = isinstance(self.budget, ErrorBudget)
+        counted: Rows = self.rows if by_error else "edges"
+        paths = count_paths(prediction.adjacency, counted).mean()
+        multiplier = self.multiplier
+        if multiplier is None:
+            multiplier = self._start(max(1.0, float(paths.detach())))
+        path_weight = 1 / multiplier if by_error else multiplier
+        loss = error + path_weight * paths
         edges = read_graph(prediction.adjacency).edges.float().sum((1, 2)).mean()
         seen, total, mean_edges = torch.stack((error, paths, edges)).tolist()
-        measured = seen if isinstance(self.budget, ErrorBudget) else mean_edges
-        violation = measured / self.budget.limit - 1
+        measured = seen if by_error else mean_edges
+        violation = measured / self.limit_at(progress) - 1
         row = {
             "error": seen,
             "paths": total,
             "edges": mean_edges,
-            "multiplier": self.multiplier,
-            "path_weight": self.path_weight,
+            "multiplier": multiplier,
+            "path_weight": path_weight,
             "violation": violation,
         }
-        self.multiplier, self.memory = self.rule.update(self.multiplier, violation, self.memory)
+        self.multiplier, self.memory = self._rule().update(multiplier, violation, self.memory)
         return loss, row
+
+    def _rule(self) -> Multiplicative:
+        if isinstance(self.budget, ErrorBudget):
+            return Multiplicative(_RATE, _RATE, self.maximum)
+        # Edges are counted with little noise; what falls below its limit is to be let go at once.
+        return Multiplicative(_RATE, 5 * _RATE, self.maximum, smoothing=0.9)
+
+    def _start(self, paths: float) -> float:
+        """Set the bound of the multiplier, and return where it starts."""
+        if isinstance(self.budget, ErrorBudget):
+            self.maximum = paths / (_WORTH_OF_LIMIT * self.budget.limit)
+            return self.maximum
+        self.maximum = _DEAREST / self.objects
+        return _WORTH / paths
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue."""
-        return {"multiplier": self.multiplier, "memory": self.memory}
+        return {
+            "multiplier": self.multiplier,
+            "maximum": self.maximum,
+            "memory": self.memory,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue."""
-        self.multiplier, self.memory = state["multiplier"], state["memory"]
+        self.multiplier, self.maximum = state["multiplier"], state["maximum"]
+        self.memory = state["memory"]

@@ -108,7 +108,7 @@ class Learner:
         self.step = 0
         self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
         objects = data.states.shape[1]
-        self.constraint = None if budget is None else Constraint(budget, config, objects, rows)
+        self.constraint = None if budget is None else Constraint(budget, objects, rows)
         self.best: dict[str, Any] | None = None
         self._generator = torch.Generator(device=data.states.device)
 
@@ -138,7 +138,7 @@ class Learner:
         if self.constraint is None:
             loss, row = error, {"error": error.item()}
         else:
-            loss, row = self.constraint.loss(error, prediction)
+            loss, row = self.constraint.loss(error, prediction, self.step / recipe.steps)
         if not math.isfinite(row["error"]):
             raise NonFiniteError(
                 f"The prediction error is {row['error']} in step {self.step}: lower lr."

@@ -58,6 +58,7 @@ class TransitionConfig:
     gate_scale: GateScale = "sqrt_d"
     gate_bias: float = 0.0
     temperature: float = 2.0
+    frequencies: int = 4
     token_reads: bool = False
 
     def __post_init__(self) -> None:
@@ -138,7 +139,8 @@ class TransitionModel(WorldModel):
     def __init__(self, config: TransitionConfig) -> None:
         super().__init__(config)
         self.tokeniser = nn.Sequential(
-            nn.Linear(config.features, config.hidden),
+            _Waves(config.frequencies),
+            nn.Linear(config.features * (1 + 2 * config.frequencies), config.hidden),
             nn.SiLU(),
             nn.Linear(config.hidden, config.width),
         )
@@ -213,6 +215,21 @@ class TransitionModel(WorldModel):
                 f"mask of shape {tuple(mask.shape)}, {mask.dtype}, given; boolean "
                 f"{tuple(states.shape[:2])} needed."
             )
+
+
+class _Waves(nn.Module):
+    """x, sin 2^k π x / 2 and cos 2^k π x / 2 for k below a number of frequencies."""
+
+    factors: Tensor
+
+    def __init__(self, frequencies: int) -> None:
+        super().__init__()
+        factors = torch.pi / 2 * 2.0 ** torch.arange(frequencies)
+        self.register_buffer("factors", factors, persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        phases = (features.unsqueeze(-1) * self.factors).flatten(-2)
+        return torch.cat((features, phases.sin(), phases.cos()), -1)
 
 
 class _Block(nn.Module):

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rows = Literal["decoded", "all"]
+Rows = Literal["decoded", "all", "edges"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,13 @@ def count_paths(adjacency: Tensor, rows: Rows = "decoded") -> Tensor:
     Args:
         adjacency: A of each layer, `[L, …, n, n]`.
         rows: `"decoded"` counts those that end in objects; `"all"`, as published, also those that
-            end in the intervention's token, from which nothing is predicted.
+            end in the intervention's token, from which nothing is predicted; `"edges"` only those
+            between two objects.
     """
     paths = path_matrix(adjacency)
+    if rows == "edges":
+        between = paths[..., :-1, :-1]
+        return between.sum((-2, -1)) - between.diagonal(dim1=-2, dim2=-1).sum(-1)
     ends = paths if rows == "all" else paths[..., :-1, :]
     return ends.sum((-2, -1))
 

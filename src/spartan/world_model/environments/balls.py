@@ -29,7 +29,7 @@ class BouncingBalls(Environment):
     """Five discs of different mass and radius in the unit square."""
 
     name: ClassVar[str] = "balls"
-    objects: ClassVar[int] = 5
+    objects: int = 5
     features: ClassVar[tuple[str, ...]] = ("x", "y", "v_x", "v_y", "radius", "mass")
     changing: ClassVar[int] = 4
     interventions: ClassVar[tuple[str, ...]] = (

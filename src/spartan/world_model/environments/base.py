@@ -68,7 +68,7 @@ class Environment(ABC):
     """
 
     name: ClassVar[str]
-    objects: ClassVar[int]
+    objects: int
     features: ClassVar[tuple[str, ...]]
     changing: ClassVar[int]
     interventions: ClassVar[tuple[str, ...]]

@@ -25,7 +25,7 @@ from torch import Tensor
 from spartan.errors import WorldError
 from spartan.world_model.environments.base import Environment, Shape, Step
 
-_BALLS, _LADDERS, _CANNON, _WALLS = slice(0, 6), slice(6, 8), slice(8, 9), slice(9, 11)
+_LADDERS, _CANNON, _WALLS, _BALLS = slice(0, 2), slice(2, 3), slice(3, 5), slice(5, None)
 _UNIT = 0.05  # of velocities
 _GRAVITY, _LADDER_SPEED, _CANNON_SPEED, _RESTITUTION = 0.01, 0.05, 0.07, 0.5
 # Half widths and half heights, in sides of the square.
@@ -50,10 +50,9 @@ class CreateLite(Environment):
     """
 
     name: ClassVar[str] = "create"
-    objects: ClassVar[int] = 11
     features: ClassVar[tuple[str, ...]] = (
         *("x", "y", "v_x", "v_y", "direction x", "direction y"),
-        *("is ball", "is ladder", "is cannon", "is wall"),
+        *("is ladder", "is cannon", "is wall", "is ball"),
     )
     changing: ClassVar[int] = 4
     interventions: ClassVar[tuple[str, ...]] = tuple(
@@ -66,6 +65,7 @@ class CreateLite(Environment):
         if not 2 <= balls[0] <= balls[1] <= 6:
             raise WorldError(f"balls={balls} given; two numbers from 2 to 6, in order, needed.")
         self.balls = balls
+        self.objects = _BALLS.start + balls[1]
 
     def start(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -73,11 +73,11 @@ class CreateLite(Environment):
 
         states = torch.zeros(count, self.objects, len(self.features))
         states[..., :2] = uniform(-0.9, 0.9, self.objects, 2)
-        states[:, _BALLS, 2:4] = uniform(-1, 1, 6, 2)
+        states[:, _BALLS, 2:4] = uniform(-1, 1, self.balls[1], 2)
         states[:, _LADDERS, 5] = torch.where(uniform(0, 1, 2) < 0.5, -1.0, 1.0)
         aim = uniform(0, 2 * math.pi, 1)
         states[:, _CANNON, 4], states[:, _CANNON, 5] = aim.cos(), aim.sin()
-        for kind, where in enumerate((_BALLS, _LADDERS, _CANNON, _WALLS)):
+        for kind, where in enumerate((_LADDERS, _CANNON, _WALLS, _BALLS)):
             states[:, where, 6 + kind] = 1
         mask = self._draw_mask(count, generator)
         return states * mask.unsqueeze(-1), mask
@@ -131,10 +131,10 @@ class CreateLite(Environment):
 
     def shapes(self, state: Tensor, mask: Tensor) -> list[Shape | None]:
         kinds = (
-            *(("", BALL_RADIUS, None, "#9db4c8"),) * 6,
             *(("ladder", *LADDER, "#e6d5a8"),) * 2,
             ("cannon", *CANNON, "#e3b8b8"),
             *(("wall", *WALL, "#999999"),) * 2,
+            *(("", BALL_RADIUS, None, "#9db4c8"),) * self.balls[1],
         )
         drawn: list[Shape | None] = []
         for row, there, (label, width, height, color) in zip(
@@ -159,7 +159,7 @@ class CreateLite(Environment):
         missing = (_LEAST - balls - ladders - cannons - walls).clamp(min=0)
         ladders = (ladders + missing).clamp(max=2)
         walls = walls + (_LEAST - balls - ladders - cannons - walls).clamp(min=0)
-        numbers = ((balls, 6), (ladders, 2), (cannons, 1), (walls, 2))
+        numbers = ((ladders, 2), (cannons, 1), (walls, 2), (balls, high))
         return torch.cat([torch.arange(slots) < n.unsqueeze(1) for n, slots in numbers], 1)
 
 

@@ -28,7 +28,7 @@ class GatedParticles(Environment):
     """Four particles; which of them interact changes from state to state."""
 
     name: ClassVar[str] = "particles"
-    objects: ClassVar[int] = 4
+    objects: int = 4
     features: ClassVar[tuple[str, ...]] = (
         *("x", "y", "v_x", "v_y", "strength"),
         *("is 0", "is 1", "is 2", "is 3"),

@@ -57,7 +57,7 @@ class PongState(Environment):
     """Left paddle, right paddle, ball and score; the score's x and y are the two sides' points."""
 
     name: ClassVar[str] = "pong"
-    objects: ClassVar[int] = 4
+    objects: int = 4
     features: ClassVar[tuple[str, ...]] = (
         *("x", "y", "direction x", "direction y"),
         *("is left", "is right", "is ball", "is score"),
