@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from spartan.cli_options import refuse_changes
 from spartan.seeds import derive_seed
 from spartan.training.world_config import WorldConfig
 from spartan.training.world_scores import HORIZON, score_world
@@ -45,8 +46,8 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 # Chosen on seed 0 of each world, with the truth in hand.
 SETTINGS: dict[str, dict[str, Any]] = {
     "particles": {"steps": 12_000},
-    "pong": {"steps": 20_000, "tau_factor": 0.9},
-    "create": {"steps": 24_000, "batch_size": 64},
+    "pong": {"steps": 20_000, "tau_factor": 0.9, "frequencies": 4},
+    "create": {"steps": 24_000, "batch_size": 64, "frequencies": 4, "tau_factor": 2.0},
     "balls": {},
 }
 
@@ -58,6 +59,8 @@ def run_one(env: str, seed: int, out: Path) -> dict[str, Any]:
     job = WorldJob(config)
     exists = (folder / "config.json").exists()
     world = WorldRun.open(folder)[0] if exists else WorldRun.create(config)
+    if exists:
+        refuse_changes(WorldRun.open(folder)[1], config, {"device", "out"})
     seconds = _seconds(folder)
     began: dict[str, float] = {}
 
@@ -221,7 +224,9 @@ def speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env", nargs="+", default=["particles", "pong", "create"])
+    parser.add_argument(
+        "--env", nargs="+", choices=list(SETTINGS), default=["particles", "pong", "create"]
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -121,3 +121,4 @@ def test_multiplicative_by_hand() -> None:
     clipped, _ = rule.update(1.0, -1000.0, None)
     assert clipped == pytest.approx(math.exp(-0.01))
     assert rule.update(4.9, 1.0, None)[0] == 5.0
+    assert Multiplicative(0.1, 0.1, minimum=0.5).update(0.51, -1.0, None)[0] == 0.5

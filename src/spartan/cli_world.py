@@ -49,10 +49,12 @@ def run_world_command(words: Sequence[str]) -> int:
         """
         if resume is not None and start is not None:
             refuse_changes(start, options, _MAY_CHANGE)
+            if options.out not in (start.out, resume):
+                raise ConfigError("Give --resume or --out, not both: a run goes on where it is.")
             options = dataclasses.replace(options, out=resume)
         return _train(options, resume is not None)
 
-    def evaluate(run: tyro.conf.Positional[Path], seed: int = 1) -> int:
+    def evaluate(run: tyro.conf.Positional[Path], seed: int = 1000) -> int:
         """Score a run's models again, on states drawn from another seed.
 
         Args:

@@ -90,15 +90,17 @@ class Multiplicative:
     """Steps of ln λ along a moving average of the violation, for constraints of unknown scale.
 
         ē_t = ρ ē_{t-1} + (1 - ρ) e_t,    ē_0 = e_0
-        λ ← min(λ_max, λ exp(η clip(ē_t, -1, 1)))    with η_fall for η where ē_t < 0
+        λ ← clip(λ exp(η clip(ē_t, -1, 1)), λ_min, λ_max)    with η_fall for η where ē_t < 0
 
     λ stays positive, and e is best relative to the constraint's level, so that η has no unit. The
-    bound is what keeps λ from winding up while the constraint cannot be met yet.
+    bounds keep λ from winding up while the constraint cannot be met yet, and from winding down
+    where it is met from the start.
 
     Attributes:
         rise: η.
         fall: η_fall.
         maximum: λ_max.
+        minimum: λ_min.
         smoothing: ρ, in [0, 1).
 
     Source: Rezende, Viola, "Taming VAEs" (GECO), 2018; the published rule λ ← α exp(e) λ drifts
@@ -108,6 +110,7 @@ class Multiplicative:
     rise: float
     fall: float
     maximum: float = math.inf
+    minimum: float = 0.0
     smoothing: float = 0.99
 
     def update(
@@ -117,4 +120,4 @@ class Multiplicative:
         smoothed = self.smoothing * before + (1.0 - self.smoothing) * violation
         step = self.rise if smoothed > 0 else self.fall
         moved = multiplier * math.exp(step * min(1.0, max(-1.0, smoothed)))
-        return min(self.maximum, moved), smoothed
+        return max(self.minimum, min(self.maximum, moved)), smoothed

@@ -60,7 +60,7 @@ def test_only_senders_of_edges_have_influence(name: str) -> None:
     states, mask, choice = worlds(environment, 3000)
     other, _, _ = worlds(environment, 3000, seed=5)
     before = environment.step(states, mask, choice, generator(1))
-    used = 0
+    used, reported = 0, 0
     for j in range(environment.objects):
         moved = states.clone()
         kind = environment.changing if name == "create" else 0
@@ -79,7 +79,9 @@ def test_only_senders_of_edges_have_influence(name: str) -> None:
             edge = edge | (edges & edge.unsqueeze(1)).any(-1)
         assert not bool((changed & ~edge).any()), j
         used += int((changed & edge).sum())
-    assert used > 100
+        reported += int(edge.sum())
+    # Edges are used: where a mechanism fired, another sender nearly always gives another state.
+    assert used > 0.5 * reported > 100
 
 
 @pytest.mark.parametrize("name", NAMES)

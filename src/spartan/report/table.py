@@ -149,7 +149,7 @@ def print_inspection(console: Console, facts: FileFacts) -> None:
 def print_world(console: Console, table: WorldScores) -> None:
     """Print how the graphs of a world compare with the truth."""
     shown = _table(
-        f"graphs against the truth; {table.budget}",
+        "graphs against the truth",
         *("graphs read by", "error", "SHD", "+targets", "edges", "prec.", "recall", "events"),
     )
     for one in table.scores:
@@ -166,8 +166,8 @@ def print_world(console: Console, table: WorldScores) -> None:
         )
     console.print(shown)
     console.print(
-        f"of pairs without a path in SPARTAN's graph {table.influence_held:.3%} have influence, "
-        f"{table.influence_free:.1%} where gates may open in response; removing what has no path "
+        f"{table.verdict}\nof pairs without a path in SPARTAN's graph {table.influence_held:.3%} "
+        f"have influence, {table.influence_free:.1%} where gates may open in response; removing what has no path "
         f"in it changes its error by {table.own_removal:.3%}",
         highlight=False,
         soft_wrap=True,

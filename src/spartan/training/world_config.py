@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,9 @@ class WorldConfig:
     """Layers of gated attention."""
     hidden: int = 128
     """Units of each hidden layer."""
+    frequencies: int = 0
+    """Sines and cosines of each feature that tokens are made of, too; 4 helps where thresholds
+    decide, as in pong."""
     normalise: Normalise = "open"
     """Attention sums to 1 over open gates; dense, as published, over all."""
     baselines: bool = True
@@ -63,12 +67,13 @@ class WorldConfig:
             raise ConfigError(str(error)) from error
         if self.error is not None and self.edges is not None:
             raise ConfigError("Give --error or --edges, not both.")
-        if not self.tau_factor > 0:
-            raise ConfigError(f"--tau-factor {self.tau_factor} must be positive.")
-        for name in ("error", "edges"):
+        for name in ("tau_factor", "error", "edges", "lr"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name} {value} must be positive.")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive.")
+        most = environment.objects * (environment.objects - 1)
+        if self.edges is not None and self.edges >= most:
+            raise ConfigError(f"--edges {self.edges}: there are never more than {most}.")
         least = environment.episode * environment.seen
         if self.transitions < least:
             raise ConfigError(f"--transitions {self.transitions}: at least {least} are needed.")
@@ -87,6 +92,7 @@ class WorldConfig:
             width=self.width,
             layers=self.layers,
             hidden=self.hidden,
+            frequencies=self.frequencies,
             mode=mode,
             normalise=self.normalise,
         )
@@ -110,6 +116,9 @@ def world_config_from(values: dict[str, Any], source: str) -> WorldConfig:
         ConfigError: An option is unknown or missing.
     """
     given = {name: value for name, value in values.items() if name != "command"}
+    missing = {field.name for field in dataclasses.fields(WorldConfig)} - set(given)
+    if missing:
+        raise ConfigError(f"{source!r} lacks the options {sorted(missing)}.")
     try:
         return WorldConfig(**given)
     except TypeError as error:

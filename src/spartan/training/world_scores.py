@@ -39,7 +39,7 @@ class WorldScore:
 
     Attributes:
         name: What read the graphs.
-        error: Held-out error in units of σ; None of graphs that predict nothing.
+        error: In units of σ, half of the states with events; None of graphs that predict nothing.
         rollout: Error over `HORIZON` steps.
         removal: Change of the error, as a share, when each object is predicted without those that
             have no true path to it.
@@ -63,6 +63,7 @@ class WorldScores:
     Attributes:
         budget: The error or the number of edges that was allowed, in words.
         limit: In a number.
+        reached: What the sparse model has of it, on the held-out data it was chosen by.
         horizon: Steps of a rollout.
         scores: One for each model.
         own_removal: Change of the sparse model's error when each object is predicted without those
@@ -74,11 +75,18 @@ class WorldScores:
 
     budget: str
     limit: float
+    reached: float
     horizon: int
     scores: list[WorldScore]
     own_removal: float
     influence_held: float
     influence_free: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether the budget was kept, in words."""
+        kept = "kept" if self.reached <= self.limit else "not kept"
+        return f"{self.budget}: {kept}, {self.reached:.4g} on held-out data"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -99,33 +107,36 @@ def score_world(job: WorldJob, world: WorldRun, seed: int) -> WorldScores:
     generator = torch.Generator().manual_seed(derive_seed(seed, "world/scored", 0))
     environment = job.environment
     data = draw_natural(environment, SCORED, generator)
+    balanced = data.balanced(generator)
     seen = range(environment.seen)
     trajectories = environment.collect(_TRAJECTORIES, HORIZON, seen, generator)
     models = {name: world.model(name) for name in job.names}
-    scores = [_score("SPARTAN", models["sparse"], job, data, trajectories)]
+    scores = [_score("SPARTAN", models["sparse"], balanced, data, trajectories)]
     dense = models["dense"]
     for title, threshold in (
         ("dense, best threshold", oracle_threshold(dense, data)),
         ("dense, above 1/n", 1 / environment.objects),
     ):
         graphs = thresholded_graphs(dense, data, threshold)
-        scores.append(_score(title, dense, job, data, trajectories, graphs))
+        scores.append(_score(title, dense, balanced, data, trajectories, graphs))
     for name, title in (("nearest", "nearest object"), ("global", "global graph")):
         if name in models:
-            scores.append(_score(title, models[name], job, data, trajectories))
+            scores.append(_score(title, models[name], balanced, data, trajectories))
     constant = WorldScore(
         "constant graph", None, None, None, score_graphs(constant_graph(data), data)
     )
     scores.append(constant)
-    scores.append(_score("no interaction", models["identity"], job, data, trajectories))
+    scores.append(_score("no interaction", models["identity"], balanced, data, trajectories))
     sparse = models["sparse"]
     assert isinstance(sparse, TransitionModel)
     held, free = influence_without_path(sparse, data, generator)
     budget = job.budget(world)
-    words = "error" if isinstance(budget, ErrorBudget) else "edges per state"
+    by_error = isinstance(budget, ErrorBudget)
+    words = "error" if by_error else "edges per state"
     return WorldScores(
         budget=f"{words} at most {budget.limit:.4g}",
         limit=budget.limit,
+        reached=measure(sparse, job.held_out.to(torch.device("cpu")))[0 if by_error else 1],
         horizon=HORIZON,
         scores=scores,
         own_removal=removal_error_change(sparse, data, found_graphs(sparse, data)),
@@ -137,7 +148,7 @@ def score_world(job: WorldJob, world: WorldRun, seed: int) -> WorldScores:
 def _score(
     title: str,
     model: WorldModel,
-    job: WorldJob,
+    balanced: Transitions,
     data: Transitions,
     trajectories: Transitions,
     graphs: Tensor | None = None,
@@ -149,7 +160,7 @@ def _score(
         direct = by_reader.shd_with_targets - by_reader.shd
     return WorldScore(
         name=title,
-        error=measure(model, job.held_out.to(torch.device("cpu")))[0],
+        error=measure(model, balanced)[0],
         rollout=rollout_error(model, trajectories, HORIZON),
         removal=removal_error_change(model, data, true_graphs(data)),
         graphs=score_graphs(graphs, data),

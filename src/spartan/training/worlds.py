@@ -150,6 +150,8 @@ class WorldJob:
                     world.run.checkpoint_path.unlink(missing_ok=True)
                     error, edges = measure(learner.model, self.held_out)
                     say(f"{name:9} error {error:.4f}  edges {edges:.2f}")
+                    if guard.received is not None and name != self.names[-1]:
+                        raise _stopped(world, f"the {name} model was done", guard.received)
         finally:
             log.close()
 
@@ -210,11 +212,8 @@ class WorldJob:
             if (learner.checks_now and not learner.done) or guard.received is not None:
                 _save(world, name, learner)
             if guard.received is not None:
-                raise InterruptedRunError(
-                    f"Stopped after step {learner.step} of {steps} of the {name} model. To "
-                    f"continue: spartan world train --resume {world.folder}",
-                    guard.received,
-                )
+                where = f"step {learner.step} of {steps} of the {name} model"
+                raise _stopped(world, where, guard.received)
             tick(name, learner.step, steps)
         learner.finish()
 
@@ -230,6 +229,12 @@ def draw_natural(environment: Environment, count: int, generator: torch.Generato
     """Simulate transitions of the interventions for training, as they come."""
     length = environment.episode
     return environment.collect(count // length, length, range(environment.seen), generator)
+
+
+def _stopped(world: WorldRun, where: str, signum: int) -> InterruptedRunError:
+    return InterruptedRunError(
+        f"Stopped after {where}. To continue: spartan world train --resume {world.folder}", signum
+    )
 
 
 def _checkpoint(world: WorldRun) -> Any:

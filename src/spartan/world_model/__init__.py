@@ -2,7 +2,8 @@
 
 A transformer over object tokens whose attention passes through hard, learned gates that depend on
 the state. The paths through the gates are as few as an error budget allows, or the error is as
-small as an edge budget allows; where there is no path, there is no influence.
+small as an edge budget allows; where there is no path, there is no influence, as long as the gates
+stay as they are.
 
     model = TransitionModel(TransitionConfig(features=9, changing=4, environments=5))
     model.fit_scale(data)

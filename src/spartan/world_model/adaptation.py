@@ -38,6 +38,7 @@ class Adaptation:
     start_error: float
 
 
+@torch.enable_grad()
 def adapt(
     model: TransitionModel,
     trajectories: Transitions,

@@ -71,7 +71,7 @@ class GatedAttention(nn.Module):
             tokens: `[B, n, d]`.
             present: Boolean `[B, n, n]`: both tokens are there; other gates are closed.
             sharpness: Factor of g.
-            shift: Added to every g.
+            shift: Added to every g but those of the last token, the intervention's.
             generator: Draws the gates; without it they are open where g > 0.
             adjacency: Gates to use instead of the model's own, 0 or 1, `[B, n, n]`.
 
@@ -83,7 +83,8 @@ class GatedAttention(nn.Module):
         logits = q @ k.transpose(-2, -1) / root
         if adjacency is None:
             gate = logits if self.gate_scale == "sqrt_d" else logits * root
-            gate = sharpness * (gate + self.gate_bias + shift)
+            gate = gate + self.gate_bias
+            gate = sharpness * torch.cat((gate[..., :-1] + shift, gate[..., -1:]), -1)
             noise = None if generator is None else logistic_noise(gate, generator)
             adjacency = bernoulli(gate, noise, self.temperature)
         adjacency = adjacency * present

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from spartan.errors import WorldError
 from spartan.gates import bernoulli, logistic_noise
-from spartan.world_model.model import Prediction, TransitionConfig, TransitionModel, WorldModel
+from spartan.world_model.model import (
+    Prediction,
+    TransitionConfig,
+    TransitionModel,
+    Waves,
+    WorldModel,
+)
 from spartan.world_model.paths import path_matrix
 from spartan.world_model.transitions import Transitions
 
@@ -31,7 +37,9 @@ class GlobalGraph(WorldModel):
 
     def __init__(self, config: TransitionConfig, objects: int) -> None:
         super().__init__(config)
-        inputs, hidden = objects * config.features + config.width, 2 * config.hidden
+        self.waves = Waves(config.frequencies)
+        features = config.features * (1 + 2 * config.frequencies)
+        inputs, hidden = objects * features + config.width, 2 * config.hidden
         self.gate_logits = nn.Parameter(torch.full((objects, objects + 1), 1.0))
         self.codebook = nn.Parameter(0.1 * torch.randn(config.environments, config.width))
         sizes = ((inputs + objects + 1, hidden), (hidden, hidden), (hidden, config.changing))
@@ -50,8 +58,14 @@ class GlobalGraph(WorldModel):
         generator: torch.Generator | None = None,
     ) -> Prediction:
         """Predict one step, as `TransitionModel` does; `environment` are integers."""
+        self.check(states, environment, mask)
         batch, n, _ = states.shape
-        logits = self.sharpness * (self.gate_logits + self.gate_shift)
+        if n != len(self.gate_logits) or environment.is_floating_point():
+            raise WorldError(
+                f"{n} objects given, and {len(self.gate_logits)} needed; environments are numbers."
+            )
+        shift = torch.cat((self.gate_shift.expand(n), self.gate_shift.new_zeros(1)))
+        logits = self.sharpness * (self.gate_logits + shift)
         logits = logits.expand(batch, n, n + 1)
         noise = None if generator is None else logistic_noise(logits, generator)
         gates = bernoulli(logits, noise, self.config.temperature)
@@ -60,7 +74,7 @@ class GlobalGraph(WorldModel):
         gates = gates * readers * there.unsqueeze(-1)
         own = torch.eye(n, device=states.device)
         visible = torch.maximum(gates[..., :-1], own)
-        seen = (visible.unsqueeze(-1) * states.unsqueeze(1)).flatten(2)
+        seen = (visible.unsqueeze(-1) * self.waves(states).unsqueeze(1)).flatten(2)
         token = gates[..., -1:] * self.codebook[environment].unsqueeze(1)
         values = torch.cat((seen, token, gates), -1).transpose(0, 1)
         for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):

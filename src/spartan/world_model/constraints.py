@@ -6,8 +6,10 @@ r"""The two budgets of a world model, and the loss that keeps each.
 with i, j objects in the second: routes from the intervention are no edges. In both, λ follows the
 relative violation, on a moving average (`multipliers.Multiplicative`); the weight of the paths is
 1/λ in the first, and λ in the second. It starts at its smallest, where all paths together are a
-small part of the error: paths that are closed before the dynamics are known hardly open again. For
-the same reason, k shrinks from all edges to what is allowed, as a cube, while the model learns.
+small part of the error, and at first paths cost nothing: before the dynamics are known no path is
+of use, the least cost closes all of them, and they hardly open again. An error budget begins to
+press when the error has come within twice what is allowed; under an edge budget, k shrinks from all
+edges to what is allowed, as a cube, while the model learns.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4 and appendix A.2, after Rezende, Viola,
 "Taming VAEs", 2018. The edge budget is our own.
@@ -31,10 +33,12 @@ from spartan.world_model.paths import Rows, count_paths, read_graph
 # under an edge budget, of the whole error, which is about 1.
 _WORTH_OF_LIMIT, _WORTH = 1 / 70, 1 / 1000
 _RATE = 0.02
+# Violation of an error budget below which paths begin to cost anything.
+_NEAR = 1.0
 # No path is worth more than this part of one object's share of the whole error, which is about 1.
-_DEAREST = 0.5
+_DEAREST = 0.1
 # Between these parts of the training, an edge budget shrinks from all edges to what is allowed.
-_BEGIN, _END = 0.1, 0.6
+_BEGIN, _END = 0.2, 0.6
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class ErrorBudget:
         if self.limit >= identity_error:
             raise WorldError(
                 f"The error budget is {self.limit:.4g}, and a model in which no object sees "
-                f"another reaches {identity_error:.4g}: the empty graph satisfies it, and a graph "
-                "learned under it would mean nothing. Ask for a smaller error, or train the "
-                "models for longer."
+                f"another, nor the intervention, reaches {identity_error:.4g}: the empty graph "
+                "satisfies it, and a graph learned under it would mean nothing. Ask for a smaller "
+                "error, or train for longer, in a new run."
             )
 
 
@@ -103,9 +107,10 @@ class Constraint:
         self.rows: Rows = rows
         self.objects = objects
         self.most_edges = float(objects * (objects - 1))
-        self.maximum = math.inf
+        self.maximum, self.minimum = math.inf, 0.0
         self.multiplier: float | None = None  # from the first batch on
         self.memory: float | None = None
+        self.presses = False
 
     def limit_at(self, progress: float) -> float:
         """Return what is allowed after a part of the training."""
@@ -130,7 +135,7 @@ class Constraint:
         multiplier = self.multiplier
         if multiplier is None:
             multiplier = self._start(max(1.0, float(paths.detach())))
-        path_weight = 1 / multiplier if by_error else multiplier
+        path_weight = (1 / multiplier if by_error else multiplier) if self.presses else 0.0
         loss = error + path_weight * paths
         edges = read_graph(prediction.adjacency).edges.float().sum((1, 2)).mean()
         seen, total, mean_edges = torch.stack((error, paths, edges)).tolist()
@@ -145,31 +150,33 @@ class Constraint:
             "violation": violation,
         }
         self.multiplier, self.memory = self._rule().update(multiplier, violation, self.memory)
+        self.presses |= self.memory < _NEAR if by_error else progress >= _BEGIN
         return loss, row
 
     def _rule(self) -> Multiplicative:
         if isinstance(self.budget, ErrorBudget):
             return Multiplicative(_RATE, _RATE, self.maximum)
         # Edges are counted with little noise; what falls below its limit is to be let go at once.
-        return Multiplicative(_RATE, 5 * _RATE, self.maximum, smoothing=0.9)
+        return Multiplicative(.5 * _RATE, 5 * _RATE, self.maximum, self.minimum, smoothing=0.9)
 
     def _start(self, paths: float) -> float:
         """Set the bound of the multiplier, and return where it starts."""
         if isinstance(self.budget, ErrorBudget):
             self.maximum = paths / (_WORTH_OF_LIMIT * self.budget.limit)
             return self.maximum
-        self.maximum = _DEAREST / self.objects
-        return _WORTH / paths
+        self.maximum, self.minimum = _DEAREST / self.objects, _WORTH / paths
+        return self.minimum
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue."""
         return {
             "multiplier": self.multiplier,
-            "maximum": self.maximum,
+            "bounds": [self.minimum, self.maximum],
             "memory": self.memory,
+            "presses": self.presses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue."""
-        self.multiplier, self.maximum = state["multiplier"], state["maximum"]
-        self.memory = state["memory"]
+        self.multiplier, (self.minimum, self.maximum) = state["multiplier"], state["bounds"]
+        self.memory, self.presses = state["memory"], state["presses"]

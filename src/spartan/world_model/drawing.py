@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from spartan.files import write_atomically
+from spartan.seeds import derive_seed
 from spartan.world_model.environments.base import Environment, Shape
 
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -74,8 +75,15 @@ def save_animation(path: Path, frames: list[Image.Image], milliseconds: int = 15
     Raises:
         FileError: It cannot be written.
     """
-    # One palette for all frames, or colours would flicker.
-    palette = frames[0].quantize(64)
+    # One palette for all frames, or colours would flicker; the edges' own are always in it.
+    keys = Image.new("RGB", frames[0].size, "white")
+    draw = ImageDraw.Draw(keys)
+    for number, color in enumerate((RIGHT, WRONG, MISSED)):
+        draw.rectangle((0, 60 * number, frames[0].width, 60 * number + 50), fill=color)
+    strip = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
+    strip.paste(frames[0])
+    strip.paste(keys, (0, frames[0].height))
+    palette = strip.quantize(128)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
     def write(temporary: Path) -> None:
@@ -99,7 +107,7 @@ def simulate(
     Returns:
         States `[steps, N, F]`, mask `[N]`, true graphs `[steps, N, N + 1]`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "world/drawn", 0))
     state, mask = environment.start(1, generator)
     states, graphs = [], []
     for _ in range(steps):

@@ -43,8 +43,10 @@ def load_model(path: Path) -> WorldModel:
             model = GlobalGraph(config, facts["objects"])
         elif facts["world_model"] == "NearestObjects":
             model = NearestObjects(config, facts["neighbours"])
-        else:
+        elif facts["world_model"] == "TransitionModel":
             model = TransitionModel(config)
+        else:
+            raise FileError(f"{str(path)!r} holds an unknown model, {facts['world_model']}.")
         model.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, RuntimeError, SpartanError) as error:
         raise FileError(f"{str(path)!r} does not hold a world model.") from error

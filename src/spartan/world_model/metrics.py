@@ -66,7 +66,8 @@ def score_graphs(found: Tensor, data: Transitions) -> GraphScores:
     truth = true_graphs(data)
     n = truth.shape[1]
     counted = torch.ones_like(truth)
-    counted[..., :n] = data.mask.unsqueeze(1) & ~torch.eye(n, dtype=torch.bool)
+    own = torch.eye(n, dtype=torch.bool, device=truth.device)
+    counted[..., :n] = data.mask.unsqueeze(1) & ~own
     counted &= data.mask.unsqueeze(-1)
     found = found & counted
     wrong = found ^ truth
@@ -171,7 +172,12 @@ def rollout_error(
         trajectories: Consecutive transitions, `length` for each trajectory.
         length: Steps of each.
         environment: Token `[d]` to use in place of the trajectories' own interventions.
+
+    Raises:
+        WorldError: The number of transitions is no multiple of the length.
     """
+    if length < 1 or len(trajectories) % length:
+        raise WorldError(f"{len(trajectories)} transitions are no trajectories of {length} steps.")
     first = trajectories[slice(0, None, length)]
     given = first.environment if environment is None else environment
     predicted = rollout(model, first.states, given, first.mask, length)
@@ -207,7 +213,7 @@ def removal_error_change(model: WorldModel, data: Transitions, graphs: Tensor) -
                 error = ((states[:, i] - part.following[:, i]) / model.scale).square().mean(-1)
                 total = float((error * there).sum())
                 whole, without = (whole + total, without) if is_before else (whole, without + total)
-    return without / whole - 1
+    return without / whole - 1 if whole else 0.0
 
 
 def ancestors(edges: Tensor) -> Tensor:
@@ -237,7 +243,8 @@ def influence_without_path(
     n = data.states.shape[1]
     before = model(data.states, data.environment, data.mask)
     paths = reachable(before.adjacency)[..., :n, :n]
-    other = data.states[torch.randperm(len(data), generator=generator)]
+    order = torch.randperm(len(data), generator=generator, device=generator.device)
+    other = data.states[order.to(data.states.device)]
     held, free, pairs = 0, 0, 0
     for j in range(n):
         states = data.states.clone()

@@ -43,6 +43,8 @@ class TransitionConfig:
         gate_scale: Whether gate logits are divided by √d.
         gate_bias: Added to gate logits; above 0, gates start open.
         temperature: Of the gates' straight-through gradient.
+        frequencies: How many sines and cosines of each feature the tokeniser gets besides it; they
+            help where thresholds decide, and hinder where directions do.
         token_reads: Whether the intervention's token reads objects, as published. Otherwise nothing
             influences an intervention, and no route leads from object to object through it.
     """
@@ -58,15 +60,19 @@ class TransitionConfig:
     gate_scale: GateScale = "sqrt_d"
     gate_bias: float = 0.0
     temperature: float = 2.0
-    frequencies: int = 4
+    frequencies: int = 0
     token_reads: bool = False
 
     def __post_init__(self) -> None:
         for name in ("features", "changing", "environments", "width", "layers", "hidden"):
             if getattr(self, name) < 1:
                 raise WorldError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.frequencies < 0:
+            raise WorldError(f"frequencies={self.frequencies} must not be negative.")
         if self.changing > self.features:
             raise WorldError(f"changing={self.changing} is more than features={self.features}.")
+        if not self.temperature > 0:
+            raise WorldError(f"temperature={self.temperature} must be positive.")
         for name, allowed in (
             ("mode", ("sparse", "dense", "identity")),
             ("normalise", ("open", "dense")),
@@ -104,7 +110,7 @@ class WorldModel(nn.Module):
     Attributes:
         scale: σ, `[D]`.
         sharpness: Factor of the gate logits; training raises it.
-        gate_shift: Added to the gate logits; what an edge budget is met exactly with.
+        gate_shift: Added to the gate logits between objects; an edge budget is met exactly by it.
     """
 
     scale: Tensor
@@ -125,6 +131,31 @@ class WorldModel(nn.Module):
         scale = change[data.mask].square().mean(0).sqrt()
         self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
 
+    def check(self, states: Tensor, environment: Tensor, mask: Tensor | None) -> None:
+        """Raise `WorldError` if inputs do not fit."""
+        config = self.config
+        if states.dim() != 3 or states.shape[-1] != config.features:
+            raise WorldError(
+                f"states of shape {tuple(states.shape)} given; [B, N, {config.features}] needed."
+            )
+        shape = tuple(environment.shape)
+        token = environment.is_floating_point()
+        allowed = [(config.width,), (len(states), config.width)] if token else [(len(states),)]
+        if shape not in allowed:
+            raise WorldError(
+                f"environment of shape {shape} given; integers [{len(states)}], or tokens "
+                f"[{config.width}] or [{len(states)}, {config.width}], needed."
+            )
+        if not token and (environment.dtype == torch.bool or _outside(environment, config)):
+            raise WorldError(
+                f"environment must hold numbers below {config.environments}, or tokens."
+            )
+        if mask is not None and (mask.shape != states.shape[:2] or mask.dtype != torch.bool):
+            raise WorldError(
+                f"mask of shape {tuple(mask.shape)}, {mask.dtype}, given; boolean "
+                f"{tuple(states.shape[:2])} needed."
+            )
+
 
 class TransitionModel(WorldModel):
     """Predicts the next state of every object, and which objects it read for that.
@@ -139,7 +170,7 @@ class TransitionModel(WorldModel):
     def __init__(self, config: TransitionConfig) -> None:
         super().__init__(config)
         self.tokeniser = nn.Sequential(
-            _Waves(config.frequencies),
+            Waves(config.frequencies),
             nn.Linear(config.features * (1 + 2 * config.frequencies), config.hidden),
             nn.SiLU(),
             nn.Linear(config.hidden, config.width),
@@ -169,7 +200,7 @@ class TransitionModel(WorldModel):
         Raises:
             WorldError: Shapes do not fit.
         """
-        self._check(states, environment, mask)
+        self.check(states, environment, mask)
         batch, objects, _ = states.shape
         token = environment if environment.is_floating_point() else self.codebook[environment]
         token = token.expand(batch, self.config.width).unsqueeze(1)
@@ -196,28 +227,12 @@ class TransitionModel(WorldModel):
         following = states[..., : self.config.changing] + self.scale * change
         return Prediction(following, torch.stack(gates), torch.stack(weights))
 
-    def _check(self, states: Tensor, environment: Tensor, mask: Tensor | None) -> None:
-        config = self.config
-        if states.dim() != 3 or states.shape[-1] != config.features:
-            raise WorldError(
-                f"states of shape {tuple(states.shape)} given; [B, N, {config.features}] needed."
-            )
-        shape = tuple(environment.shape)
-        token = environment.is_floating_point()
-        allowed = [(config.width,), (len(states), config.width)] if token else [(len(states),)]
-        if shape not in allowed:
-            raise WorldError(
-                f"environment of shape {shape} given; integers [{len(states)}], or tokens "
-                f"[{config.width}] or [{len(states)}, {config.width}], needed."
-            )
-        if mask is not None and (mask.shape != states.shape[:2] or mask.dtype != torch.bool):
-            raise WorldError(
-                f"mask of shape {tuple(mask.shape)}, {mask.dtype}, given; boolean "
-                f"{tuple(states.shape[:2])} needed."
-            )
+
+def _outside(environment: Tensor, config: TransitionConfig) -> bool:
+    return bool(((environment < 0) | (environment >= config.environments)).any())
 
 
-class _Waves(nn.Module):
+class Waves(nn.Module):
     """x, sin 2^k π x / 2 and cos 2^k π x / 2 for k below a number of frequencies."""
 
     factors: Tensor

@@ -30,7 +30,7 @@ class Graph:
         edges: Boolean `[states, N, N]`; row i, column j: object j influences the next state of
             object i. The diagonal is False: every object influences itself.
         targets: Boolean `[states, N]`: some route leads from the intervention to the object. Where
-            it is False, the intervention has no influence.
+            it is False, the intervention has no influence through these gates.
         direct: Boolean `[states, N]`: the object itself reads the intervention's token in some
             layer; whom the intervention acts on, rather than on those who read of it.
     """

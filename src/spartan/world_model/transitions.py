@@ -40,9 +40,17 @@ class Transitions:
             raise WorldError(
                 f"states of shape {tuple(self.states.shape)} given; [M, N, F] with M ≥ 1 needed."
             )
-        for name in ("following", "mask", "environment"):
-            if len(getattr(self, name)) != count:
-                raise WorldError(f"{name} has {len(getattr(self, name))} rows, states {count}.")
+        for name, dims in (("following", 2), ("mask", 2), ("environment", 1)):
+            shape = getattr(self, name).shape[:dims]
+            if shape != self.states.shape[:dims]:
+                raise WorldError(
+                    f"{name} begins with {tuple(shape)}, states with "
+                    f"{tuple(self.states.shape[:dims])}."
+                )
+        if self.mask.dtype != torch.bool or not bool(self.mask.any()):
+            raise WorldError("mask must be boolean, and some object must be there.")
+        if self.environment.dtype != torch.int64 or bool((self.environment < 0).any()):
+            raise WorldError("environment must hold numbers from 0 on, int64.")
         if not bool(torch.isfinite(self.states).all() & torch.isfinite(self.following).all()):
             raise WorldError("States hold NaN or infinity.")
 
@@ -67,16 +75,12 @@ class Transitions:
         parts = []
         for rows, share in ((self.events, len(self) // 2), (~self.events, (len(self) + 1) // 2)):
             found = rows.nonzero().squeeze(1)
-            drawn = torch.randint(len(found), (share,), generator=generator, device=rows.device)
-            parts.append(found[drawn])
+            drawn = torch.randint(
+                len(found), (share,), generator=generator, device=generator.device
+            )
+            parts.append(found[drawn.to(rows.device)])
         return self[torch.cat(parts)]
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
-
-    @classmethod
-    def joined(cls, parts: list[Transitions]) -> Transitions:
-        """Return several as one."""
-        tables = [part._tensors() for part in parts]
-        return cls(**{name: torch.cat([table[name] for table in tables]) for name in tables[0]})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spartan.errors import MissingExtraError
+from spartan.errors import MissingExtraError, WorldError
 from spartan.world_model.drawing import draw_world
 from spartan.world_model.environments.base import Environment
 
@@ -37,6 +37,8 @@ class GymWorld(gymnasium.Env[np.ndarray, int]):
     def __init__(
         self, world: Environment, horizon: int = 100, render_mode: str | None = None
     ) -> None:
+        if render_mode not in (None, "rgb_array"):
+            raise WorldError(f'render_mode={render_mode!r} given; None or "rgb_array" needed.')
         self.world = world
         self.horizon = horizon
         self.render_mode = render_mode
