@@ -45,8 +45,8 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 
 # Chosen on seed 0 of each world, with the truth in hand.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "particles": {"steps": 12_000},
-    "pong": {"steps": 20_000, "tau_factor": 0.9, "frequencies": 4},
+    "particles": {"steps": 12_000, "tau_factor": 1.15},
+    "pong": {"steps": 16_000, "tau_factor": 1.0, "frequencies": 4},
     "create": {"steps": 24_000, "batch_size": 64, "frequencies": 4, "tau_factor": 2.0},
     "balls": {},
 }
@@ -147,7 +147,10 @@ def _informed(job: WorldJob, world: WorldRun, limit: float) -> WorldModel:
     torch.manual_seed(config.seed)
     model = TransitionModel(TransitionConfig(**settings))
     data = draw(config.transitions, "informed")
-    model.fit_scale(data)
+    # Begins, as the other model, from the fully connected one; new interventions from their own.
+    start = world.model("dense").state_dict()
+    start["codebook"] = torch.cat((start["codebook"], model.codebook[environment.seen :].detach()))
+    model.load_state_dict(start)
     learner = Learner(
         model, data, draw(6000, "informed held out"), config.recipe(), ErrorBudget(limit),
         config.seed,

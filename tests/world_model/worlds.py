@@ -6,7 +6,9 @@ import torch
 
 from spartan.world_model import TransitionConfig, TransitionModel, Transitions
 
-CONFIG = TransitionConfig(features=3, changing=1, environments=2, width=24, hidden=48, frequencies=4)
+CONFIG = TransitionConfig(
+    features=3, changing=1, environments=2, width=24, hidden=48, frequencies=4
+)
 
 
 def near_world(count: int, seed: int = 0, environments: int = 2) -> Transitions:

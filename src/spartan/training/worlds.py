@@ -183,6 +183,9 @@ class WorldJob:
         else:
             model = TransitionModel(config.model_config("dense" if name == "dense" else "sparse"))
         model.fit_scale(self.data)
+        if name == "sparse":
+            # Gates that open at random hide what depends on what, until the dynamics are known.
+            model.load_state_dict(world.model("dense").state_dict())
         budget = self.budget(world) if name in ("sparse", "global") else None
         recipe = dataclasses.replace(config.recipe(), steps=self.steps_of(name))
         return Learner(model.to(self.device), self.data, self.held_out, recipe, budget, config.seed)

@@ -31,7 +31,7 @@ from spartan.world_model.paths import Rows, count_paths, read_graph
 
 # What all paths of the first batch are worth at the start: a part of the error that is allowed, or,
 # under an edge budget, of the whole error, which is about 1.
-_WORTH_OF_LIMIT, _WORTH = 1 / 70, 1 / 1000
+_WORTH_OF_LIMIT, _WORTH = 1 / 10, 1 / 1000
 _RATE = 0.02
 # Violation of an error budget below which paths begin to cost anything.
 _NEAR = 1.0
@@ -157,7 +157,7 @@ class Constraint:
         if isinstance(self.budget, ErrorBudget):
             return Multiplicative(_RATE, _RATE, self.maximum)
         # Edges are counted with little noise; what falls below its limit is to be let go at once.
-        return Multiplicative(.5 * _RATE, 5 * _RATE, self.maximum, self.minimum, smoothing=0.9)
+        return Multiplicative(0.5 * _RATE, 5 * _RATE, self.maximum, self.minimum, smoothing=0.9)
 
     def _start(self, paths: float) -> float:
         """Set the bound of the multiplier, and return where it starts."""
