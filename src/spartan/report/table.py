@@ -167,8 +167,8 @@ def print_world(console: Console, table: WorldScores) -> None:
     console.print(shown)
     console.print(
         f"{table.verdict}\nof pairs without a path in SPARTAN's graph {table.influence_held:.3%} "
-        f"have influence, {table.influence_free:.1%} where gates may open in response; removing what has no path "
-        f"in it changes its error by {table.own_removal:.3%}",
+        f"have influence, {table.influence_free:.1%} where gates may open in response; "
+        f"removing what has no path in it changes its error by {table.own_removal:.3%}",
         highlight=False,
         soft_wrap=True,
     )

@@ -33,7 +33,8 @@ class Recipe:
             steps. A gate that must surely be open up to the rim of a region overshoots it by as
             much as the logit needs to grow; sharpening shrinks that.
         opening: What gate logits between objects are raised by at first, down to 0 after 30 % of
-            the steps: until something is known, gates that open at random hide what depends on what.
+            the steps: until something is known, gates that open at random hide what depends on
+            what.
         checks: How many times the graph is compared with held-out data.
     """
 
