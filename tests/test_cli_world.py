@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from spartan.__main__ import main
@@ -96,7 +97,9 @@ def test_an_interrupted_run_continues_to_the_same_models(tmp_path: Path) -> None
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert spartan(*words, "--out", whole) == 0
     command = [sys.executable, "-m", "spartan", *words, "--out", str(parts)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
     deadline = time.monotonic() + 120
     awaited = [parts / name for name in ("identity.safetensors", "checkpoint.safetensors")]
     while not all(path.exists() for path in awaited) and time.monotonic() < deadline:
