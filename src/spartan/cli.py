@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from spartan.cli_adapt import adapt
 from spartan.cli_compress import compress
 from spartan.cli_deploy import deploy_commands
-from spartan.cli_options import refuse_changes
+from spartan.cli_options import paths_named_by, refuse_changes
 from spartan.cli_world import run_world_command
 from spartan.deploy import accelerate
 from spartan.errors import ConfigError
@@ -123,21 +122,15 @@ def run_command(words: Sequence[str]) -> int:
 
 def _defaults(words: Sequence[str]) -> tuple[TrainConfig, TrainConfig]:
     """Return what options default to: a config file, the resumed run, or the built-in values."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--resume", type=Path)
-    try:
-        known, _ = first.parse_known_args(words if words[:1] == ["train"] else [])
-    except argparse.ArgumentError:
-        return TrainConfig(), TrainConfig()  # the real parser explains it
-    if known.config is not None and known.resume is not None:
+    config, resume = paths_named_by(words, "--config", "--resume")
+    if config is not None and resume is not None:
         raise ConfigError("Give --config or --resume, not both: a run is resumed with its own.")
-    if known.resume is not None:
-        saved = Run.open(known.resume).config()
+    if resume is not None:
+        saved = Run.open(resume).config()
         if not isinstance(saved, TrainConfig):
-            raise ConfigError(f"{known.resume} is a compression: there is no training to resume.")
+            raise ConfigError(f"{resume} is a compression: there is no training to resume.")
         return saved, saved
-    start = read_config(known.config) if known.config is not None else TrainConfig()
+    start = read_config(config) if config is not None else TrainConfig()
     return start, start
 
 

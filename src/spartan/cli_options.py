@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from spartan.errors import ConfigError
+
+
+def paths_named_by(words: Sequence[str], *options: str) -> list[Path | None]:
+    """Return the paths that options of `train` name, ahead of the real parser.
+
+    Args:
+        words: The words of the command line, its command first.
+        options: As `--resume`.
+
+    Returns:
+        A path or None for each; None for all where the real parser will explain what is wrong.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in options:
+        first.add_argument(option, type=Path, dest=option)
+    try:
+        known, _ = first.parse_known_args(words if words[:1] == ["train"] else [])
+    except argparse.ArgumentError:
+        return [None for _ in options]
+    return [getattr(known, option) for option in options]
 
 
 def refuse_changes(saved: Any, given: Any, may_change: Collection[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from spartan.cli_options import refuse_changes
+from spartan.cli_options import paths_named_by, refuse_changes
 from spartan.errors import ConfigError, did_you_mean
 from spartan.files import save_tensors, write_text
 from spartan.report.table import print_world
@@ -118,13 +117,8 @@ def run_world_command(words: Sequence[str]) -> int:
 
 def _resumed(words: Sequence[str]) -> WorldConfig | None:
     """Return the options of the run to resume, if one is named."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--resume", type=Path)
-    try:
-        known, _ = first.parse_known_args(words if words[:1] == ["train"] else [])
-    except argparse.ArgumentError:
-        return None  # the real parser explains it
-    return None if known.resume is None else WorldRun.open(known.resume)[1]
+    (resume,) = paths_named_by(words, "--resume")
+    return None if resume is None else WorldRun.open(resume)[1]
 
 
 def _train(config: WorldConfig, resume: bool) -> int:

@@ -110,6 +110,7 @@ def test_an_edge_budget_is_kept_exactly_and_finds_the_graph(
     scores = score_graphs(found_graphs(by_edges, held_out), held_out)
     assert scores.precision > 0.9
     assert scores.recall > 0.9
+    assert 3 * scores.shd < scores.true_edges  # of the empty graph
 
 
 def test_without_a_path_nothing_moves(by_edges: WorldModel, held_out: Transitions) -> None:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from spartan.always_sparse.conversion import dense_state
 from spartan.errors import ConfigError, FileError
 from spartan.files import load_state, load_tensors, write_text
 from spartan.training.compress_config import COMMAND, CompressConfig, compress_config_from
 from spartan.training.config import TrainConfig, config_from_json, read_options
+
+
+class RunConfig(Protocol):
+    """What every command's options can: say where to write, and be written."""
+
+    @property
+    def out(self) -> str: ...
+
+    def to_json(self) -> str: ...
 
 
 class Run:
@@ -32,7 +41,7 @@ class Run:
         self.report_path = folder / "report.html"
 
     @classmethod
-    def create(cls, config: TrainConfig | CompressConfig) -> Run:
+    def create(cls, config: RunConfig) -> Run:
         """Start a new run folder.
 
         Raises:

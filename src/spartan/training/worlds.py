@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spartan.errors import ConfigError, FileError, StateError
-from spartan.files import load_state, save_state, write_text
+from spartan.files import load_state, save_state
 from spartan.seeds import derive_seed
 from spartan.training.interrupt import InterruptedRunError, SignalGuard
 from spartan.training.metrics import MetricsLog
@@ -55,16 +56,7 @@ class WorldRun:
             FileError: It cannot be made.
         """
         world = cls(Path(config.out))
-        if world.run.config_path.exists():
-            raise ConfigError(
-                f"{config.out!r} already holds a run: continue it with --resume {config.out} if it "
-                "is one of a world model, or give another --out."
-            )
-        try:
-            world.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"Cannot make the folder {config.out!r}: {error.strerror}.") from error
-        write_text(world.run.config_path, config.to_json())
+        Run.create(config)
         return world
 
     @classmethod
@@ -117,11 +109,15 @@ class WorldJob:
         self.config = config
         self.environment = make_environment(config.env)
         self.device = pick_device(config.device)
-        self.data = draw(self.environment, config.transitions, config.seed, "train")
-        self.data = self.data.to(self.device)
         self.held_out = draw(self.environment, _HELD_OUT, config.seed, "held out").to(self.device)
         self.names = ["dense", "identity", "sparse"]
         self.names += ["nearest", "global"] if config.baselines else []
+
+    @cached_property
+    def data(self) -> Transitions:
+        """Transitions for training; none are simulated to score a finished run."""
+        data = draw(self.environment, self.config.transitions, self.config.seed, "train")
+        return data.to(self.device)
 
     def fit(self, world: WorldRun, tick: Tick, say: Callable[[str], None]) -> None:
         """Train what is not trained yet.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spartan.errors import WorldError
 from spartan.gates import bernoulli, logistic_noise
 from spartan.world_model.model import (
+    TOKEN_SCALE,
     Prediction,
     TransitionConfig,
     TransitionModel,
@@ -41,7 +42,7 @@ class GlobalGraph(WorldModel):
         features = config.features * (1 + 2 * config.frequencies)
         inputs, hidden = objects * features + config.width, 2 * config.hidden
         self.gate_logits = nn.Parameter(torch.full((objects, objects + 1), 1.0))
-        self.codebook = nn.Parameter(0.1 * torch.randn(config.environments, config.width))
+        self.codebook = nn.Parameter(TOKEN_SCALE * torch.randn(config.environments, config.width))
         sizes = ((inputs + objects + 1, hidden), (hidden, hidden), (hidden, config.changing))
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(objects, rows, columns) / rows**0.5) for rows, columns in sizes

@@ -175,9 +175,8 @@ class Learner:
             # Within the budget, fewer edges are better; outside, less error is.
             kept = error <= budget.limit
             order = edges if kept else error
-            if not math.isfinite(error):
-                pass  # nothing to remember
-            elif before is None or (kept, -order) > (before[0], -before[1]):
+            better = before is None or (kept, -order) > (before[0], -before[1])
+            if better and math.isfinite(error):
                 weights = {name: value.clone() for name, value in self.model.state_dict().items()}
                 self.best = {"kept": kept, "order": order, "model": weights}
         return {"held_out_error": error, "held_out_edges": edges}
@@ -191,18 +190,17 @@ class Learner:
     def finish(self) -> None:
         """Leave the model with what was best: within its error budget, or exactly at its edges."""
         self.model.eval()
-        if self.best is None:
-            self.check()
-        if self.best is not None:
-            self.model.load_state_dict(self.best["model"])
-            self._warn()
-        if self.constraint is not None and isinstance(self.constraint.budget, EdgeBudget):
-            meet_edges(self.model, self.held_out, self.constraint.budget.limit)
-
-    def _warn(self) -> None:
         budget = None if self.constraint is None else self.constraint.budget
-        if not isinstance(budget, ErrorBudget):
-            return
+        if isinstance(budget, EdgeBudget):
+            meet_edges(self.model, self.held_out, budget.limit)
+        elif isinstance(budget, ErrorBudget):
+            if self.best is None:
+                self.check()
+            if self.best is not None:
+                self.model.load_state_dict(self.best["model"])
+            self._warn_of_empty_graph(budget)
+
+    def _warn_of_empty_graph(self, budget: ErrorBudget) -> None:
         error, edges = measure(self.model, self.held_out)
         if edges == 0 and error > 2 * budget.limit:
             warnings.warn(
@@ -248,14 +246,14 @@ def measure(model: WorldModel, data: Transitions) -> tuple[float, float]:
 
 
 def meet_edges(model: WorldModel, data: Transitions, limit: float) -> None:
-    """Shift all gate logits so that the model has as many edges as it may, and none more.
+    """Shift the gate logits between objects so that there are as many edges as allowed, none more.
+
+    Where there are never more, all gates are opened.
 
     Args:
         model: A sparse transition model; its `gate_shift` is set.
         data: States over which edges are counted.
         limit: Mean edges of a state.
-
-    Where there are never more, all gates are opened.
     """
     low, high = -1.0, 1.0
 

@@ -24,7 +24,7 @@ from spartan.world_model.transitions import Transitions
 
 Mode = Literal["sparse", "dense", "identity"]
 # The scale of embedded objects: with tokens of norm 1 per feature, training stays at a plateau.
-_TOKEN_SCALE = 0.1
+TOKEN_SCALE = 0.1
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class TransitionModel(WorldModel):
             nn.SiLU(),
             nn.Linear(config.hidden, config.width),
         )
-        self.codebook = nn.Parameter(_TOKEN_SCALE * torch.randn(config.environments, config.width))
+        self.codebook = nn.Parameter(TOKEN_SCALE * torch.randn(config.environments, config.width))
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.decoder = nn.Linear(config.width, config.changing)
 
