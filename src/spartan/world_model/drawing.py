@@ -46,7 +46,6 @@ def draw_world(
     image = Image.new("RGB", (side, side + _TOP * _SCALE), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=12 * _SCALE)
-    draw.text((8 * _SCALE, 5 * _SCALE), title, fill="#222222", font=font)
     draw.rectangle((0, _TOP * _SCALE, side - 1, side + _TOP * _SCALE - 1), outline="#bbbbbb")
     shapes = environment.shapes(state, mask)
     found = truth if found is None else found
@@ -66,6 +65,8 @@ def draw_world(
                 _draw_ring(draw, receiver, color)
             elif sender is not None:
                 _draw_arrow(draw, sender, receiver, color)
+    draw.rectangle((0, 0, side, _TOP * _SCALE - 1), fill="white")  # over what sticks out
+    draw.text((8 * _SCALE, 5 * _SCALE), title, fill="#222222", font=font)
     return image.resize((SIZE, SIZE + _TOP), Image.Resampling.LANCZOS)
 
 
