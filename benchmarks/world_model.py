@@ -45,9 +45,9 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 
 # Chosen on seed 0 of each world, with the truth in hand.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "particles": {"steps": 12_000, "tau_factor": 1.15},
-    "pong": {"steps": 16_000, "tau_factor": 1.0, "frequencies": 4},
-    "create": {"steps": 24_000, "batch_size": 64, "frequencies": 4, "tau_factor": 2.0},
+    "particles": {"steps": 12_000},
+    "pong": {"steps": 14_000, "frequencies": 4},
+    "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.1},
     "balls": {},
 }
 

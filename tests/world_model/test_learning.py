@@ -31,19 +31,19 @@ from spartan.world_model import (
 )
 from spartan.world_model.constraints import Constraint
 from spartan.world_model.learning import meet_edges
-from tests.world_model.worlds import CONFIG, make_model, near_world
+from tests.world_model.worlds import CONFIG, make_model, follower_world
 
-DENSE_RECIPE, RECIPE = Recipe(steps=600, lr=3e-3), Recipe(steps=2000, lr=3e-3)
+DENSE_RECIPE, RECIPE = Recipe(steps=600, lr=3e-3), Recipe(steps=3000, lr=1.5e-3)
 
 
 @pytest.fixture(scope="module")
 def data() -> Transitions:
-    return near_world(20_000)
+    return follower_world(20_000)
 
 
 @pytest.fixture(scope="module")
 def held_out() -> Transitions:
-    return near_world(2_000, seed=1)
+    return follower_world(2_000, seed=1)
 
 
 def train(learner: Learner) -> WorldModel:
@@ -75,7 +75,7 @@ def by_error(dense: WorldModel, data: Transitions, held_out: Transitions) -> Wor
 
 @pytest.fixture(scope="module")
 def by_edges(dense: WorldModel, data: Transitions, held_out: Transitions) -> WorldModel:
-    return sparse_from(dense, data, held_out, EdgeBudget(0.45))
+    return sparse_from(dense, data, held_out, EdgeBudget(0.41))
 
 
 def test_an_error_budget_is_kept_and_finds_the_graph(
@@ -86,16 +86,15 @@ def test_an_error_budget_is_kept_and_finds_the_graph(
     assert error <= 0.1
     assert edges == pytest.approx(scores.edges)
     assert scores.recall > 0.8
-    assert 2 * scores.shd < scores.true_edges  # of the empty graph
+    assert 3 * scores.shd < scores.true_edges  # of the empty graph
 
 
-def test_no_target_of_the_intervention_is_missed(
-    by_error: WorldModel, held_out: Transitions
-) -> None:
+def test_targets_of_the_intervention_are_found(by_error: WorldModel, held_out: Transitions) -> None:
     assert held_out.targets is not None
     direct = found_graphs(by_error, held_out, direct=True)[..., -1]
     reached = found_graphs(by_error, held_out)[..., -1]
     assert (direct & held_out.targets).sum() / held_out.targets.sum() >= 0.95
+    assert (direct & held_out.targets).sum() / direct.sum() >= 0.95
     assert not (direct & ~reached).any()
     assert (reached & held_out.targets).sum() / held_out.targets.sum() >= 0.95
 
@@ -104,8 +103,8 @@ def test_an_edge_budget_is_kept_exactly_and_finds_the_graph(
     by_edges: WorldModel, held_out: Transitions
 ) -> None:
     error, edges = measure(by_edges, held_out)
-    assert edges <= 0.45
-    assert edges * len(held_out) == pytest.approx(0.45 * len(held_out), abs=1)
+    assert edges <= 0.41
+    assert edges * len(held_out) == pytest.approx(0.41 * len(held_out), abs=1)
     assert error < 0.1
     scores = score_graphs(found_graphs(by_edges, held_out), held_out)
     assert scores.precision > 0.9
@@ -164,13 +163,13 @@ def test_an_edge_budget_shrinks_from_all_edges() -> None:
 
 
 def test_the_budgets_push_from_their_own_side() -> None:
-    prediction = make_model(near_world(8))(torch.randn(8, 2, 3), torch.zeros(8).long())
-    many = dataclasses.replace(prediction, adjacency=torch.ones_like(prediction.adjacency))
+    prediction = make_model(follower_world(8))(torch.randn(8, 2, 3), torch.zeros(8).long())
+    many = torch.ones_like(prediction.adjacency)
     for budget in (ErrorBudget(0.1), EdgeBudget(0.1)):
         constraint = Constraint(budget, objects=2)
         constraint.presses = True
         weights = [
-            constraint.loss(torch.tensor(0.01), many, progress=1.0)[1]["path_weight"]
+            constraint.loss(torch.tensor(0.01), 0.01, many, progress=1.0)[1]["path_weight"]
             for _ in range(3)
         ]
         # Below the error that is allowed, or above the edges: paths get dearer.
@@ -179,21 +178,21 @@ def test_the_budgets_push_from_their_own_side() -> None:
 
 
 def test_paths_cost_nothing_at_first() -> None:
-    prediction = make_model(near_world(8))(torch.randn(8, 2, 3), torch.zeros(8).long())
+    prediction = make_model(follower_world(8))(torch.randn(8, 2, 3), torch.zeros(8).long())
     constraint = Constraint(ErrorBudget(0.1), objects=2)
-    far, near = torch.tensor(0.5), torch.tensor(0.15)
-    assert constraint.loss(far, prediction, 0.5)[1]["path_weight"] == 0
+    gates, error = prediction.adjacency, torch.tensor(0.1)
+    assert constraint.loss(error, 0.5, gates, 0.5)[1]["path_weight"] == 0
     for _ in range(300):
-        constraint.loss(near, prediction, 0.5)
-    assert constraint.loss(near, prediction, 0.5)[1]["path_weight"] > 0
+        constraint.loss(error, 0.15, gates, 0.5)
+    assert constraint.loss(error, 0.15, gates, 0.5)[1]["path_weight"] > 0
     by_edges = Constraint(EdgeBudget(0.1), objects=2)
-    assert by_edges.loss(near, prediction, 0.1)[1]["path_weight"] == 0
-    by_edges.loss(near, prediction, 0.2)
-    assert by_edges.loss(near, prediction, 0.21)[1]["path_weight"] > 0
+    assert by_edges.loss(error, 0.15, gates, 0.1)[1]["path_weight"] == 0
+    by_edges.loss(error, 0.15, gates, 0.2)
+    assert by_edges.loss(error, 0.15, gates, 0.21)[1]["path_weight"] > 0
 
 
 def test_adapting_touches_only_the_token(by_edges: WorldModel) -> None:
-    unseen = near_world(60, seed=3, environments=1)
+    unseen = follower_world(60, seed=3, environments=1)
     unseen = dataclasses.replace(unseen, following=unseen.following.clone())
     unseen.following[:, 0] += 1.5  # 1 was seen in training
     weights = copy.deepcopy(by_edges.state_dict())
@@ -214,7 +213,7 @@ def _error(model: WorldModel, data: Transitions, token: torch.Tensor) -> float:
 
 
 def test_adapting_refuses_what_does_not_fit(by_edges: WorldModel) -> None:
-    data = near_world(4)
+    data = follower_world(4)
     wide = dataclasses.replace(data, following=torch.zeros(4, 2, 2))
     for arguments, words in (((wide,), "features that change"), ((data, 0), "must be positive")):
         with pytest.raises(WorldError, match=words):
@@ -237,11 +236,11 @@ def test_baselines_learn(dense: WorldModel, data: Transitions, held_out: Transit
     best = oracle_threshold(dense, held_out)
     shd = score_graphs(thresholded_graphs(dense, held_out, best), held_out).shd
     assert shd <= score_graphs(thresholded_graphs(dense, held_out, 0.5), held_out).shd
-    assert not constant_graph(held_out)[:, :2].any()  # the edge is there in 44 % of states
+    assert not constant_graph(held_out)[:, :2].any()  # the edge is there in 41 % of states
 
 
 def test_scores_by_hand() -> None:
-    data = near_world(4)
+    data = follower_world(4)
     assert data.edges is not None
     assert data.targets is not None
     edges = torch.tensor([1, 1, 0, 0]).bool()
@@ -264,7 +263,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_rollouts_of_one_step_are_predictions(by_edges: WorldModel) -> None:
-    data = near_world(10)
+    data = follower_world(10)
     with torch.no_grad():
         predicted = by_edges(data.states, data.environment, data.mask).states
     expected = float((predicted - data.following).norm(dim=-1).mean())
@@ -285,7 +284,7 @@ def test_bad_input(data: Transitions) -> None:
             ErrorBudget(wrong)
         with pytest.raises(WorldError, match="needed"):
             EdgeBudget(wrong)
-    for change in ({"steps": 0}, {"lr": 0.0}, {"sharpness": 0.5}, {"checks": 0}):
+    for change in ({"steps": 0}, {"lr": 0.0}, {"sharpness": 0.5}, {"checks": 0}, {"severed": 1.0}):
         with pytest.raises(WorldError):
             Recipe(**change)  # type: ignore[arg-type]
     other = dataclasses.replace(data, environment=data.environment + 5)
@@ -323,9 +322,10 @@ def test_models_without_gates_have_no_budget(data: Transitions) -> None:
 
 def test_the_published_settings_learn(data: Transitions, held_out: Transitions) -> None:
     model = make_model(data, normalise="dense", gate_scale="none", token_reads=True)
-    learner = Learner(model, data, held_out, Recipe(steps=80), ErrorBudget(0.3), rows="all")
-    errors = [learner.advance()["error"] for _ in range(80)]
-    assert errors[-1] < 0.8 * errors[0]
+    recipe = Recipe(steps=200, lr=3e-3)
+    learner = Learner(model, data, held_out, recipe, ErrorBudget(0.3), rows="all")
+    errors = torch.tensor([learner.advance()["error"] for _ in range(200)])
+    assert errors[-20:].mean() < 0.8 * errors[:20].mean()
     assert model(held_out.states, held_out.environment).adjacency[:, :, -1].any()
 
 

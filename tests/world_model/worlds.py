@@ -1,4 +1,4 @@
-"""A world that is learned in seconds: a follower that hears its leader only when near it."""
+"""A world that is learned in seconds: a follower that hears its leader only when behind it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ CONFIG = TransitionConfig(
 )
 
 
-def near_world(count: int, seed: int = 0, environments: int = 2) -> Transitions:
+def follower_world(count: int, seed: int = 0, environments: int = 2) -> Transitions:
     """Two objects: value, place, kind.
 
-    Where their places differ by less than 0.5, the second's value moves by 2 in the direction of
-    the first's sign. Environment 1 adds 1 to the first's value.
+    Where the second's place is behind the first's by more than 0.2, its value moves by 2 in the
+    direction of the first's sign. Environment 1, a quarter of the data, adds 1 to the first's value.
     """
     generator = torch.Generator().manual_seed(seed)
     states = 2 * torch.rand(count, 2, 3, generator=generator) - 1
     states[..., 2] = torch.tensor([-1.0, 1.0])
-    environment = torch.randint(environments, (count,), generator=generator)
-    near = (states[:, 0, 1] - states[:, 1, 1]).abs() < 0.5
+    environment = (torch.randint(4, (count,), generator=generator) - 2).clamp(0, environments - 1)
+    hears = states[:, 0, 1] - states[:, 1, 1] > 0.2
     following = states[..., :1].clone()
     following[:, 0, 0] += environment
-    following[:, 1, 0] += 2 * near * states[:, 0, 0].sign()
+    following[:, 1, 0] += 2 * hears * states[:, 0, 0].sign()
     edges = torch.zeros(count, 2, 2, dtype=torch.bool)
-    edges[:, 1, 0] = near
+    edges[:, 1, 0] = hears
     targets = torch.zeros(count, 2, dtype=torch.bool)
     targets[:, 0] = environment == 1
     mask = torch.ones(count, 2, dtype=torch.bool)

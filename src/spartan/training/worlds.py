@@ -29,6 +29,7 @@ from spartan.world_model.transitions import Transitions
 
 Tick = Callable[[str, int, int], None]
 _HELD_OUT = 6_000  # transitions
+_POOL = 3  # times as many are simulated, so that few of the rare ones are drawn twice
 _ROWS = 250  # of metrics, for each model
 # Parts of the steps for models that need fewer: they have little to learn, or only a graph.
 _SHARES = {"identity": 0.25, "nearest": 0.5, "global": 0.5}
@@ -220,8 +221,8 @@ class WorldJob:
 def draw(environment: Environment, count: int, seed: int, purpose: str) -> Transitions:
     """Simulate transitions of the interventions for training, half of them with events."""
     generator = torch.Generator().manual_seed(derive_seed(seed, f"world/{purpose}", 0))
-    natural = draw_natural(environment, count, generator)
-    return natural.balanced(generator)
+    natural = draw_natural(environment, _POOL * count, generator)
+    return natural.balanced(generator)[slice(0, None, _POOL)]
 
 
 def draw_natural(environment: Environment, count: int, generator: torch.Generator) -> Transitions:

@@ -3,12 +3,15 @@ r"""Attention through hard gates that depend on the state.
     q, k, v = W_q z, W_k z, W_v z           z: tokens, each with LayerNorm
     g_ij    = q_i · k_j / √d + b
     A_ij    ~ Bernoulli(sigmoid(g_ij))      without noise, when not training: 1[g_ij > 0]
-    w_ij    = A_ij exp(q_i · k_j / √d) / Σ_j' A_ij' exp(q_i · k_j' / √d)
+    w_ij    = A_ij exp(q_i · k_j / √d) / (1 + Σ_j' A_ij' exp(q_i · k_j' / √d))
     h_i     = Σ_j w_ij v_j
 
-As published, the sum in w runs over all j', open or closed: then a token that nobody attends to
-still changes every output through the denominator. Summing over open gates only makes A exact, bit
-for bit, and is the default.
+As published, w is normalised by the sum over all j', open or closed, without the 1: then a token
+that nobody attends to still changes every output through the denominator. Summing over open gates
+only makes A exact, bit for bit, and is the default. The 1 is attention to nobody: without it, who
+needs nobody must look somewhere, and a fully connected model makes a habit of the intervention's
+token, which its gates then keep. With b = 0 a gate is more likely open than closed exactly where
+the sender outweighs nobody.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; there g is not divided by
 √d and b = 0.
@@ -33,7 +36,8 @@ class GatedAttention(nn.Module):
 
     Args:
         width: d, features of a token.
-        normalise: Over which tokens weights are normalised: those with open gates, or all.
+        normalise: Over what weights are normalised: tokens with open gates and nobody, or, as
+            published, all tokens.
         gate_scale: Whether g is divided by √d.
         gate_bias: b; above 0, gates start open.
         temperature: T of the gates' straight-through gradient. Above 1, the gradient reaches gates
@@ -102,10 +106,12 @@ def gated_softmax(
     """
     over = adjacency > 0 if normalise == "open" else present
     top = logits.detach().masked_fill(~over, -math.inf).amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0)
+    top = top.clamp(min=0.0) if normalise == "open" else torch.where(top.isfinite(), top, 0.0)
     # A closed gate has no say in `top`; its exponential is bounded, as it is multiplied by 0.
     scaled = (logits - top).clamp(max=0.0).exp()
     weights = adjacency * scaled
-    total = (weights if normalise == "open" else present * scaled).sum(-1, keepdim=True)
-    # Of rows that nothing is open in: any number will do, but a tiny one would blow up gradients.
+    if normalise == "open":
+        return weights / ((-top).exp() + weights.sum(-1, keepdim=True))
+    total = (present * scaled).sum(-1, keepdim=True)
+    # Of rows of which nothing is there: any number will do, a tiny one would blow up gradients.
     return weights / (total + (total == 0))

@@ -57,6 +57,7 @@ class GlobalGraph(WorldModel):
         environment: Tensor,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        severed: Tensor | None = None,
     ) -> Prediction:
         """Predict one step, as `TransitionModel` does; `environment` are integers."""
         self.check(states, environment, mask)
@@ -73,6 +74,8 @@ class GlobalGraph(WorldModel):
         there = torch.ones_like(states[..., 0]) if mask is None else mask.float()
         readers = torch.cat((there, there.new_ones(batch, 1)), 1).unsqueeze(1)
         gates = gates * readers * there.unsqueeze(-1)
+        if severed is not None:
+            gates = gates * ~severed[:, :-1]
         own = torch.eye(n, device=states.device)
         visible = torch.maximum(gates[..., :-1], own)
         seen = (visible.unsqueeze(-1) * self.waves(states).unsqueeze(1)).flatten(2)
@@ -111,6 +114,7 @@ class NearestObjects(TransitionModel):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         adjacency: Tensor | None = None,
+        severed: Tensor | None = None,
     ) -> Prediction:
         """Predict one step, as `TransitionModel` does."""
         n = states.shape[1]
@@ -128,7 +132,7 @@ class NearestObjects(TransitionModel):
         # One layer looks at neighbours, so that there are no neighbours of neighbours.
         rest = torch.eye(n + 1, device=states.device).expand_as(gates)
         layers = [gates, *[rest] * (self.config.layers - 1)]
-        return super().forward(states, environment, mask, None, torch.stack(layers))
+        return super().forward(states, environment, mask, None, torch.stack(layers), severed)
 
 
 def attention_paths(prediction: Prediction) -> Tensor:

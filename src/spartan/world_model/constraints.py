@@ -5,11 +5,13 @@ r"""The two budgets of a world model, and the loss that keeps each.
 
 with i, j objects in the second: routes from the intervention are no edges. In both, λ follows the
 relative violation, on a moving average (`multipliers.Multiplicative`); the weight of the paths is
-1/λ in the first, and λ in the second. It starts at its smallest, where all paths together are a
-small part of the error, and at first paths cost nothing: before the dynamics are known no path is
-of use, the least cost closes all of them, and they hardly open again. An error budget begins to
-press when the error has come within twice what is allowed; under an edge budget, k shrinks from all
-edges to what is allowed, as a cube, while the model learns.
+1/λ in the first, and λ in the second. It starts at its smallest, and at first paths cost nothing:
+before the dynamics are known no path is of use, the least cost closes all of them, and they hardly
+open again. An error budget begins to press when the error has come within twice what is allowed.
+
+Both budgets are narrowed while the model learns: τ begins higher, by what gates drawn at random and
+large steps cost, or the price of paths would stay at its smallest until the very end; and k shrinks
+from all edges to what is allowed, as a cube.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4 and appendix A.2, after Rezende, Viola,
 "Taming VAEs", 2018. The edge budget is our own.
@@ -26,18 +28,19 @@ from torch import Tensor
 
 from spartan.errors import WorldError
 from spartan.multipliers import Multiplicative
-from spartan.world_model.model import Prediction
 from spartan.world_model.paths import Rows, count_paths, read_graph
 
-# What all paths of the first batch are worth at the start: a part of the error that is allowed, or,
-# under an edge budget, of the whole error, which is about 1.
-_WORTH_OF_LIMIT, _WORTH = 1 / 10, 1 / 1000
+# What a path is worth at the start and at least: under an error budget in parts of the error of
+# predicting no change, which is about 1, and under an edge budget of one object's share of it.
+_CHEAPEST, _WORTH = 1e-3, 4e-5
 _RATE = 0.02
-# Violation of an error budget below which paths begin to cost anything.
-_NEAR = 1.0
-# No path is worth more than this part of one object's share of the whole error, which is about 1.
+# Multiple of the error allowed at the time below which paths begin to cost anything.
+_NEAR = 2.0
+# By what the error allowed is raised at first.
+_RAISED = 0.06
+# No path is ever worth more than this part of it: gates that are closed at any price stay closed.
 _DEAREST = 0.1
-# Between these parts of the training, an edge budget shrinks from all edges to what is allowed.
+# Until this part of the training an error budget is narrowed, and between the two an edge budget.
 _BEGIN, _END = 0.2, 0.6
 
 
@@ -107,40 +110,44 @@ class Constraint:
         self.rows: Rows = rows
         self.objects = objects
         self.most_edges = float(objects * (objects - 1))
-        self.maximum, self.minimum = math.inf, 0.0
-        self.multiplier: float | None = None  # from the first batch on
+        if isinstance(budget, ErrorBudget):
+            self.minimum, self.maximum = 1 / _DEAREST, 1 / _CHEAPEST
+            self.multiplier = self.maximum
+        else:
+            self.minimum, self.maximum = _WORTH / objects, _DEAREST / objects
+            self.multiplier = self.minimum
         self.memory: float | None = None
         self.presses = False
 
     def limit_at(self, progress: float) -> float:
         """Return what is allowed after a part of the training."""
         if isinstance(self.budget, ErrorBudget):
-            return self.budget.limit
+            return self.budget.limit + _RAISED * max(0.0, 1 - progress / _END)
         left = 1 - min(1.0, max(0.0, (progress - _BEGIN) / (_END - _BEGIN)))
         return self.budget.limit + max(0.0, self.most_edges - self.budget.limit) * left**3
 
     def loss(
-        self, error: Tensor, prediction: Prediction, progress: float
+        self, error: Tensor, seen: float, adjacency: Tensor, progress: float
     ) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of one batch and what was measured; then move the multiplier.
 
         Args:
             error: MSE of the batch, differentiable.
-            prediction: What it is the error of.
+            seen: MSE of its states in which no gate was closed at random.
+            adjacency: A of those states, `[L, …, N + 1, N + 1]`, differentiable.
             progress: Part of the training that is over, in [0, 1].
         """
         by_error = isinstance(self.budget, ErrorBudget)
         counted: Rows = self.rows if by_error else "edges"
-        paths = count_paths(prediction.adjacency, counted).mean()
+        paths = count_paths(adjacency, counted).mean()
         multiplier = self.multiplier
-        if multiplier is None:
-            multiplier = self._start(max(1.0, float(paths.detach())))
         path_weight = (1 / multiplier if by_error else multiplier) if self.presses else 0.0
         loss = error + path_weight * paths
-        edges = read_graph(prediction.adjacency).edges.float().sum((1, 2)).mean()
-        seen, total, mean_edges = torch.stack((error, paths, edges)).tolist()
+        edges = read_graph(adjacency).edges.float().sum((1, 2)).mean()
+        total, mean_edges = torch.stack((paths, edges)).tolist()
         measured = seen if by_error else mean_edges
-        violation = measured / self.limit_at(progress) - 1
+        limit = self.limit_at(progress)
+        violation = measured / limit - 1
         row = {
             "error": seen,
             "paths": total,
@@ -150,33 +157,25 @@ class Constraint:
             "violation": violation,
         }
         self.multiplier, self.memory = self._rule().update(multiplier, violation, self.memory)
-        self.presses |= self.memory < _NEAR if by_error else progress >= _BEGIN
+        near = 1 + self.memory < _NEAR
+        self.presses |= near if by_error else progress >= _BEGIN
         return loss, row
 
     def _rule(self) -> Multiplicative:
         if isinstance(self.budget, ErrorBudget):
-            return Multiplicative(_RATE, _RATE, self.maximum)
+            return Multiplicative(_RATE, _RATE, self.maximum, self.minimum)
         # Edges are counted with little noise; what falls below its limit is to be let go at once.
         return Multiplicative(0.5 * _RATE, 5 * _RATE, self.maximum, self.minimum, smoothing=0.9)
-
-    def _start(self, paths: float) -> float:
-        """Set the bound of the multiplier, and return where it starts."""
-        if isinstance(self.budget, ErrorBudget):
-            self.maximum = paths / (_WORTH_OF_LIMIT * self.budget.limit)
-            return self.maximum
-        self.maximum, self.minimum = _DEAREST / self.objects, _WORTH / paths
-        return self.minimum
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue."""
         return {
             "multiplier": self.multiplier,
-            "bounds": [self.minimum, self.maximum],
             "memory": self.memory,
             "presses": self.presses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue."""
-        self.multiplier, (self.minimum, self.maximum) = state["multiplier"], state["bounds"]
-        self.memory, self.presses = state["memory"], state["presses"]
+        self.multiplier, self.memory = state["multiplier"], state["memory"]
+        self.presses = state["presses"]

@@ -35,6 +35,9 @@ class Recipe:
         opening: What gate logits between objects are raised by at first, down to 0 after 30 % of
             the steps: until something is known, gates that open at random hide what depends on
             what.
+        severed: Share of the states of a batch in which each gate is closed with probability 1/2.
+            What is predicted without a sender has to hold then whatever the sender is. Otherwise
+            a closed gate is itself a message, and reading only half of what matters is enough.
         checks: How many times the graph is compared with held-out data.
     """
 
@@ -43,6 +46,7 @@ class Recipe:
     lr: float = 1e-3
     sharpness: float = 10.0
     opening: float = 3.0
+    severed: float = 0.25
     checks: int = 40
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class Recipe:
             raise WorldError(
                 f"lr={self.lr} must be positive, and sharpness={self.sharpness} at least 1."
             )
+        if not 0 <= self.severed < 1:
+            raise WorldError(f"severed={self.severed} must be at least 0 and below 1.")
 
     def lr_at(self, step: int) -> float:
         """Return the rate of one step."""
@@ -145,12 +151,22 @@ class Learner:
         self.model.sharpness.fill_(recipe.sharpness_at(self.step))
         self.model.gate_shift.fill_(recipe.opening_at(self.step))
         gates = generator if self.model.config.mode == "sparse" else None
-        prediction: Prediction = self.model(batch.states, batch.environment, batch.mask, gates)
+        count = int(recipe.severed * recipe.batch_size)
+        prediction: Prediction = self.model(
+            batch.states,
+            batch.environment,
+            batch.mask,
+            gates,
+            severed=_sever(batch.states, count, generator),
+        )
         error = prediction_error(prediction.states, batch, self.model.scale)
+        whole, of = prediction.rest(count), batch[slice(count, None)]
+        seen = prediction_error(whole.states.detach(), of, self.model.scale).item()
         if self.constraint is None:
-            loss, row = error, {"error": error.item()}
+            loss, row = error, {"error": seen}
         else:
-            loss, row = self.constraint.loss(error, prediction, self.step / recipe.steps)
+            progress = self.step / recipe.steps
+            loss, row = self.constraint.loss(error, seen, whole.adjacency, progress)
         if not math.isfinite(row["error"]):
             raise NonFiniteError(
                 f"The prediction error is {row['error']} in step {self.step}: lower lr."
@@ -228,6 +244,17 @@ class Learner:
             self.constraint.load_state_dict(state["constraint"])
         self.best = state["best"]
         self.step = state["step"]
+
+
+def _sever(states: Tensor, count: int, generator: torch.Generator) -> Tensor | None:
+    """Return which gates are closed at random, in the first of the states, `[B, N + 1, N + 1]`."""
+    if count == 0:
+        return None
+    tokens = states.shape[1] + 1
+    severed = torch.zeros(len(states), tokens, tokens, dtype=torch.bool, device=states.device)
+    chance = torch.rand((count, tokens, tokens), generator=generator, device=states.device)
+    severed[:count] = chance < 0.5
+    return severed
 
 
 @torch.no_grad()

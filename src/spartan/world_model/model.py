@@ -23,8 +23,9 @@ from spartan.world_model.paths import Graph, read_graph
 from spartan.world_model.transitions import Transitions
 
 Mode = Literal["sparse", "dense", "identity"]
-# The scale of embedded objects: with tokens of norm 1 per feature, training stays at a plateau.
-TOKEN_SCALE = 0.1
+# Of the intervention's tokens. From 0.1 they drift into a line, whose inner ones gates cannot tell
+# apart from the rest; with 1, training stays at a plateau.
+TOKEN_SCALE = 0.4
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class TransitionConfig:
         layers: L.
         hidden: Units of each hidden layer of the perceptrons.
         mode: `"sparse"` learns the gates; `"dense"` has all open, `"identity"` all closed.
-        normalise: Whether attention is normalised over open gates or, as published, over all.
+        normalise: Whether attention is normalised over open gates and nobody or, as published, over
+            all tokens.
         gate_scale: Whether gate logits are divided by √d.
         gate_bias: Added to gate logits; above 0, gates start open.
         temperature: Of the gates' straight-through gradient.
@@ -95,6 +97,10 @@ class Prediction:
     states: Tensor
     adjacency: Tensor
     weights: Tensor
+
+    def rest(self, count: int) -> Prediction:
+        """Return what is said of all states but the first `count`."""
+        return Prediction(self.states[count:], self.adjacency[:, count:], self.weights[:, count:])
 
     def graph(self) -> Graph:
         """Read the local causal graphs."""
@@ -186,6 +192,7 @@ class TransitionModel(WorldModel):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         adjacency: Tensor | None = None,
+        severed: Tensor | None = None,
     ) -> Prediction:
         """Predict one step.
 
@@ -196,6 +203,8 @@ class TransitionModel(WorldModel):
             generator: Draws the gates, in training; without it they are open where that has a
                 probability above 1/2.
             adjacency: Gates to use instead of the model's own, `[L, B, N + 1, N + 1]`.
+            severed: Gates that are closed in all layers, whatever else says, boolean
+                `[B, N + 1, N + 1]`.
 
         Raises:
             WorldError: Shapes do not fit.
@@ -210,6 +219,8 @@ class TransitionModel(WorldModel):
             there[:, :-1] = mask
         present = there.unsqueeze(-1) & there.unsqueeze(-2)
         present[:, -1] &= self.config.token_reads
+        if severed is not None:
+            present &= ~severed
         if adjacency is None and self.config.mode != "sparse":
             level = 1.0 if self.config.mode == "dense" else 0.0
             adjacency = tokens.new_full((self.config.layers, 1, 1, 1), level)
