@@ -31,7 +31,7 @@ from spartan.world_model import (
 )
 from spartan.world_model.constraints import Constraint
 from spartan.world_model.learning import meet_edges
-from tests.world_model.worlds import CONFIG, make_model, follower_world
+from tests.world_model.worlds import CONFIG, follower_world, make_model
 
 DENSE_RECIPE, RECIPE = Recipe(steps=600, lr=3e-3), Recipe(steps=3000, lr=1.5e-3)
 

@@ -15,7 +15,7 @@ def follower_world(count: int, seed: int = 0, environments: int = 2) -> Transiti
     """Two objects: value, place, kind.
 
     Where the second's place is behind the first's by more than 0.2, its value moves by 2 in the
-    direction of the first's sign. Environment 1, a quarter of the data, adds 1 to the first's value.
+    direction of the first's sign. Environment 1, in a quarter of states, adds 1 to the first's.
     """
     generator = torch.Generator().manual_seed(seed)
     states = 2 * torch.rand(count, 2, 3, generator=generator) - 1
