@@ -47,7 +47,7 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 SETTINGS: dict[str, dict[str, Any]] = {
     "particles": {"steps": 12_000},
     "pong": {"steps": 14_000, "frequencies": 4},
-    "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.1},
+    "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.5},
     "balls": {},
 }
 

@@ -160,8 +160,8 @@ class Learner:
             severed=_sever(batch.states, count, generator),
         )
         error = prediction_error(prediction.states, batch, self.model.scale)
-        whole, of = prediction.rest(count), batch[slice(count, None)]
-        seen = prediction_error(whole.states.detach(), of, self.model.scale).item()
+        whole, rest = prediction.rest(count), batch[slice(count, None)]
+        seen = prediction_error(whole.states.detach(), rest, self.model.scale).item()
         if self.constraint is None:
             loss, row = error, {"error": seen}
         else:

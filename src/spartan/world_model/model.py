@@ -23,8 +23,8 @@ from spartan.world_model.paths import Graph, read_graph
 from spartan.world_model.transitions import Transitions
 
 Mode = Literal["sparse", "dense", "identity"]
-# Of the intervention's tokens. From 0.1 they drift into a line, whose inner ones gates cannot tell
-# apart from the rest; with 1, training stays at a plateau.
+# Of the intervention's tokens. With 0.1, gates to some of them closed for good, or opened for the
+# wrong objects; with 1, training stays at a plateau.
 TOKEN_SCALE = 0.4
 
 
