@@ -8,10 +8,9 @@ r"""Attention through hard gates that depend on the state.
 
 As published, w is normalised by the sum over all j', open or closed, without the 1: then a token
 that nobody attends to still changes every output through the denominator. Summing over open gates
-only makes A exact, bit for bit, and is the default. The 1 is attention to nobody: without it, who
-needs nobody must look somewhere, and a fully connected model makes a habit of the intervention's
-token, which its gates then keep. With b = 0 a gate is more likely open than closed exactly where
-the sender outweighs nobody.
+only makes A exact, bit for bit, and is the default. The 1 is attention to nobody: a fully connected
+model need not look anywhere. With b = 0 a gate is more likely open than closed exactly where the
+sender outweighs nobody.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; there g is not divided by
 √d and b = 0.

@@ -23,8 +23,7 @@ from spartan.world_model.paths import Graph, read_graph
 from spartan.world_model.transitions import Transitions
 
 Mode = Literal["sparse", "dense", "identity"]
-# Of the intervention's tokens. With 0.1, gates to some of them closed for good, or opened for the
-# wrong objects; with 1, training stays at a plateau.
+# Of the intervention's tokens. With 0.1, gates to some of them closed for good, on one seed of two.
 TOKEN_SCALE = 0.4
 
 
