@@ -138,33 +138,34 @@ def test_gates_are_drawn_from_the_generator_alone() -> None:
     assert torch.equal(adjacency(None), adjacency(None))
 
 
-def test_rows_without_an_open_gate_are_zero_and_keep_gradients_small() -> None:
+def test_rows_without_an_open_gate_are_zero_and_have_gradients() -> None:
     torch.manual_seed(0)
     attention = GatedAttention(8)
-    tokens = torch.randn(2, 5, 8)
+    tokens = torch.randn(2, 5, 8, requires_grad=True)
     present = torch.ones(2, 5, 5, dtype=torch.bool)
-    norms = []
-    for level in (0.0, 1.0):
-        given = torch.full((2, 5, 5), level, requires_grad=True)
-        h, _, _ = attention(tokens, present, adjacency=given)
-        h.sum().backward()
-        if level == 0:
-            assert not bool(h.any())
-        assert given.grad is not None
-        norms.append(float(given.grad.norm()))
-    assert 0 < norms[0] < 1e3 * norms[1]
+    for normalise in ("open", "dense"):
+        attention.normalise = normalise
+        for level in (0.0, 1.0):
+            h, *_ = attention(tokens, present, adjacency=torch.full((2, 5, 5), level))
+            assert bool(h.any()) == (level == 1)
+            (gradient,) = torch.autograd.grad(h.square().sum(), tokens)
+            assert bool(gradient.isfinite().all())
+    nothing, *_ = attention(tokens, ~present, adjacency=torch.ones(2, 5, 5))
+    (gradient,) = torch.autograd.grad(nothing.sum(), tokens)
+    assert not bool(nothing.any())
+    assert not bool(gradient.any())
 
 
-def test_gradient_of_a_closed_gate_reaches_the_gate_and_not_the_value() -> None:
-    logits = torch.tensor([[[2.0, 0.0, -1.0]]])
-    adjacency = torch.tensor([[[1.0, 1.0, 0.0]]], requires_grad=True)
+def test_what_is_not_read_has_no_gradient() -> None:
+    logits = torch.tensor([[[2.0, 0.0, -1.0]]], requires_grad=True)
+    adjacency = torch.tensor([[[1.0, 1.0, 0.0]]])
     values = torch.randn(1, 3, 4, requires_grad=True)
     present = torch.ones(1, 1, 3, dtype=torch.bool)
     (gated_softmax(logits, adjacency, present, "open") @ values).sum().backward()
-    assert adjacency.grad is not None
     assert values.grad is not None
-    assert float(adjacency.grad[0, 0, 2]) != 0
-    assert not bool(values.grad[0, 2].any())
+    assert logits.grad is not None
+    assert values.grad[0].any(-1).tolist() == [True, True, False]
+    assert logits.grad[0, 0].ne(0).tolist() == [True, True, False]
 
 
 def test_open_gates_weigh_as_a_softmax_over_them_and_nobody() -> None:
@@ -182,13 +183,12 @@ def test_open_gates_weigh_as_a_softmax_over_them_and_nobody() -> None:
 
 def test_huge_logits_of_closed_gates_are_finite() -> None:
     logits = torch.tensor([[[0.0, 1e4]]], requires_grad=True)
-    adjacency = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
     present = torch.ones(1, 1, 2, dtype=torch.bool)
-    weights = gated_softmax(logits, adjacency, present, "open")
-    weights[0, 0, 1].backward()
+    weights = gated_softmax(logits, torch.tensor([[[1.0, 0.0]]]), present, "open")
+    weights[0, 0, 0].backward()
     assert weights.tolist() == [[[0.5, 0.0]]]
-    assert adjacency.grad is not None
-    assert bool(adjacency.grad.isfinite().all())
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[[0.25, 0.0]]]
 
 
 def test_huge_logits_of_open_gates_leave_nothing_to_nobody() -> None:
@@ -214,7 +214,8 @@ def test_severed_gates_are_closed_in_all_layers() -> None:
 @pytest.mark.parametrize("mode", ["dense", "identity"])
 def test_modes(mode: str) -> None:
     model = make(replace(CONFIG, mode=mode))
-    prediction = model(*draw(), generator=torch.Generator())
+    states, environment = draw()
+    prediction = model(states, torch.ones_like(environment), generator=torch.Generator())
     found = prediction.adjacency[:, :, :N]
     assert set(found.unique().tolist()) == {float(mode == "dense")}
     assert prediction.graph().edges.any().item() == (mode == "dense")
@@ -228,6 +229,42 @@ def test_tokens_in_place_of_environments() -> None:
     by_number = model(states, torch.ones_like(environment)).states
     assert torch.equal(model(states, token).states, by_number)
     assert torch.equal(model(states, token.expand(B, -1)).states, by_number)
+
+
+@torch.no_grad()
+def test_without_an_intervention_there_is_no_token_to_read() -> None:
+    model = make()
+    states, environment = draw()
+    assert not bool(model.codebook[0].any())
+    found = model(states, environment)
+    without = environment == 0
+    assert not bool(found.adjacency[:, without, :, N].any())
+    assert bool(found.adjacency[:, ~without, :, N].any())
+    assert not bool(model(states, torch.zeros(CONFIG.width)).graph().targets.any())
+    told = make(replace(CONFIG, observational=False))
+    assert bool(told(states, environment).adjacency[:, without, :, N].any())
+
+
+def test_the_token_of_no_intervention_stays_zero() -> None:
+    for make_model in (TransitionModel, lambda config: GlobalGraph(config, N)):
+        model = make_model(CONFIG)
+        states, environment = draw()
+        model(states, environment).states.sum().backward()
+        assert model.codebook.grad is not None
+        assert model.codebook.grad.any(-1).tolist() == [False, True]
+
+
+@torch.no_grad()
+def test_softness_opens_gates_to_the_token_by_halves() -> None:
+    model = make()
+    states, environment = draw()
+    environment = torch.ones_like(environment)
+    first = model(states, environment, softness=1e6)
+    torch.testing.assert_close(
+        first.probability[0, :, :N, N], torch.full((B, N), 0.5), rtol=0, atol=1e-4
+    )
+    usual = model(states, environment)
+    assert torch.equal(first.probability[0, ..., :N], usual.probability[0, ..., :N])
 
 
 @torch.no_grad()

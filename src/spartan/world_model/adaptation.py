@@ -2,10 +2,12 @@ r"""Fitting the one token of an unknown intervention to a few trajectories.
 
     T_adapt = argmin_T  E MSE(f(x, T), x')          all weights of f as they are
 
-The loss in T has plateaus where no gate to the token is open, so that descent starts from each
-entry of the codebook and from their mean, side by side, and the best is taken.
+The loss in T has plateaus where no gate to the token is open: opening one of them has no effect
+either, as nobody attends to the token. Descent therefore begins with a token that everybody attends
+to a little, and whose gates are open half of the time, and ends with the model as it is. It starts
+from each entry of the codebook and from their mean, side by side, and the best is taken.
 
-Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; starts and optimiser are our own.
+Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; starts, softness and optimiser are our own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from torch import Tensor
 from spartan.errors import WorldError
 from spartan.seeds import derive_seed
 from spartan.world_model.model import Prediction, TransitionModel
+from spartan.world_model.toggling import gate_slopes, squared_errors
 from spartan.world_model.transitions import Transitions
+
+
+# What logits of the token are divided by at first, and in what part of the steps that falls to 1.
+_SOFTNESS, _SOFT = 1000.0, 0.8
 
 
 @dataclass(frozen=True)
@@ -72,33 +79,32 @@ def adapt(
     tokens = starts.clone().requires_grad_()
     optimizer = torch.optim.Adam([tokens], lr=lr)
     generator = torch.Generator(device=starts.device)
-    before = _errors(model, tokens, trajectories, None).detach()
+    # All starts side by side: the transitions once for each.
+    count = len(trajectories)
+    data = trajectories[torch.arange(count, device=starts.device).repeat(len(starts))]
+
+    def predict(softness: float, drawn: torch.Generator | None) -> tuple[Prediction, Tensor]:
+        each = tokens.repeat_interleave(count, 0)
+        said: Prediction = model(data.states, each, data.mask, drawn, softness=softness)
+        errors = squared_errors(said.states, data, model.scale).view(len(starts), -1)
+        return said, errors.sum(1) / trajectories.mask.sum()
+
+    before = predict(1.0, None)[1].detach()
     best, errors = starts.clone(), before.clone()
     for step in range(steps):
         generator.manual_seed(derive_seed(seed, "adapt", step))
-        loss = _errors(model, tokens, trajectories, generator).sum()
+        softness = max(1.0, _SOFTNESS ** (1 - step / (_SOFT * steps)))
+        said, found = predict(softness, generator)
+        each = tokens.detach().repeat_interleave(count, 0)
+        slopes = gate_slopes(model, data, said, generator, each)
+        loss = found.sum() + len(starts) * (slopes * said.adjacency).sum()
         (tokens.grad,) = torch.autograd.grad(loss, tokens)
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
         optimizer.step()
         if (step + 1) % 20 == 0 or step + 1 == steps:
             with torch.no_grad():
-                now = _errors(model, tokens, trajectories, None)
+                now = predict(1.0, None)[1]
             better = now < errors
             best[better], errors[better] = tokens.detach()[better], now[better]
     chosen = int(errors.argmin())
     return Adaptation(best[chosen], float(errors[chosen]), chosen - 1, float(before[chosen]))
-
-
-def _errors(
-    model: TransitionModel, tokens: Tensor, data: Transitions, generator: torch.Generator | None
-) -> Tensor:
-    """Return the error with each token, `[S]`; gates are drawn if there is a generator."""
-    starts, count = len(tokens), len(data)
-    prediction: Prediction = model(
-        data.states.repeat(starts, 1, 1),
-        tokens.repeat_interleave(count, 0),
-        data.mask.repeat(starts, 1),
-        generator,
-    )
-    wrong = (prediction.states - data.following.repeat(starts, 1, 1)) / model.scale
-    squared = wrong.square().mean(-1) * data.mask.repeat(starts, 1)
-    return squared.view(starts, -1).sum(1) / data.mask.sum()

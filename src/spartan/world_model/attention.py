@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from spartan.gates import bernoulli, logistic_noise
 
@@ -58,16 +59,18 @@ class GatedAttention(nn.Module):
         self.gate_scale = gate_scale
         self.gate_bias = gate_bias
         self.temperature = temperature
-
+        self.soft = 1.0
     def forward(
         self,
         tokens: Tensor,
         present: Tensor,
         sharpness: Tensor | float = 1.0,
         shift: Tensor | float = 0.0,
+        opening: Tensor | float = 0.0,
+        softness: float = 1.0,
         generator: torch.Generator | None = None,
         adjacency: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attend.
 
         Args:
@@ -75,24 +78,30 @@ class GatedAttention(nn.Module):
             present: Boolean `[B, n, n]`: both tokens are there; other gates are closed.
             sharpness: Factor of g.
             shift: Added to every g but those of the last token, the intervention's.
+            opening: Added to every g.
+            softness: Divides q · k of the last token, and so its g.
             generator: Draws the gates; without it they are open where g > 0.
             adjacency: Gates to use instead of the model's own, 0 or 1, `[B, n, n]`.
 
         Returns:
-            h `[B, n, d]`, A `[B, n, n]` and w `[B, n, n]`.
+            h `[B, n, d]`, and A, w and P(A = 1), `[B, n, n]`.
         """
         q, k, v = self.query_key_value(self.norm(tokens)).chunk(3, -1)
         root = math.sqrt(q.shape[-1])
         logits = q @ k.transpose(-2, -1) / root
+        logits = torch.cat((logits[..., :-1], logits[..., -1:] / softness), -1)
         if adjacency is None:
             gate = logits if self.gate_scale == "sqrt_d" else logits * root
-            gate = gate + self.gate_bias
+            gate = gate + (self.gate_bias + opening)
             gate = sharpness * torch.cat((gate[..., :-1] + shift, gate[..., -1:]), -1)
             noise = None if generator is None else logistic_noise(gate, generator)
             adjacency = bernoulli(gate, noise, self.temperature)
+            probability = gate.detach().sigmoid() * present
+        else:
+            probability = adjacency.detach() * present
         adjacency = adjacency * present
         weights = gated_softmax(logits, adjacency, present, self.normalise)
-        return weights @ v, adjacency, weights
+        return weights @ v, adjacency, weights, probability
 
 
 def gated_softmax(
@@ -100,17 +109,12 @@ def gated_softmax(
 ) -> Tensor:
     """Return the attention weights w, `[B, n, n]`; a row whose gates are all closed is 0.
 
-    Differentiable with respect to gates that are closed, too: what one of them would weigh if it
-    were open, at most 1.
+    They are not differentiable with respect to the gates.
     """
-    over = adjacency > 0 if normalise == "open" else present
-    top = logits.detach().masked_fill(~over, -math.inf).amax(-1, keepdim=True)
-    top = top.clamp(min=0.0) if normalise == "open" else torch.where(top.isfinite(), top, 0.0)
-    # A closed gate has no say in `top`; its exponential is bounded, as it is multiplied by 0.
-    scaled = (logits - top).clamp(max=0.0).exp()
-    weights = adjacency * scaled
-    if normalise == "open":
-        return weights / ((-top).exp() + weights.sum(-1, keepdim=True))
-    total = (present * scaled).sum(-1, keepdim=True)
-    # Of rows of which nothing is there: any number will do, a tiny one would blow up gradients.
-    return weights / (total + (total == 0))
+    opened = adjacency.detach()
+    if normalise == "dense":
+        # Finite, so that rows of which nothing is there are not NaN.
+        masked = logits.masked_fill(~present, torch.finfo(logits.dtype).min)
+        return opened * masked.softmax(-1)
+    masked = logits.masked_fill(opened == 0, -math.inf)
+    return pad(masked, (0, 1)).softmax(-1)[..., :-1]

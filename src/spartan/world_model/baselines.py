@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from spartan.errors import WorldError
 from spartan.gates import bernoulli, logistic_noise
 from spartan.world_model.model import (
-    TOKEN_SCALE,
     Prediction,
     TransitionConfig,
     TransitionModel,
     Waves,
     WorldModel,
+    look_up,
+    make_codebook,
 )
 from spartan.world_model.paths import path_matrix
 from spartan.world_model.transitions import Transitions
@@ -42,7 +44,7 @@ class GlobalGraph(WorldModel):
         features = config.features * (1 + 2 * config.frequencies)
         inputs, hidden = objects * features + config.width, 2 * config.hidden
         self.gate_logits = nn.Parameter(torch.full((objects, objects + 1), 1.0))
-        self.codebook = nn.Parameter(TOKEN_SCALE * torch.randn(config.environments, config.width))
+        self.codebook = make_codebook(config)
         sizes = ((inputs + objects + 1, hidden), (hidden, hidden), (hidden, config.changing))
         self.weights = nn.ParameterList(
             nn.Parameter(torch.randn(objects, rows, columns) / rows**0.5) for rows, columns in sizes
@@ -57,6 +59,7 @@ class GlobalGraph(WorldModel):
         environment: Tensor,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        adjacency: Tensor | None = None,
         severed: Tensor | None = None,
     ) -> Prediction:
         """Predict one step, as `TransitionModel` does; `environment` are integers."""
@@ -66,28 +69,37 @@ class GlobalGraph(WorldModel):
             raise WorldError(
                 f"{n} objects given, and {len(self.gate_logits)} needed; environments are numbers."
             )
-        shift = torch.cat((self.gate_shift.expand(n), self.gate_shift.new_zeros(1)))
-        logits = self.sharpness * (self.gate_logits + shift)
-        logits = logits.expand(batch, n, n + 1)
-        noise = None if generator is None else logistic_noise(logits, generator)
-        gates = bernoulli(logits, noise, self.config.temperature)
-        there = torch.ones_like(states[..., 0]) if mask is None else mask.float()
-        readers = torch.cat((there, there.new_ones(batch, 1)), 1).unsqueeze(1)
-        gates = gates * readers * there.unsqueeze(-1)
+        token = look_up(self.codebook, environment, self.config)
+        there = torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask
+        senders = torch.cat((there, token.ne(0).any(-1, keepdim=True)), 1)
+        present = pad(there, (0, 1)).unsqueeze(-1) & senders.unsqueeze(1)
         if severed is not None:
-            gates = gates * ~severed[:, :-1]
+            present &= ~severed
+        if adjacency is None:
+            adjacency, probability = self._draw(batch, generator)
+        else:
+            probability = adjacency.detach()
+        adjacency = adjacency * present
+        gates = adjacency[0, :, :-1].detach()
         own = torch.eye(n, device=states.device)
         visible = torch.maximum(gates[..., :-1], own)
         seen = (visible.unsqueeze(-1) * self.waves(states).unsqueeze(1)).flatten(2)
-        token = gates[..., -1:] * self.codebook[environment].unsqueeze(1)
-        values = torch.cat((seen, token, gates), -1).transpose(0, 1)
+        read = gates[..., -1:] * token.unsqueeze(1)
+        values = torch.cat((seen, read, gates), -1).transpose(0, 1)
         for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             values = torch.baddbmm(bias, values, weight)
             values = torch.nn.functional.silu(values) if number < 2 else values
         following = states[..., : self.config.changing] + self.scale * values.transpose(0, 1)
-        adjacency = states.new_zeros(1, batch, n + 1, n + 1)
-        adjacency[0, :, :-1] = gates
-        return Prediction(following, adjacency, adjacency)
+        gates = adjacency.detach()
+        return Prediction(following, adjacency, gates, probability * present, present)
+
+    def _draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return A and P(A = 1), `[1, batch, N + 1, N + 1]`; the intervention reads nothing."""
+        shift = pad(self.gate_shift.expand(len(self.gate_logits)), (0, 1))
+        logits = (self.sharpness * (self.gate_logits + shift + self.opening)).expand(1, batch, -1, -1)
+        noise = None if generator is None else logistic_noise(logits, generator)
+        adjacency = bernoulli(logits, noise, self.config.temperature)
+        return tuple(pad(gates, (0, 0, 0, 1)) for gates in (adjacency, logits.detach().sigmoid()))
 
 
 class NearestObjects(TransitionModel):

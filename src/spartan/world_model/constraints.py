@@ -34,6 +34,8 @@ from spartan.world_model.paths import Rows, count_paths, read_graph
 # predicting no change, which is about 1, and under an edge budget of one object's share of it.
 _CHEAPEST, _WORTH = 1e-3, 4e-5
 _RATE = 0.02
+_SETTLING = 0.6
+_DEARER = 0.25
 # Multiple of the error allowed at the time below which paths begin to cost anything.
 _NEAR = 2.0
 # By what the error allowed is raised at first.
@@ -42,6 +44,15 @@ _RAISED = 0.06
 _DEAREST = 0.1
 # Until this part of the training an error budget is narrowed, and between the two an edge budget.
 _BEGIN, _END = 0.2, 0.6
+
+
+def unsettled(progress: float) -> float:
+    """Return 1, falling to 0 in the last 60 % of the training: of the rate, and what it costs.
+
+    Args:
+        progress: Part of the training that is over, in [0, 1].
+    """
+    return min(1.0, (1 - progress) / _SETTLING)
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class Constraint:
     def limit_at(self, progress: float) -> float:
         """Return what is allowed after a part of the training."""
         if isinstance(self.budget, ErrorBudget):
-            return self.budget.limit + _RAISED * max(0.0, 1 - progress / _END)
+            return self.budget.limit + _RAISED * unsettled(progress)
         left = 1 - min(1.0, max(0.0, (progress - _BEGIN) / (_END - _BEGIN)))
         return self.budget.limit + max(0.0, self.most_edges - self.budget.limit) * left**3
 
@@ -163,7 +174,7 @@ class Constraint:
 
     def _rule(self) -> Multiplicative:
         if isinstance(self.budget, ErrorBudget):
-            return Multiplicative(_RATE, _RATE, self.maximum, self.minimum)
+            return Multiplicative(_RATE, _DEARER * _RATE, self.maximum, self.minimum)
         # Edges are counted with little noise; what falls below its limit is to be let go at once.
         return Multiplicative(0.5 * _RATE, 5 * _RATE, self.maximum, self.minimum, smoothing=0.9)
 

@@ -13,11 +13,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from spartan.errors import NonFiniteError, WorldError
 from spartan.seeds import derive_seed
-from spartan.world_model.constraints import Constraint, EdgeBudget, ErrorBudget
+from spartan.world_model.constraints import Constraint, EdgeBudget, ErrorBudget, unsettled
 from spartan.world_model.model import Prediction, WorldModel
 from spartan.world_model.paths import Rows
+from spartan.world_model.toggling import gate_slopes, squared_errors
 from spartan.world_model.transitions import Transitions
 
+SPAN = 0.4
 _EVALUATED = 1000  # transitions at a time
 
 
@@ -62,7 +64,7 @@ class Recipe:
     def lr_at(self, step: int) -> float:
         """Return the rate of one step."""
         warm = min(1.0, (step + 1) / 200)
-        return self.lr * warm * min(1.0, (self.steps - step) / (0.3 * self.steps))
+        return self.lr * warm * unsettled(step / self.steps)
 
     def opening_at(self, step: int) -> float:
         """Return what gate logits are raised by in one step."""
@@ -70,14 +72,13 @@ class Recipe:
 
     def sharpness_at(self, step: int) -> float:
         """Return the factor of gate logits in one step."""
-        progress = (step / self.steps - 0.1) / 0.4
+        progress = (step / self.steps - 0.1) / SPAN
         return float(self.sharpness ** min(1.0, max(0.0, progress)))
 
 
 def prediction_error(prediction: Tensor, data: Transitions, scale: Tensor) -> Tensor:
     """Return the mean squared error in units of σ, over the objects that are there."""
-    squared = ((prediction - data.following) / scale).square().mean(-1)
-    return (squared * data.mask).sum() / data.mask.sum()
+    return squared_errors(prediction, data, scale).sum() / data.mask.sum()
 
 
 class Learner:
@@ -149,7 +150,7 @@ class Learner:
         batch = self.data[torch.randint(len(self.data), shape, generator=generator, device=device)]
         self.model.train()
         self.model.sharpness.fill_(recipe.sharpness_at(self.step))
-        self.model.gate_shift.fill_(recipe.opening_at(self.step))
+        self.model.opening.fill_(recipe.opening_at(self.step))
         gates = generator if self.model.config.mode == "sparse" else None
         count = int(recipe.severed * recipe.batch_size)
         prediction: Prediction = self.model(
@@ -171,6 +172,9 @@ class Learner:
             raise NonFiniteError(
                 f"The prediction error is {row['error']} in step {self.step}: lower lr."
             )
+        if gates is not None:
+            slopes = gate_slopes(self.model, batch, prediction, generator)
+            loss = loss + (slopes * prediction.adjacency).sum()
         self.optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)

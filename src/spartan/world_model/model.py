@@ -46,6 +46,9 @@ class TransitionConfig:
         temperature: Of the gates' straight-through gradient.
         frequencies: How many sines and cosines of each feature the tokeniser gets besides it; they
             help where thresholds decide, and hinder where directions do.
+        observational: Whether environment 0 is the one without an intervention. Its token is 0, and
+            a token of zeros is not there: nothing can read it, and a gate to a token that is closed
+            means what it does in that environment.
         token_reads: Whether the intervention's token reads objects, as published. Otherwise nothing
             influences an intervention, and no route leads from object to object through it.
     """
@@ -62,6 +65,7 @@ class TransitionConfig:
     gate_bias: float = 0.0
     temperature: float = 2.0
     frequencies: int = 0
+    observational: bool = True
     token_reads: bool = False
 
     def __post_init__(self) -> None:
@@ -91,15 +95,25 @@ class Prediction:
         states: Next value of the features that change, `[B, N, D]`.
         adjacency: A of each layer, exactly 0 or 1, `[L, B, N + 1, N + 1]`.
         weights: w, the attention weights of each layer, same shape.
+        probability: P(A = 1), same shape; A itself where it was given.
+        present: Which gates could be open, boolean `[B, N + 1, N + 1]`.
     """
 
     states: Tensor
     adjacency: Tensor
     weights: Tensor
+    probability: Tensor
+    present: Tensor
 
     def rest(self, count: int) -> Prediction:
         """Return what is said of all states but the first `count`."""
-        return Prediction(self.states[count:], self.adjacency[:, count:], self.weights[:, count:])
+        return Prediction(
+            self.states[count:],
+            self.adjacency[:, count:],
+            self.weights[:, count:],
+            self.probability[:, count:],
+            self.present[count:],
+        )
 
     def graph(self) -> Graph:
         """Read the local causal graphs."""
@@ -115,11 +129,13 @@ class WorldModel(nn.Module):
     Attributes:
         scale: σ, `[D]`.
         sharpness: Factor of the gate logits; training raises it.
+        opening: Added to all gate logits; training lowers it to 0.
         gate_shift: Added to the gate logits between objects; an edge budget is met exactly by it.
     """
 
     scale: Tensor
     sharpness: Tensor
+    opening: Tensor
     gate_shift: Tensor
 
     def __init__(self, config: TransitionConfig) -> None:
@@ -127,6 +143,7 @@ class WorldModel(nn.Module):
         self.config = config
         self.register_buffer("scale", torch.ones(config.changing))
         self.register_buffer("sharpness", torch.ones(()))
+        self.register_buffer("opening", torch.zeros(()))
         self.register_buffer("gate_shift", torch.zeros(()))
 
     @torch.no_grad()
@@ -180,7 +197,7 @@ class TransitionModel(WorldModel):
             nn.SiLU(),
             nn.Linear(config.hidden, config.width),
         )
-        self.codebook = nn.Parameter(TOKEN_SCALE * torch.randn(config.environments, config.width))
+        self.codebook = make_codebook(config)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.decoder = nn.Linear(config.width, config.changing)
 
@@ -192,6 +209,7 @@ class TransitionModel(WorldModel):
         generator: torch.Generator | None = None,
         adjacency: Tensor | None = None,
         severed: Tensor | None = None,
+        softness: float = 1.0,
     ) -> Prediction:
         """Predict one step.
 
@@ -204,18 +222,23 @@ class TransitionModel(WorldModel):
             adjacency: Gates to use instead of the model's own, `[L, B, N + 1, N + 1]`.
             severed: Gates that are closed in all layers, whatever else says, boolean
                 `[B, N + 1, N + 1]`.
+            softness: Above 1, the intervention's token is read, and its gates are open, by halves
+                even where that is decided.
 
         Raises:
             WorldError: Shapes do not fit.
         """
         self.check(states, environment, mask)
         batch, objects, _ = states.shape
-        token = environment if environment.is_floating_point() else self.codebook[environment]
+        token = environment
+        if not token.is_floating_point():
+            token = look_up(self.codebook, environment, self.config)
         token = token.expand(batch, self.config.width).unsqueeze(1)
         tokens = torch.cat((self.tokeniser(states), token), 1)
         there = torch.ones(batch, objects + 1, dtype=torch.bool, device=states.device)
         if mask is not None:
             there[:, :-1] = mask
+        there[:, -1] = token.squeeze(1).ne(0).any(-1)
         present = there.unsqueeze(-1) & there.unsqueeze(-2)
         present[:, -1] &= self.config.token_reads
         if severed is not None:
@@ -223,19 +246,39 @@ class TransitionModel(WorldModel):
         if adjacency is None and self.config.mode != "sparse":
             level = 1.0 if self.config.mode == "dense" else 0.0
             adjacency = tokens.new_full((self.config.layers, 1, 1, 1), level)
-        gates, weights = [], []
+        layers = []
         block: Any
         for number, block in enumerate(self.blocks):
             given = None if adjacency is None else adjacency[number]
-            h, opened, weight = block.attention(
-                tokens, present, self.sharpness, self.gate_shift, generator, given
+            h, *gates = block.attention(
+                tokens,
+                present,
+                self.sharpness,
+                self.gate_shift,
+                self.opening,
+                softness,
+                generator,
+                given,
             )
             tokens = block.perceptron(h + tokens)
-            gates.append(opened)
-            weights.append(weight)
+            layers.append(gates)
         change = self.decoder(tokens[:, :-1])
         following = states[..., : self.config.changing] + self.scale * change
-        return Prediction(following, torch.stack(gates), torch.stack(weights))
+        opened, weights, probability = map(torch.stack, zip(*layers, strict=True))
+        return Prediction(following, opened, weights, probability, present)
+
+
+def make_codebook(config: TransitionConfig) -> nn.Parameter:
+    """Return the tokens of the interventions, `[K, d]`."""
+    tokens = TOKEN_SCALE * torch.randn(config.environments, config.width)
+    if config.observational:
+        tokens[0] = 0
+    return nn.Parameter(tokens)
+
+
+def look_up(codebook: Tensor, environment: Tensor, config: TransitionConfig) -> Tensor:
+    """Return the tokens of some environments, `[B, d]`; that of the observational one stays 0."""
+    return nn.functional.embedding(environment, codebook, 0 if config.observational else None)
 
 
 def _outside(environment: Tensor, config: TransitionConfig) -> bool:
