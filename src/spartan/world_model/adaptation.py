@@ -50,7 +50,7 @@ def adapt(
     model: TransitionModel,
     trajectories: Transitions,
     steps: int = 600,
-    lr: float = 0.05,
+    lr: float = 0.1,
     seed: int = 0,
 ) -> Adaptation:
     """Fit an intervention's token to trajectories of an unknown environment.
@@ -61,7 +61,7 @@ def adapt(
         model: A trained model.
         trajectories: Transitions of the environment; what they say of it is not read.
         steps: Of Adam, for each start.
-        lr: Adam's rate.
+        lr: Adam's rate, falling to 0 in the second half.
         seed: Decides the gates.
 
     Raises:

@@ -9,9 +9,9 @@ relative violation, on a moving average (`multipliers.Multiplicative`); the weig
 before the dynamics are known no path is of use, the least cost closes all of them, and they hardly
 open again. An error budget begins to press when the error has come within twice what is allowed.
 
-Both budgets are narrowed while the model learns: τ begins higher, by what gates drawn at random and
-large steps cost, or the price of paths would stay at its smallest until the very end; and k shrinks
-from all edges to what is allowed, as a cube.
+Both budgets are narrowed while the model learns: τ is higher by what large steps cost, and falls with
+them, or the price of paths would stay at its smallest until the very end; and k shrinks from all
+edges to what is allowed, as a cube.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4 and appendix A.2, after Rezende, Viola,
 "Taming VAEs", 2018. The edge budget is our own.
@@ -30,19 +30,22 @@ from spartan.errors import WorldError
 from spartan.multipliers import Multiplicative
 from spartan.world_model.paths import Rows, count_paths, read_graph
 
-# What a path is worth at the start and at least: under an error budget in parts of the error of
-# predicting no change, which is about 1, and under an edge budget of one object's share of it.
-_CHEAPEST, _WORTH = 1e-3, 4e-5
-_RATE = 0.02
-_SETTLING = 0.6
-_DEARER = 0.25
+# What a path is worth at the start and at least, and at most: under an error budget in parts of the
+# error of predicting no change, which is about 1, and under an edge budget of one object's share
+# of it. Gates that are closed at any price stay closed.
+_CHEAPEST, _DEAREST = 2e-3, 0.01
+_WORTH, _WORTH_MOST = 4e-5, 0.1
+# Steps of ln λ. Under an error budget paths get dearer slowly: gates follow the price late, and a
+# price that runs ahead of them closes all.
+_CHEAPER, _DEARER = 0.02, 0.005
+_LESS_WORTH, _MORE_WORTH = 0.1, 0.01
 # Multiple of the error allowed at the time below which paths begin to cost anything.
 _NEAR = 2.0
-# By what the error allowed is raised at first.
-_RAISED = 0.06
-# No path is ever worth more than this part of it: gates that are closed at any price stay closed.
-_DEAREST = 0.1
-# Until this part of the training an error budget is narrowed, and between the two an edge budget.
+# By what the error allowed is raised while the steps are large.
+_RAISED = 0.03
+# The last part of the training, in which the rate falls to 0.
+_SETTLING = 0.6
+# Between these parts of the training an edge budget is narrowed.
 _BEGIN, _END = 0.2, 0.6
 
 
@@ -125,7 +128,7 @@ class Constraint:
             self.minimum, self.maximum = 1 / _DEAREST, 1 / _CHEAPEST
             self.multiplier = self.maximum
         else:
-            self.minimum, self.maximum = _WORTH / objects, _DEAREST / objects
+            self.minimum, self.maximum = _WORTH / objects, _WORTH_MOST / objects
             self.multiplier = self.minimum
         self.memory: float | None = None
         self.presses = False
@@ -174,9 +177,11 @@ class Constraint:
 
     def _rule(self) -> Multiplicative:
         if isinstance(self.budget, ErrorBudget):
-            return Multiplicative(_RATE, _DEARER * _RATE, self.maximum, self.minimum)
+            return Multiplicative(_CHEAPER, _DEARER, self.maximum, self.minimum)
         # Edges are counted with little noise; what falls below its limit is to be let go at once.
-        return Multiplicative(0.5 * _RATE, 5 * _RATE, self.maximum, self.minimum, smoothing=0.9)
+        return Multiplicative(
+            _MORE_WORTH, _LESS_WORTH, self.maximum, self.minimum, smoothing=0.9
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue."""

@@ -19,7 +19,6 @@ from spartan.world_model.paths import Rows
 from spartan.world_model.toggling import gate_slopes, squared_errors
 from spartan.world_model.transitions import Transitions
 
-SPAN = 0.4
 _EVALUATED = 1000  # transitions at a time
 
 
@@ -30,13 +29,12 @@ class Recipe:
     Attributes:
         steps: Batches.
         batch_size: Transitions of a batch.
-        lr: Adam's rate, after a warm-up of 200 steps and until it falls to 0 in the last 30 %.
-        sharpness: Factor that gate logits end with, reached from 1 between 10 % and 50 % of the
+        lr: Adam's rate, after a warm-up of 200 steps and until it falls to 0 in the last 60 %.
+        sharpness: Factor that gate logits end with, reached from 1 between 10 % and 80 % of the
             steps. A gate that must surely be open up to the rim of a region overshoots it by as
             much as the logit needs to grow; sharpening shrinks that.
-        opening: What gate logits between objects are raised by at first, down to 0 after 30 % of
-            the steps: until something is known, gates that open at random hide what depends on
-            what.
+        opening: What gate logits are raised by at first, down to 0 after 30 % of the steps: until
+            something is known, gates that open at random hide what depends on what.
         severed: Share of the states of a batch in which each gate is closed with probability 1/2.
             What is predicted without a sender has to hold then whatever the sender is. Otherwise
             a closed gate is itself a message, and reading only half of what matters is enough.
@@ -46,7 +44,7 @@ class Recipe:
     steps: int = 12_000
     batch_size: int = 128
     lr: float = 1e-3
-    sharpness: float = 10.0
+    sharpness: float = 40.0
     opening: float = 3.0
     severed: float = 0.25
     checks: int = 40
@@ -72,7 +70,7 @@ class Recipe:
 
     def sharpness_at(self, step: int) -> float:
         """Return the factor of gate logits in one step."""
-        progress = (step / self.steps - 0.1) / SPAN
+        progress = (step / self.steps - 0.1) / 0.7
         return float(self.sharpness ** min(1.0, max(0.0, progress)))
 
 
@@ -183,7 +181,7 @@ class Learner:
         return row
 
     def check(self) -> dict[str, float]:
-        """Measure on held-out data, and remember the sparsest model within an error budget.
+        """Measure on held-out data, and remember the model if it is within its error budget.
 
         Returns:
             Error and edges, with gates as they are when not training.
@@ -191,14 +189,12 @@ class Learner:
         error, edges = measure(self.model, self.held_out)
         budget = None if self.constraint is None else self.constraint.budget
         if isinstance(budget, ErrorBudget):
-            before = None if self.best is None else (self.best["kept"], self.best["order"])
-            # Within the budget, fewer edges are better; outside, less error is.
+            # The last model within the budget is the most settled; before there is one, the one with
+            # the least error.
             kept = error <= budget.limit
-            order = edges if kept else error
-            better = before is None or (kept, -order) > (before[0], -before[1])
-            if better and math.isfinite(error):
+            if self.best is None or kept or (not self.best["kept"] and error < self.best["error"]):
                 weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-                self.best = {"kept": kept, "order": order, "model": weights}
+                self.best = {"kept": kept, "error": error, "model": weights}
         return {"held_out_error": error, "held_out_edges": edges}
 
     @property
