@@ -46,8 +46,8 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 # Chosen with the truth in hand: on seeds 0 and 1 of particles, on seed 0 of the others.
 SETTINGS: dict[str, dict[str, Any]] = {
     "particles": {"steps": 12_000},
-    "pong": {"steps": 14_000, "frequencies": 4},
-    "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.5},
+    "pong": {"steps": 12_000, "frequencies": 4, "tau_factor": 1.1},
+    "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.2},
     "balls": {},
 }
 
@@ -156,25 +156,23 @@ def _informed(job: WorldJob, world: WorldRun, limit: float) -> WorldModel:
         length = environment.episode
         return environment.collect(count // length, length, every, generator).balanced(generator)
 
-    settings = vars(config.model_config("sparse")) | {"environments": len(every)}
-    torch.manual_seed(config.seed)
-    model = TransitionModel(TransitionConfig(**settings))
-    data = draw(config.transitions, "informed")
-    # Begins, as the other model, from the fully connected one; new interventions from their own.
-    start = world.model("dense").state_dict()
-    start["codebook"] = torch.cat((start["codebook"], model.codebook[environment.seen :].detach()))
-    model.load_state_dict(start)
-    learner = Learner(
-        model, data, draw(6000, "informed held out"), config.recipe(), ErrorBudget(limit),
-        config.seed,
-    )  # fmt: skip
-    while not learner.done:
-        learner.advance()
-        if learner.checks_now:
-            learner.check()
-    learner.finish()
-    save_model(path, model)
-    return model
+    data, held_out = draw(config.transitions, "informed"), draw(6000, "informed held out")
+    model: TransitionModel | None = None
+    for mode, budget in (("dense", None), ("sparse", ErrorBudget(limit))):
+        settings = vars(config.model_config("sparse")) | {"environments": len(every), "mode": mode}
+        torch.manual_seed(config.seed)
+        begun, model = model, TransitionModel(TransitionConfig(**settings))
+        model.fit_scale(data)
+        if begun is not None:
+            model.load_state_dict(begun.state_dict())
+        learner = Learner(model, data, held_out, config.recipe(), budget, config.seed)
+        while not learner.done:
+            learner.advance()
+            if learner.checks_now:
+                learner.check()
+        learner.finish()
+    save_model(path, learner.model)
+    return learner.model
 
 
 def _more_balls(world: WorldRun) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class WorldConfig:
     batch_size: int = 128
     """Transitions of a batch."""
     lr: float = 1e-3
-    """Adam's learning rate, falling to 0 in the last 30 % of steps."""
+    """Adam's learning rate, falling to 0 in the last 60 % of steps."""
     transitions: int = 200_000
     """Simulated transitions to train on."""
     width: int = 64

@@ -7,7 +7,7 @@ either, as nobody attends to the token. Descent therefore begins with a token th
 to a little, and whose gates are open half of the time, and ends with the model as it is. It starts
 from each entry of the codebook and from their mean, side by side, and the best is taken.
 
-Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; starts, softness and optimiser are our own.
+Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; how it is fitted is our own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from spartan.seeds import derive_seed
 from spartan.world_model.model import Prediction, TransitionModel
 from spartan.world_model.toggling import gate_slopes, squared_errors
 from spartan.world_model.transitions import Transitions
-
 
 # What logits of the token are divided by at first, and in what part of the steps that falls to 1.
 _SOFTNESS, _SOFT = 1000.0, 0.8

@@ -10,7 +10,8 @@ As published, w is normalised by the sum over all j', open or closed, without th
 that nobody attends to still changes every output through the denominator. Summing over open gates
 only makes A exact, bit for bit, and is the default. The 1 is attention to nobody: a fully connected
 model need not look anywhere. With b = 0 a gate is more likely open than closed exactly where the
-sender outweighs nobody.
+sender outweighs nobody. h is not differentiable with respect to A; what that is to become is
+decided by toggling it (`toggling`).
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; there g is not divided by
 √d and b = 0.
@@ -40,7 +41,7 @@ class GatedAttention(nn.Module):
             published, all tokens.
         gate_scale: Whether g is divided by √d.
         gate_bias: b; above 0, gates start open.
-        temperature: T of the gates' straight-through gradient. Above 1, the gradient reaches gates
+        temperature: Of the sigmoid by which gradients lead from A to g. Above 1, they reach gates
             that are surely closed, so that what was closed too early opens again.
     """
 
@@ -60,6 +61,7 @@ class GatedAttention(nn.Module):
         self.gate_bias = gate_bias
         self.temperature = temperature
         self.soft = 1.0
+
     def forward(
         self,
         tokens: Tensor,

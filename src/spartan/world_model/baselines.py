@@ -96,10 +96,13 @@ class GlobalGraph(WorldModel):
     def _draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return A and P(A = 1), `[1, batch, N + 1, N + 1]`; the intervention reads nothing."""
         shift = pad(self.gate_shift.expand(len(self.gate_logits)), (0, 1))
-        logits = (self.sharpness * (self.gate_logits + shift + self.opening)).expand(1, batch, -1, -1)
+        logits = (self.sharpness * (self.gate_logits + shift + self.opening)).expand(
+            1, batch, -1, -1
+        )
         noise = None if generator is None else logistic_noise(logits, generator)
         adjacency = bernoulli(logits, noise, self.config.temperature)
-        return tuple(pad(gates, (0, 0, 0, 1)) for gates in (adjacency, logits.detach().sigmoid()))
+        rows = (0, 0, 0, 1)
+        return pad(adjacency, rows), pad(logits.detach().sigmoid(), rows)
 
 
 class NearestObjects(TransitionModel):
@@ -127,6 +130,7 @@ class NearestObjects(TransitionModel):
         generator: torch.Generator | None = None,
         adjacency: Tensor | None = None,
         severed: Tensor | None = None,
+        softness: float = 1.0,
     ) -> Prediction:
         """Predict one step, as `TransitionModel` does."""
         n = states.shape[1]
@@ -144,7 +148,8 @@ class NearestObjects(TransitionModel):
         # One layer looks at neighbours, so that there are no neighbours of neighbours.
         rest = torch.eye(n + 1, device=states.device).expand_as(gates)
         layers = [gates, *[rest] * (self.config.layers - 1)]
-        return super().forward(states, environment, mask, None, torch.stack(layers), severed)
+        given = torch.stack(layers)
+        return super().forward(states, environment, mask, None, given, severed, softness)
 
 
 def attention_paths(prediction: Prediction) -> Tensor:

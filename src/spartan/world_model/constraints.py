@@ -9,9 +9,9 @@ relative violation, on a moving average (`multipliers.Multiplicative`); the weig
 before the dynamics are known no path is of use, the least cost closes all of them, and they hardly
 open again. An error budget begins to press when the error has come within twice what is allowed.
 
-Both budgets are narrowed while the model learns: τ is higher by what large steps cost, and falls with
-them, or the price of paths would stay at its smallest until the very end; and k shrinks from all
-edges to what is allowed, as a cube.
+Both budgets are narrowed while the model learns: τ is higher by what large steps cost and falls
+with them, or the price of paths would stay at its smallest until the very end; and k shrinks from
+all edges to what is allowed, as a cube.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4 and appendix A.2, after Rezende, Viola,
 "Taming VAEs", 2018. The edge budget is our own.
@@ -179,9 +179,7 @@ class Constraint:
         if isinstance(self.budget, ErrorBudget):
             return Multiplicative(_CHEAPER, _DEARER, self.maximum, self.minimum)
         # Edges are counted with little noise; what falls below its limit is to be let go at once.
-        return Multiplicative(
-            _MORE_WORTH, _LESS_WORTH, self.maximum, self.minimum, smoothing=0.9
-        )
+        return Multiplicative(_MORE_WORTH, _LESS_WORTH, self.maximum, self.minimum, smoothing=0.9)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue."""

@@ -189,8 +189,8 @@ class Learner:
         error, edges = measure(self.model, self.held_out)
         budget = None if self.constraint is None else self.constraint.budget
         if isinstance(budget, ErrorBudget):
-            # The last model within the budget is the most settled; before there is one, the one with
-            # the least error.
+            # The last model within the budget is the most settled one; before there is any, the
+            # one with the least error.
             kept = error <= budget.limit
             if self.best is None or kept or (not self.best["kept"] and error < self.best["error"]):
                 weights = {name: value.clone() for name, value in self.model.state_dict().items()}

@@ -43,12 +43,12 @@ class TransitionConfig:
             all tokens.
         gate_scale: Whether gate logits are divided by √d.
         gate_bias: Added to gate logits; above 0, gates start open.
-        temperature: Of the gates' straight-through gradient.
+        temperature: Of the sigmoid by which gradients lead from gates to their logits.
         frequencies: How many sines and cosines of each feature the tokeniser gets besides it; they
             help where thresholds decide, and hinder where directions do.
         observational: Whether environment 0 is the one without an intervention. Its token is 0, and
-            a token of zeros is not there: nothing can read it, and a gate to a token that is closed
-            means what it does in that environment.
+            a token of zeros is not there: nothing can read it. What is predicted without reading a
+            token is then what happens without an intervention.
         token_reads: Whether the intervention's token reads objects, as published. Otherwise nothing
             influences an intervention, and no route leads from object to object through it.
     """
@@ -93,7 +93,8 @@ class Prediction:
 
     Attributes:
         states: Next value of the features that change, `[B, N, D]`.
-        adjacency: A of each layer, exactly 0 or 1, `[L, B, N + 1, N + 1]`.
+        adjacency: A of each layer, exactly 0 or 1, `[L, B, N + 1, N + 1]`. Differentiable; the
+            states are not differentiable with respect to it (see `toggling`).
         weights: w, the attention weights of each layer, same shape.
         probability: P(A = 1), same shape; A itself where it was given.
         present: Which gates could be open, boolean `[B, N + 1, N + 1]`.
@@ -215,15 +216,16 @@ class TransitionModel(WorldModel):
 
         Args:
             states: Features of the objects, `[B, N, F]`.
-            environment: Which intervention, integers `[B]`; or tokens of one, `[d]` or `[B, d]`.
+            environment: Which intervention, integers `[B]`; or tokens of one, `[d]` or `[B, d]`,
+                zeros for none.
             mask: Which objects are there, boolean `[B, N]`; all by default.
             generator: Draws the gates, in training; without it they are open where that has a
                 probability above 1/2.
             adjacency: Gates to use instead of the model's own, `[L, B, N + 1, N + 1]`.
             severed: Gates that are closed in all layers, whatever else says, boolean
                 `[B, N + 1, N + 1]`.
-            softness: Above 1, the intervention's token is read, and its gates are open, by halves
-                even where that is decided.
+            softness: What the logits of the intervention's token are divided by; the larger, the
+                nearer its gates are to being open half of the time, whatever the model learned.
 
         Raises:
             WorldError: Shapes do not fit.
