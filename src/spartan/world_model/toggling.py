@@ -2,8 +2,9 @@ r"""The gradient of hard gates, by opening and closing them.
 
     ∂ E[error] / ∂ P(A_ij = 1)  =  E[error with A_ij = 1  -  error with A_ij = 0]
 
-whatever the other gates are drawn as. The derivative at A_ij itself is another thing: with a gate
-open that is needed, the error is at its least and its derivative 0, and such gates drift shut.
+with the other gates held as they were drawn. The derivative at A_ij itself is another thing: with a
+gate open that is needed, the error is at its least and its derivative 0, and such gates drift shut.
+What an earlier gate does to the logits of later ones is not in it.
 
 Measured is the difference, for some gates of each state, by predicting once more: in half of the
 states one gate of each reader in the last layer, since it changes that reader's prediction only; in
@@ -32,7 +33,9 @@ def gate_slopes(
     generator: torch.Generator,
     tokens: Tensor | None = None,
 ) -> Tensor:
-    """Return an unbiased estimate of the gradient of the mean error with respect to P(A = 1).
+    """Return an estimate of the gradient of the mean error with respect to P(A = 1).
+
+    Its mean is the gradient, the other gates held.
 
     Args:
         model: Predicts once more, with other gates.
