@@ -60,7 +60,6 @@ class GatedAttention(nn.Module):
         self.gate_scale = gate_scale
         self.gate_bias = gate_bias
         self.temperature = temperature
-        self.soft = 1.0
 
     def forward(
         self,
