@@ -192,7 +192,10 @@ class Learner:
             # The last model within the budget is the most settled one; before there is any, the
             # one with the least error.
             kept = error <= budget.limit
-            if self.best is None or kept or (not self.best["kept"] and error < self.best["error"]):
+            better = (
+                self.best is None or kept or (not self.best["kept"] and error < self.best["error"])
+            )
+            if better and math.isfinite(error):
                 weights = {name: value.clone() for name, value in self.model.state_dict().items()}
                 self.best = {"kept": kept, "error": error, "model": weights}
         return {"held_out_error": error, "held_out_edges": edges}
