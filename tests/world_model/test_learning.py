@@ -112,14 +112,9 @@ def test_targets_of_the_intervention_are_found(by_error: WorldModel, held_out: T
 
 def test_a_model_that_is_not_finite_is_not_remembered(data: Transitions) -> None:
     learner = Learner(make_model(data), data, data, Recipe(steps=5), ErrorBudget(0.01))
-    learner.check()
-    assert learner.best is not None
-    first = learner.best["error"]
-    learner.best = None
     next(learner.model.parameters()).data.fill_(torch.nan)
     learner.check()
     assert learner.best is None
-    assert first > 0
 
 
 def test_an_edge_budget_is_kept_exactly_and_finds_the_graph(
