@@ -62,20 +62,17 @@ def show_reads(model: TransitionModel, data: Transitions) -> None:
         print(f"  false reads of layer {layer + 1} closed  {changed:.4f}  ({reads:.3f} per state)")
     busiest = int(gates[..., :count, :count].sum((1, 2, 3)).argmax())
     print(f"one gate of layer {busiest + 1} closed, the others as learned; per state:")
-    show_worth(model, data, gates, busiest)
-
-
-def show_worth(model: TransitionModel, data: Transitions, gates: Tensor, layer: int) -> None:
-    count = data.states.shape[1]
     worth = torch.zeros(len(data), count, count)
-    usual = errors(model, data, gates)
     for i in range(count):
         for j in range(count):
             closed = gates.clone()
-            closed[layer, :, i, j] = 0
+            closed[busiest, :, i, j] = 0
             worth[:, i, j] = errors(model, data, closed) - usual
-    opened = gates[layer, :, :count, :count].bool()
-    true = true_graphs(data)[..., :count]
+    show_worth(worth, gates[busiest, :, :count, :count].bool(), true[..., :count], data)
+
+
+def show_worth(worth: Tensor, opened: Tensor, true: Tensor, data: Transitions) -> None:
+    """Print what open gates are worth: of true edges, and of false reads by distance."""
     places = data.states[..., :2]
     distance = torch.cdist(places, places)
 
