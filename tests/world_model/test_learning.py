@@ -16,6 +16,8 @@ from spartan.world_model import (
     GlobalGraph,
     Learner,
     Recipe,
+    TransitionConfig,
+    TransitionModel,
     Transitions,
     WorldModel,
     adapt,
@@ -29,6 +31,7 @@ from spartan.world_model import (
     score_graphs,
     thresholded_graphs,
 )
+from spartan.world_model.adaptation import compose
 from spartan.world_model.constraints import Constraint
 from spartan.world_model.learning import meet_edges, prediction_error
 from tests.world_model.worlds import CONFIG, follower_world, make_model
@@ -228,6 +231,20 @@ def _error(model: WorldModel, data: Transitions, token: torch.Tensor) -> float:
     with torch.no_grad():
         predicted = model(data.states, token, data.mask).states
     return float(((predicted - data.following) / model.scale).square().mean())
+
+
+@torch.no_grad()
+def test_tokens_that_suit_one_object_each_are_added() -> None:
+    torch.manual_seed(0)
+    model = TransitionModel(TransitionConfig(features=3, changing=2, environments=4, mode="dense"))
+    states = torch.randn(50, 4, 3)
+    with_token = torch.stack([model(states, token).states for token in model.codebook])
+    suits = torch.tensor([1, 3, 0, 3])
+    following = with_token[suits, :, torch.arange(4)].transpose(0, 1)
+    data = Transitions(
+        states, following, torch.ones(50, 4, dtype=torch.bool), torch.zeros(50).long()
+    )
+    assert torch.equal(compose(model, data), model.codebook[1] + model.codebook[3])
 
 
 def test_adapting_refuses_what_does_not_fit(by_edges: WorldModel) -> None:

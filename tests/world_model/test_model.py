@@ -216,8 +216,9 @@ def test_modes(mode: str) -> None:
     model = make(replace(CONFIG, mode=mode))
     states, environment = draw()
     prediction = model(states, torch.ones_like(environment), generator=torch.Generator())
-    found = prediction.adjacency[:, :, :N]
+    found = prediction.adjacency[..., :N, :N]
     assert set(found.unique().tolist()) == {float(mode == "dense")}
+    assert bool((prediction.adjacency[-1, :, :N, N] == float(mode == "dense")).all())
     assert prediction.graph().edges.any().item() == (mode == "dense")
 
 
@@ -245,9 +246,33 @@ def test_without_an_intervention_there_is_no_token_to_read() -> None:
     assert bool(told(states, environment).adjacency[:, without, :, N].any())
 
 
+@torch.no_grad()
+def test_the_token_is_read_as_it_is_and_in_the_last_layer() -> None:
+    for layers in (1, 2, 3):
+        model = make(replace(CONFIG, layers=layers))
+        states, _ = draw()
+        token = torch.randn(CONFIG.width, generator=torch.Generator().manual_seed(4))
+        found = model(states, token)
+        assert not bool(found.adjacency[:-1, ..., N].any())
+        assert bool(found.adjacency[-1, :, :N, N].any())
+        assert torch.equal(found.graph().targets, found.graph().direct)
+        # LayerNorm takes away what is the same in all features; a perceptron would not.
+        torch.testing.assert_close(model(states, token + 1).states, found.states)
+
+
+@torch.no_grad()
+def test_as_published_the_token_goes_through_all_layers() -> None:
+    model = make(replace(CONFIG, token_reads=True, observational=False))
+    states, environment = draw()
+    adjacency = model(states, environment).adjacency
+    assert bool(adjacency[0, :, :N, N].any())
+    assert bool(adjacency[:, :, N, :N].any())
+
+
 def test_the_token_of_no_intervention_stays_zero() -> None:
-    for make_model in (TransitionModel, lambda config: GlobalGraph(config, N)):
-        model = make_model(CONFIG)
+    dense = TransitionModel(replace(CONFIG, mode="dense"))
+    model: WorldModel
+    for model in (dense, GlobalGraph(CONFIG, N)):
         states, environment = draw()
         model(states, environment).states.sum().backward()
         assert model.codebook.grad is not None
@@ -261,7 +286,7 @@ def test_softness_opens_gates_to_the_token_by_halves() -> None:
     environment = torch.ones_like(environment)
     first = model(states, environment, softness=1e6)
     torch.testing.assert_close(
-        first.probability[0, :, :N, N], torch.full((B, N), 0.5), rtol=0, atol=1e-4
+        first.probability[-1, :, :N, N], torch.full((B, N), 0.5), rtol=0, atol=1e-4
     )
     usual = model(states, environment)
     assert torch.equal(first.probability[0, ..., :N], usual.probability[0, ..., :N])

@@ -5,7 +5,8 @@ r"""Fitting the one token of an unknown intervention to a few trajectories.
 The loss in T has plateaus where no gate to the token is open: opening one of them has no effect
 either, as nobody attends to the token. Descent therefore begins with a token that everybody attends
 to a little, and whose gates are open half of the time, and ends with the model as it is. It starts
-from each entry of the codebook and from their mean, side by side, and the best is taken.
+from each entry of the codebook, from their mean, and from the sum of those that suit some object
+best, side by side, and the best is taken.
 
 Source: Lei, Schölkopf, Posner, arXiv 2411.06890, section 4; how it is fitted is our own.
 """
@@ -34,8 +35,9 @@ class Adaptation:
     Attributes:
         token: T_adapt, `[d]`; give it as `environment` to the model.
         error: On the trajectories, in units of σ.
-        start: Entry of the codebook it began from; -1 for the mean of all.
-        start_error: Of that entry before adapting.
+        start: Entry of the codebook it began from; -1 for the mean of all, K for the sum of those
+            that suit some object best.
+        start_error: Of that token before adapting.
     """
 
     token: Tensor
@@ -74,7 +76,8 @@ def adapt(
             f"model {model.config.changing}."
         )
     codebook = model.codebook.detach()
-    starts = torch.cat((codebook.mean(0, keepdim=True), codebook))
+    mean, composed = codebook.mean(0), compose(model, trajectories)
+    starts = torch.stack((mean, *codebook, composed))
     tokens = starts.clone().requires_grad_()
     optimizer = torch.optim.Adam([tokens], lr=lr)
     generator = torch.Generator(device=starts.device)
@@ -107,3 +110,19 @@ def adapt(
             best[better], errors[better] = tokens.detach()[better], now[better]
     chosen = int(errors.argmin())
     return Adaptation(best[chosen], float(errors[chosen]), chosen - 1, float(before[chosen]))
+
+
+@torch.no_grad()
+def compose(model: TransitionModel, data: Transitions) -> Tensor:
+    """Return the sum of the known tokens that suit some object best, `[d]`.
+
+    Args:
+        model: A trained model.
+        data: Transitions of one environment.
+    """
+    codebook = model.codebook.detach()
+    errors = [
+        squared_errors(model(data.states, token, data.mask).states, data, model.scale).sum(0)
+        for token in codebook
+    ]
+    return codebook[torch.stack(errors).argmin(0).unique()].sum(0)

@@ -91,7 +91,7 @@ class GlobalGraph(WorldModel):
             values = torch.nn.functional.silu(values) if number < 2 else values
         following = states[..., : self.config.changing] + self.scale * values.transpose(0, 1)
         gates = adjacency.detach()
-        return Prediction(following, adjacency, gates, probability * present, present)
+        return Prediction(following, adjacency, gates, probability * present, present.unsqueeze(0))
 
     def _draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return A and P(A = 1), `[1, batch, N + 1, N + 1]`; the intervention reads nothing."""
@@ -144,11 +144,10 @@ class NearestObjects(TransitionModel):
         gates = states.new_zeros(len(states), n + 1, n + 1)
         gates[:, :-1, :-1] = torch.zeros_like(distance).scatter(-1, nearest, 1.0)
         gates[:, :-1, :-1] += torch.eye(n, device=states.device)
-        gates[:, :, -1] = 1.0
         # One layer looks at neighbours, so that there are no neighbours of neighbours.
         rest = torch.eye(n + 1, device=states.device).expand_as(gates)
-        layers = [gates, *[rest] * (self.config.layers - 1)]
-        given = torch.stack(layers)
+        given = torch.stack([gates, *[rest] * (self.config.layers - 1)])
+        given[-1, :, :, -1] = 1.0
         return super().forward(states, environment, mask, None, given, severed, softness)
 
 

@@ -49,8 +49,10 @@ class TransitionConfig:
         observational: Whether environment 0 is the one without an intervention. Its token is 0, and
             a token of zeros is not there: nothing can read it. What is predicted without reading a
             token is then what happens without an intervention.
-        token_reads: Whether the intervention's token reads objects, as published. Otherwise nothing
-            influences an intervention, and no route leads from object to object through it.
+        token_reads: Whether the intervention's token goes through all layers as objects do, as
+            published. Otherwise it reads nothing, so that no route leads from object to object
+            through it, and is read in the last layer only, as it is: all objects read the same, and
+            one token can be to several of them what different tokens were to each.
     """
 
     features: int
@@ -97,7 +99,7 @@ class Prediction:
             states are not differentiable with respect to it (see `toggling`).
         weights: w, the attention weights of each layer, same shape.
         probability: P(A = 1), same shape; A itself where it was given.
-        present: Which gates could be open, boolean `[B, N + 1, N + 1]`.
+        present: Which gates could be open, boolean `[L, B, N + 1, N + 1]`.
     """
 
     states: Tensor
@@ -113,7 +115,7 @@ class Prediction:
             self.adjacency[:, count:],
             self.weights[:, count:],
             self.probability[:, count:],
-            self.present[count:],
+            self.present[:, count:],
         )
 
     def graph(self) -> Graph:
@@ -241,8 +243,10 @@ class TransitionModel(WorldModel):
         if mask is not None:
             there[:, :-1] = mask
         there[:, -1] = token.squeeze(1).ne(0).any(-1)
-        present = there.unsqueeze(-1) & there.unsqueeze(-2)
-        present[:, -1] &= self.config.token_reads
+        present = (there.unsqueeze(-1) & there.unsqueeze(-2)).repeat(self.config.layers, 1, 1, 1)
+        if not self.config.token_reads:
+            present[:, :, -1] = False
+            present[:-1, ..., -1] = False
         if severed is not None:
             present &= ~severed
         if adjacency is None and self.config.mode != "sparse":
@@ -254,7 +258,7 @@ class TransitionModel(WorldModel):
             given = None if adjacency is None else adjacency[number]
             h, *gates = block.attention(
                 tokens,
-                present,
+                present[number],
                 self.sharpness,
                 self.gate_shift,
                 self.opening,
@@ -263,6 +267,8 @@ class TransitionModel(WorldModel):
                 given,
             )
             tokens = block.perceptron(h + tokens)
+            if not self.config.token_reads:
+                tokens = torch.cat((tokens[:, :-1], token), 1)
             layers.append(gates)
         change = self.decoder(tokens[:, :-1])
         following = states[..., : self.config.changing] + self.scale * change

@@ -78,18 +78,18 @@ def _choose(present: Tensor, probability: Tensor, generator: torch.Generator) ->
     """Choose gates, and return 1 / the probability of those chosen, `[L, B, n, n]`, 0 elsewhere.
 
     Args:
-        present: Which gates can be open, boolean `[B, n, n]`.
+        present: Which gates can be open, boolean `[L, B, n, n]`.
         probability: P(A = 1), `[L, B, n, n]`.
         generator: Chooses.
     """
     layers = len(probability)
     spread = (probability * (1 - probability)).sqrt() * present
-    of_each = _draw_one(spread, present.expand_as(spread), generator)
+    of_each = _draw_one(spread, present, generator)
     if layers == 1:
         return of_each
-    readers = present.any(-1).expand(layers, -1, -1)
+    readers = present.any(-1)
     of_one = of_each * _draw_one(spread.sum(-1), readers, generator).unsqueeze(-1)
-    shape = (1, present.shape[0], 1, 1)
+    shape = (1, present.shape[1], 1, 1)
     drawn = torch.rand(shape, generator=generator, device=present.device) * 2 * (layers - 1)
     number = torch.arange(layers, device=present.device).view(-1, 1, 1, 1)
     # Above layers - 1, in half of all states, it is the last layer.
