@@ -45,7 +45,7 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 
 # Chosen with the truth in hand: on seeds 0 and 1 of particles, on seed 0 of the others.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "particles": {"steps": 12_000},
+    "particles": {"steps": 12_000, "token_layers": "last"},
     "pong": {"steps": 12_000, "frequencies": 4, "tau_factor": 1.1},
     "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.2},
     "balls": {},

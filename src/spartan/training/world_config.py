@@ -13,7 +13,7 @@ from spartan.world_model.attention import Normalise
 from spartan.world_model.constraints import EdgeBudget, ErrorBudget
 from spartan.world_model.environments import make_environment
 from spartan.world_model.learning import Recipe
-from spartan.world_model.model import Mode, TransitionConfig
+from spartan.world_model.model import Mode, TokenLayers, TransitionConfig
 
 COMMAND = "world"  # what tells these files from those of other commands
 
@@ -49,6 +49,9 @@ class WorldConfig:
     decide, as in pong."""
     normalise: Normalise = "open"
     """Attention sums to 1 over open gates; dense, as published, over all."""
+    token_layers: TokenLayers = "all"
+    """Layers in which the intervention is read: all, as published; last, for adapting to several
+    known interventions at once."""
     baselines: bool = True
     """Train the global graph and the nearest-object attention, too, to compare with."""
     seed: int = 0
@@ -95,6 +98,7 @@ class WorldConfig:
             frequencies=self.frequencies,
             mode=mode,
             normalise=self.normalise,
+            token_layers=self.token_layers,
         )
 
     def budget(self, dense_error: float) -> ErrorBudget | EdgeBudget:

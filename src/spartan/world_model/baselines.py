@@ -11,6 +11,8 @@ r"""What the learned local graphs are compared with.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -109,12 +111,12 @@ class NearestObjects(TransitionModel):
     """Attention over the k nearest objects, by the first two features, and the intervention.
 
     Args:
-        config: Sizes, with mode "dense".
+        config: Sizes, with mode "dense"; the intervention is read in the first layer.
         neighbours: k.
     """
 
     def __init__(self, config: TransitionConfig, neighbours: int = 1) -> None:
-        super().__init__(config)
+        super().__init__(replace(config, token_layers="all"))
         if config.mode != "dense" or neighbours < 1:
             raise WorldError(
                 f'mode={config.mode!r} and neighbours={neighbours} given; "dense" and a positive '
@@ -144,10 +146,11 @@ class NearestObjects(TransitionModel):
         gates = states.new_zeros(len(states), n + 1, n + 1)
         gates[:, :-1, :-1] = torch.zeros_like(distance).scatter(-1, nearest, 1.0)
         gates[:, :-1, :-1] += torch.eye(n, device=states.device)
+        gates[:, :, -1] = 1.0
         # One layer looks at neighbours, so that there are no neighbours of neighbours.
         rest = torch.eye(n + 1, device=states.device).expand_as(gates)
-        given = torch.stack([gates, *[rest] * (self.config.layers - 1)])
-        given[-1, :, :, -1] = 1.0
+        layers = [gates, *[rest] * (self.config.layers - 1)]
+        given = torch.stack(layers)
         return super().forward(states, environment, mask, None, given, severed, softness)
 
 

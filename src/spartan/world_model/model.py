@@ -23,6 +23,7 @@ from spartan.world_model.paths import Graph, read_graph
 from spartan.world_model.transitions import Transitions
 
 Mode = Literal["sparse", "dense", "identity"]
+TokenLayers = Literal["all", "last"]
 # Of the intervention's tokens. With 0.1, gates to some of them closed for good, on one seed of two.
 TOKEN_SCALE = 0.4
 
@@ -49,10 +50,12 @@ class TransitionConfig:
         observational: Whether environment 0 is the one without an intervention. Its token is 0, and
             a token of zeros is not there: nothing can read it. What is predicted without reading a
             token is then what happens without an intervention.
-        token_reads: Whether the intervention's token goes through all layers as objects do, as
-            published. Otherwise it reads nothing, so that no route leads from object to object
-            through it, and is read in the last layer only, as it is: all objects read the same, and
-            one token can be to several of them what different tokens were to each.
+        token_reads: Whether the intervention's token reads objects, as published. Otherwise nothing
+            influences an intervention, and no route leads from object to object through it.
+        token_layers: In which layers the intervention's token is read: `"all"`, as published, going
+            through them as objects do; or `"last"`, as it is. What it means to one object it can
+            then mean to others, too: a token for two is near the sum of the tokens for each. And no
+            object passes on what it read of it.
     """
 
     features: int
@@ -69,6 +72,7 @@ class TransitionConfig:
     frequencies: int = 0
     observational: bool = True
     token_reads: bool = False
+    token_layers: TokenLayers = "all"
 
     def __post_init__(self) -> None:
         for name in ("features", "changing", "environments", "width", "layers", "hidden"):
@@ -84,9 +88,15 @@ class TransitionConfig:
             ("mode", ("sparse", "dense", "identity")),
             ("normalise", ("open", "dense")),
             ("gate_scale", ("sqrt_d", "none")),
+            ("token_layers", ("all", "last")),
         ):
             if getattr(self, name) not in allowed:
                 raise WorldError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
+        if self.token_reads and self.token_layers == "last":
+            raise WorldError(
+                'token_layers="last" and token_reads=True given: a token that is read as it is '
+                "reads nothing itself; leave one of them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -244,8 +254,8 @@ class TransitionModel(WorldModel):
             there[:, :-1] = mask
         there[:, -1] = token.squeeze(1).ne(0).any(-1)
         present = (there.unsqueeze(-1) & there.unsqueeze(-2)).repeat(self.config.layers, 1, 1, 1)
-        if not self.config.token_reads:
-            present[:, :, -1] = False
+        present[:, :, -1] &= self.config.token_reads
+        if self.config.token_layers == "last":
             present[:-1, ..., -1] = False
         if severed is not None:
             present &= ~severed
@@ -267,7 +277,7 @@ class TransitionModel(WorldModel):
                 given,
             )
             tokens = block.perceptron(h + tokens)
-            if not self.config.token_reads:
+            if self.config.token_layers == "last":
                 tokens = torch.cat((tokens[:, :-1], token), 1)
             layers.append(gates)
         change = self.decoder(tokens[:, :-1])
