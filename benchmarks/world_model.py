@@ -47,9 +47,12 @@ from spartan.world_model.model import TransitionConfig, TransitionModel
 SETTINGS: dict[str, dict[str, Any]] = {
     "particles": {"steps": 12_000, "token_layers": "last"},
     "pong": {"steps": 12_000, "frequencies": 4, "tau_factor": 1.1},
-    "create": {"steps": 12_000, "frequencies": 4, "transitions": 400_000, "tau_factor": 1.2},
+    "create": {
+        "steps": 12_000, "refine_steps": 12_000, "frequencies": 4, "transitions": 400_000,
+        "tau_factor": 1.4,
+    },
     "balls": {},
-}
+}  # fmt: skip
 
 
 def run_one(env: str, seed: int, out: Path) -> dict[str, Any]:

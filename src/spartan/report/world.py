@@ -27,6 +27,7 @@ _FRAMES = 60
 _STATES = 6
 _TITLES = {
     "sparse": "SPARTAN",
+    "unrefined": "SPARTAN, unrefined",
     "dense": "fully connected",
     "identity": "no interaction",
     "nearest": "nearest object",
@@ -122,15 +123,18 @@ def _curves(
         return on
 
     by_edges = config.edges is not None
-    gated = [name for name in ("sparse", "global") if name in names]
+    gated = [name for name in ("unrefined", "sparse", "global") if name in names]
+    priced = [
+        name for name in gated if any(row["split"] == name and "paths" in row for row in rows)
+    ]
     error_limit, edge_limit = (None, table.limit) if by_edges else (table.limit, None)
     dotted = "Dotted: what is allowed."
     entries = (
         ("Error", "held_out_error", names, error_limit, True, "held-out error"),
         ("Edges", "held_out_edges", gated, edge_limit, False, "edges per state"),
-        ("Paths", "paths", gated, None, True, "paths per state"),
-        ("Multiplier", "multiplier", gated, None, True, "λ"),
-        ("Constraint", "violation", gated, 0.0, False, "violation"),
+        ("Paths", "paths", priced, None, True, "paths per state"),
+        ("Multiplier", "multiplier", priced, None, True, "λ"),
+        ("Constraint", "violation", priced, 0.0, False, "violation"),
     )
     notes = {
         "Error": "Of held-out data, with gates as they are when not training. "

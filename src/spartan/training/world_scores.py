@@ -112,6 +112,9 @@ def score_world(job: WorldJob, world: WorldRun, seed: int) -> WorldScores:
     trajectories = environment.collect(_TRAJECTORIES, HORIZON, seen, generator)
     models = {name: world.model(name) for name in job.names}
     scores = [_score("SPARTAN", models["sparse"], balanced, data, trajectories)]
+    if "unrefined" in models:
+        unrefined = models["unrefined"]
+        scores.append(_score("SPARTAN, unrefined", unrefined, balanced, data, trajectories))
     dense = models["dense"]
     for title, threshold in (
         ("dense, best threshold", oracle_threshold(dense, data)),

@@ -25,6 +25,7 @@ from spartan.world_model.environments import Environment, make_environment
 from spartan.world_model.files import load_model, save_model
 from spartan.world_model.learning import Learner, measure
 from spartan.world_model.model import TransitionModel, WorldModel
+from spartan.world_model.refining import Refiner
 from spartan.world_model.transitions import Transitions
 
 Tick = Callable[[str, int, int], None]
@@ -111,7 +112,8 @@ class WorldJob:
         self.environment = make_environment(config.env)
         self.device = pick_device(config.device)
         self.held_out = draw(self.environment, _HELD_OUT, config.seed, "held out").to(self.device)
-        self.names = ["dense", "identity", "sparse"]
+        self.names = ["dense", "identity"]
+        self.names += ["unrefined", "sparse"] if config.refine_steps else ["sparse"]
         self.names += ["nearest", "global"] if config.baselines else []
 
     @cached_property
@@ -180,15 +182,23 @@ class WorldJob:
         else:
             model = TransitionModel(config.model_config("dense" if name == "dense" else "sparse"))
         model.fit_scale(self.data)
-        if name == "sparse":
+        recipe = dataclasses.replace(config.recipe(), steps=self.steps_of(name))
+        known = self.data, self.held_out, recipe
+        if name not in ("sparse", "unrefined", "global"):
+            return Learner(model.to(self.device), *known, seed=config.seed)
+        budget = self.budget(world)
+        if name == "sparse" and "unrefined" in self.names:
+            model.load_state_dict(world.model("unrefined").state_dict())
+            return Refiner(model.to(self.device), *known, budget, seed=config.seed)
+        if name != "global":
             # Gates that open at random hide what depends on what, until the dynamics are known.
             model.load_state_dict(world.model("dense").state_dict())
-        budget = self.budget(world) if name in ("sparse", "global") else None
-        recipe = dataclasses.replace(config.recipe(), steps=self.steps_of(name))
-        return Learner(model.to(self.device), self.data, self.held_out, recipe, budget, config.seed)
+        return Learner(model.to(self.device), *known, budget, config.seed)
 
     def steps_of(self, name: str) -> int:
         """Return the steps that one of the models is trained for."""
+        if name == "sparse" and "unrefined" in self.names:
+            return self.config.refine_steps
         return max(1, round(self.config.steps * _SHARES.get(name, 1.0)))
 
     def _train(

@@ -23,6 +23,7 @@ from spartan.world_model.adaptation import Adaptation, adapt
 from spartan.world_model.attention import GatedAttention
 from spartan.world_model.baselines import GlobalGraph, NearestObjects, constant_graph
 from spartan.world_model.constraints import EdgeBudget, ErrorBudget
+from spartan.world_model.elimination import eliminate
 from spartan.world_model.files import load_model, save_model
 from spartan.world_model.learning import Learner, Recipe, measure
 from spartan.world_model.metrics import (
@@ -38,6 +39,7 @@ from spartan.world_model.metrics import (
 )
 from spartan.world_model.model import Prediction, TransitionConfig, TransitionModel, WorldModel
 from spartan.world_model.paths import Graph, count_paths, path_matrix, reachable, read_graph
+from spartan.world_model.refining import Refiner
 from spartan.world_model.transitions import Transitions
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "NearestObjects",
     "Prediction",
     "Recipe",
+    "Refiner",
     "TransitionConfig",
     "TransitionModel",
     "Transitions",
@@ -59,6 +62,7 @@ __all__ = [
     "adapt",
     "constant_graph",
     "count_paths",
+    "eliminate",
     "found_graphs",
     "influence_without_path",
     "load_model",

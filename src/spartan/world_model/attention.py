@@ -71,7 +71,7 @@ class GatedAttention(nn.Module):
         softness: float = 1.0,
         generator: torch.Generator | None = None,
         adjacency: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Attend.
 
         Args:
@@ -85,24 +85,25 @@ class GatedAttention(nn.Module):
             adjacency: Gates to use instead of the model's own, 0 or 1, `[B, n, n]`.
 
         Returns:
-            h `[B, n, d]`, and A, w and P(A = 1), `[B, n, n]`.
+            h `[B, n, d]`, and A, w, P(A = 1) and g before it is sharpened, `[B, n, n]`.
         """
         q, k, v = self.query_key_value(self.norm(tokens)).chunk(3, -1)
         root = math.sqrt(q.shape[-1])
         logits = q @ k.transpose(-2, -1) / root
         logits = torch.cat((logits[..., :-1], logits[..., -1:] / softness), -1)
+        gate = logits if self.gate_scale == "sqrt_d" else logits * root
+        gate = gate + (self.gate_bias + opening)
+        gate = torch.cat((gate[..., :-1] + shift, gate[..., -1:]), -1)
         if adjacency is None:
-            gate = logits if self.gate_scale == "sqrt_d" else logits * root
-            gate = gate + (self.gate_bias + opening)
-            gate = sharpness * torch.cat((gate[..., :-1] + shift, gate[..., -1:]), -1)
-            noise = None if generator is None else logistic_noise(gate, generator)
-            adjacency = bernoulli(gate, noise, self.temperature)
-            probability = gate.detach().sigmoid() * present
+            sharp = sharpness * gate
+            noise = None if generator is None else logistic_noise(sharp, generator)
+            adjacency = bernoulli(sharp, noise, self.temperature)
+            probability = sharp.detach().sigmoid() * present
         else:
             probability = adjacency.detach() * present
         adjacency = adjacency * present
         weights = gated_softmax(logits, adjacency, present, self.normalise)
-        return weights @ v, adjacency, weights, probability
+        return weights @ v, adjacency, weights, probability, gate
 
 
 def gated_softmax(

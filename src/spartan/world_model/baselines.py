@@ -31,6 +31,8 @@ from spartan.world_model.model import (
 from spartan.world_model.paths import path_matrix
 from spartan.world_model.transitions import Transitions
 
+_NO_READER = (0, 0, 0, 1)  # to pad gates by: the intervention reads nothing
+
 
 class GlobalGraph(WorldModel):
     """One adjacency for all states, which gates the inputs of a perceptron for each object.
@@ -77,8 +79,9 @@ class GlobalGraph(WorldModel):
         present = pad(there, (0, 1)).unsqueeze(-1) & senders.unsqueeze(1)
         if severed is not None:
             present &= ~severed
+        logits = self._logits(batch)
         if adjacency is None:
-            adjacency, probability = self._draw(batch, generator)
+            adjacency, probability = self._draw(logits, generator)
         else:
             probability = adjacency.detach()
         adjacency = adjacency * present
@@ -92,19 +95,26 @@ class GlobalGraph(WorldModel):
             values = torch.baddbmm(bias, values, weight)
             values = torch.nn.functional.silu(values) if number < 2 else values
         following = states[..., : self.config.changing] + self.scale * values.transpose(0, 1)
-        gates = adjacency.detach()
-        return Prediction(following, adjacency, gates, probability * present, present.unsqueeze(0))
-
-    def _draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return A and P(A = 1), `[1, batch, N + 1, N + 1]`; the intervention reads nothing."""
-        shift = pad(self.gate_shift.expand(len(self.gate_logits)), (0, 1))
-        logits = (self.sharpness * (self.gate_logits + shift + self.opening)).expand(
-            1, batch, -1, -1
+        return Prediction(
+            states=following,
+            adjacency=adjacency,
+            weights=adjacency.detach(),
+            probability=probability * present,
+            present=present.unsqueeze(0),
+            logits=pad(logits, _NO_READER),
         )
-        noise = None if generator is None else logistic_noise(logits, generator)
-        adjacency = bernoulli(logits, noise, self.config.temperature)
-        rows = (0, 0, 0, 1)
-        return pad(adjacency, rows), pad(logits.detach().sigmoid(), rows)
+
+    def _logits(self, batch: int) -> Tensor:
+        """Return g, the same for all states, `[1, batch, N, N + 1]`."""
+        shift = pad(self.gate_shift.expand(len(self.gate_logits)), (0, 1))
+        return (self.gate_logits + shift + self.opening).expand(1, batch, -1, -1)
+
+    def _draw(self, logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return A and P(A = 1), `[1, batch, N + 1, N + 1]`; the intervention reads nothing."""
+        sharp = self.sharpness * logits
+        noise = None if generator is None else logistic_noise(sharp, generator)
+        adjacency = bernoulli(sharp, noise, self.config.temperature)
+        return pad(adjacency, _NO_READER), pad(sharp.detach().sigmoid(), _NO_READER)
 
 
 class NearestObjects(TransitionModel):

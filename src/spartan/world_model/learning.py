@@ -124,6 +124,7 @@ class Learner:
         self.step = 0
         self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
         objects = data.states.shape[1]
+        self.budget = budget
         self.constraint = None if budget is None else Constraint(budget, objects, rows)
         self.best: dict[str, Any] | None = None
         self._generator = torch.Generator(device=data.states.device)
@@ -145,10 +146,10 @@ class Learner:
             group["lr"] = recipe.lr_at(self.step)
         shape = (recipe.batch_size,)
         device = self.data.states.device
-        batch = self.data[torch.randint(len(self.data), shape, generator=generator, device=device)]
+        rows = torch.randint(len(self.data), shape, generator=generator, device=device)
+        batch = self.data[rows]
         self.model.train()
-        self.model.sharpness.fill_(recipe.sharpness_at(self.step))
-        self.model.opening.fill_(recipe.opening_at(self.step))
+        self.set_gates()
         gates = generator if self.model.config.mode == "sparse" else None
         count = int(recipe.severed * recipe.batch_size)
         prediction: Prediction = self.model(
@@ -171,14 +172,29 @@ class Learner:
                 f"The prediction error is {row['error']} in step {self.step}: lower lr."
             )
         if gates is not None:
-            slopes = gate_slopes(self.model, batch, prediction, generator)
-            loss = loss + (slopes * prediction.adjacency).sum()
+            loss = loss + self.gate_loss(rows, batch, prediction)
         self.optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         return row
+
+    def set_gates(self) -> None:
+        """Set how sharp the gates are in the next step, and how far they are opened."""
+        self.model.sharpness.fill_(self.recipe.sharpness_at(self.step))
+        self.model.opening.fill_(self.recipe.opening_at(self.step))
+
+    def gate_loss(self, rows: Tensor, batch: Transitions, prediction: Prediction) -> Tensor:
+        """Return what leads the gates, apart from a price.
+
+        Args:
+            rows: Which of the data the batch is, `[B]`.
+            batch: B transitions.
+            prediction: What the model said of them.
+        """
+        slopes = gate_slopes(self.model, batch, prediction, self._generator)
+        return (slopes * prediction.adjacency).sum()
 
     def check(self) -> dict[str, float]:
         """Measure on held-out data, and remember the model if it is within its error budget.
@@ -187,7 +203,7 @@ class Learner:
             Error and edges, with gates as they are when not training.
         """
         error, edges = measure(self.model, self.held_out)
-        budget = None if self.constraint is None else self.constraint.budget
+        budget = self.budget
         if isinstance(budget, ErrorBudget):
             # The last model within the budget is the most settled one; before there is any, the
             # one with the least error.
@@ -209,7 +225,7 @@ class Learner:
     def finish(self) -> None:
         """Leave the model with what was best: within its error budget, or exactly at its edges."""
         self.model.eval()
-        budget = None if self.constraint is None else self.constraint.budget
+        budget = self.budget
         if isinstance(budget, EdgeBudget):
             meet_edges(self.model, self.held_out, budget.limit)
         elif isinstance(budget, ErrorBudget):

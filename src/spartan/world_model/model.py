@@ -110,6 +110,7 @@ class Prediction:
         weights: w, the attention weights of each layer, same shape.
         probability: P(A = 1), same shape; A itself where it was given.
         present: Which gates could be open, boolean `[L, B, N + 1, N + 1]`.
+        logits: g, before it is sharpened, same shape as A; differentiable.
     """
 
     states: Tensor
@@ -117,6 +118,7 @@ class Prediction:
     weights: Tensor
     probability: Tensor
     present: Tensor
+    logits: Tensor
 
     def rest(self, count: int) -> Prediction:
         """Return what is said of all states but the first `count`."""
@@ -126,6 +128,7 @@ class Prediction:
             self.weights[:, count:],
             self.probability[:, count:],
             self.present[:, count:],
+            self.logits[:, count:],
         )
 
     def graph(self) -> Graph:
@@ -282,8 +285,8 @@ class TransitionModel(WorldModel):
             layers.append(gates)
         change = self.decoder(tokens[:, :-1])
         following = states[..., : self.config.changing] + self.scale * change
-        opened, weights, probability = map(torch.stack, zip(*layers, strict=True))
-        return Prediction(following, opened, weights, probability, present)
+        opened, weights, probability, logits = map(torch.stack, zip(*layers, strict=True))
+        return Prediction(following, opened, weights, probability, present, logits)
 
 
 def make_codebook(config: TransitionConfig) -> nn.Parameter:
