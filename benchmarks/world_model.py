@@ -197,7 +197,16 @@ def show(env: str, results: list[dict[str, Any]]) -> None:
 
     print(f"\n== {env}, {len(results)} seeds: mean ± standard deviation")
     names = [name for name in results[0] if isinstance(results[0][name], dict)]
-    keys = ["error", "shd", "shd_with_targets", "direct", "edges", "precision", "recall"]
+    keys = [
+        "error",
+        "shd",
+        "clear_shd",
+        "shd_with_targets",
+        "direct",
+        "edges",
+        "precision",
+        "recall",
+    ]
     keys += ["event_precision", "event_recall", "rollout", "removal"]
     for name in names:
         if name in ("seconds", "adaptation", "more balls", "targets by readers"):

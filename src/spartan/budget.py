@@ -167,11 +167,9 @@ class Budget:
             shares = [make_share([i], units, ones, Fraction(share)) for i in range(len(weights))]
             refuse_dead_layers(shares, weights, units)
             return shares
+        per_weight = seconds_per_weight(*model_facts, self.latency_ms, self.example_input)
         costs = [
-            pattern.unit_numel(w) * seconds
-            for w, seconds in zip(
-                weights, seconds_per_weight(*model_facts, self.example_input), strict=True
-            )
+            pattern.unit_numel(w) * seconds for w, seconds in zip(weights, per_weight, strict=True)
         ]
         share = share_for_latency(*model_facts, costs, self.latency_ms, self.example_input)
         return [make_share(range(len(weights)), units, costs, Fraction(share))]

@@ -144,6 +144,16 @@ def test_times_that_cannot_be() -> None:
 
 
 @pytest.mark.usefixtures("a_machine")
+def test_times_too_noisy_to_tell_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spartan.deploy.latency._slope", lambda table: -1e-9)
+    x = torch.randn(1, 100)
+    with pytest.raises(BudgetError, match="no slower with more weights"):
+        pruned(network(), Budget(latency_ms=4.0, example_input=x))
+    with pytest.raises(BudgetError, match="already takes 18"):
+        pruned(network(), Budget(latency_ms=20.0, example_input=x))
+
+
+@pytest.mark.usefixtures("a_machine")
 def test_a_resumed_run_keeps_the_budget_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     x, wanted = torch.randn(1, 100), 4.0
     first = pruned(network(), Budget(latency_ms=wanted, example_input=x))

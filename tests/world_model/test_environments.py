@@ -198,3 +198,34 @@ def test_gymnasium(name: str) -> None:
     assert picture.shape[2] == 3
     with pytest.raises(gymnasium.error.InvalidAction, match="a number from 0 to"):
         world.step(99)
+
+
+def test_borderline_pairs_are_those_within_a_tenth_of_the_threshold() -> None:
+    particles = make_environment("particles")
+    states, mask, choice = worlds(particles, 2000)
+    step = particles.step(states, mask, choice, generator())
+    x = (states[..., :2] + 1) / 2
+    distance = (x.unsqueeze(2) - x.unsqueeze(1)).norm(dim=-1)
+    assert step.borderline is not None
+    assert torch.equal(step.borderline, (distance > 0.27) & (distance < 0.33))
+
+    create = CreateLite()
+    states, mask, choice = worlds(create, 1)
+    states[..., :2] = torch.linspace(-20, -10, create.objects).unsqueeze(-1)  # all far apart
+    cannon, ball, other = 2, 5, 6
+    for offset, expected in ((0.0, False), (0.085, False), (0.095, True), (0.105, True)):
+        states[0, cannon, :2] = torch.tensor([0.5, 0.5])
+        states[0, ball, :2] = torch.tensor([0.5 + 2 * offset, 0.5])  # half of the cannon is 0.1
+        found = create.step(states, mask, choice, generator()).borderline
+        assert found is not None
+        assert bool(found[0, ball, cannon]) == expected
+    states[0, other, :2] = states[0, ball, :2] + torch.tensor([0.0, 2 * 0.135])  # contact: 0.13
+    found = create.step(states, mask, choice, generator()).borderline
+    assert found is not None
+    assert bool(found[0, ball, other] & found[0, other, ball])
+    for name in ("pong", "balls"):
+        world = make_environment(name)
+        states, mask, choice = worlds(world, 10)
+        assert world.step(states, mask, choice, generator()).borderline is None
+        assert world.collect(2, 3, [0, 1], generator()).borderline is None
+    assert particles.collect(2, 3, [0, 1], generator()).borderline is not None

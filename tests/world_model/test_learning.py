@@ -295,6 +295,11 @@ def test_scores_by_hand() -> None:
     assert scores.shd_with_targets == 4 / 4
     assert (scores.precision, scores.recall) == (1 / 3, 1 / 2)
     assert (scores.event_precision, scores.event_recall) == (1.0, 1 / 2)
+    assert scores.clear_shd is None
+    borderline = torch.zeros(4, 2, 2, dtype=torch.bool)
+    borderline[0, 1, 0] = borderline[2, 1, 0] = True  # the second of them is wrong
+    clear = score_graphs(found, dataclasses.replace(truth, borderline=borderline))
+    assert (clear.shd, clear.clear_shd) == (3 / 4, 2 / 4)
 
 
 def test_rollouts_of_one_step_are_predictions(by_edges: WorldModel) -> None:

@@ -33,7 +33,11 @@ _FREE = 1e-6
 
 
 def seconds_per_weight(
-    model: nn.Module, weights: Sequence[Prunable], pattern: Pattern, example: Any
+    model: nn.Module,
+    weights: Sequence[Prunable],
+    pattern: Pattern,
+    latency_ms: float,
+    example: Any,
 ) -> list[float]:
     """Return what one entry of each weight adds to the time of its layer, in seconds.
 
@@ -41,22 +45,33 @@ def seconds_per_weight(
         model: The model; it is not changed.
         weights: Its prunable weights.
         pattern: How they will be pruned.
+        latency_ms: The time the model is to take.
         example: One input, of the batch size that is to be fast.
+
+    Raises:
+        BudgetError: The time needs no pruning, or pruning cannot make the model faster.
     """
     tables: list[list[tuple[float, float]]] = [[] for _ in weights]
     for density in _DENSITIES:
         masks = [_largest(w, pattern, density) for w in weights]
         plan = _measure(model, weights, masks, example)
+        _check_needed(plan, latency_ms)
         times = {layer.name: layer.sparse for layer in plan.layers if layer.sparse}
         for weight, table in zip(weights, tables, strict=True):
             timing = times.get(weight.name.rpartition(".")[0])
             if timing is not None:
                 table.append((density, timing.median))
     slopes = [_slope(table) / w.parameter.numel() for w, table in zip(weights, tables, strict=True)]
-    if max(slopes) <= 0:
+    if not any(tables):
         raise BudgetError(
             "No prunable layer of this model runs on a sparse kernel here, so pruning cannot make "
             "it faster: see `spartan doctor`, and which layers `spartan.accelerate` can take."
+        )
+    if max(slopes) <= 0:
+        raise BudgetError(
+            "The sparse layers of this model were no slower with more weights: they are too small "
+            "to be measured, or the machine is busy. Use a larger batch, or try again on an idle "
+            "machine."
         )
     return [max(slope, _FREE * max(slopes)) for slope in slopes]
 
@@ -94,12 +109,7 @@ def share_for_latency(
 
     low, high = _SMALLEST, 1.0
     floor = time_of(low)
-    dense = floor.dense.median
-    if wanted >= dense:
-        raise BudgetError(
-            f"latency_ms={latency_ms:g}: the dense model already takes {1e3 * dense:.3g} ms on "
-            "this machine with this input; ask for less."
-        )
+    dense = _check_needed(floor, latency_ms)
     low_time, high_time = floor.accelerated.median, dense
     if wanted <= low_time:
         raise BudgetError(
@@ -109,6 +119,17 @@ def share_for_latency(
     return _search(
         lambda share: time_of(share).accelerated.median, wanted, (low, low_time), (high, high_time)
     )
+
+
+def _check_needed(plan: Plan, latency_ms: float) -> float:
+    """Return the dense model's seconds, if they are more than those wanted."""
+    dense: float = plan.dense.median
+    if latency_ms >= 1e3 * dense:
+        raise BudgetError(
+            f"latency_ms={latency_ms:g}: the dense model already takes {1e3 * dense:.3g} ms on "
+            "this machine with this input; ask for less."
+        )
+    return dense
 
 
 def _search(

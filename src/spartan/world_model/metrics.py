@@ -40,6 +40,8 @@ class GraphScores:
         event_precision: The same of rare edges only, those between two objects that are there in
             less than 90 % of states, and of the states in which some of them is true.
         event_recall: The same.
+        clear_shd: `shd` without the pairs whose distance is within a tenth of the threshold that
+            decides on their edge; None in worlds where no distance decides.
     """
 
     shd: float
@@ -50,6 +52,7 @@ class GraphScores:
     recall: float
     event_precision: float
     event_recall: float
+    clear_shd: float | None
 
 
 def score_graphs(found: Tensor, data: Transitions) -> GraphScores:
@@ -83,6 +86,9 @@ def score_graphs(found: Tensor, data: Transitions) -> GraphScores:
         recall=_share(right, true),
         event_precision=_share(right[events] & rare, edges[events] & rare),
         event_recall=_share(right[events] & rare, true[events] & rare),
+        clear_shd=None
+        if data.borderline is None
+        else float((wrong[..., :n] & ~data.borderline).sum()) / len(data),
     )
 
 

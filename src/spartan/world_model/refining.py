@@ -28,7 +28,8 @@ from spartan.world_model.learning import Learner, Recipe
 from spartan.world_model.model import Prediction, WorldModel
 from spartan.world_model.transitions import Transitions
 
-_STATES = 100_000  # whose gates are known
+_STATES = 100_000  # labelled, or as many as take so many predictions
+_PREDICTIONS = 5_000_000
 _STEEPNESS = 4.0  # K
 _MOST = 8.0  # R
 
@@ -40,7 +41,8 @@ class Refiner(Learner):
 
     Args:
         model: Of mode `"sparse"`, trained; in place. What it is now decides the labels.
-        data: Transitions for training; up to 100,000 of them are labelled and trained on.
+        data: Transitions for training; up to 100,000 of them are labelled, and trained on;
+            fewer where most gates are open, since labels take longer then.
         held_out: Transitions to choose the result by.
         recipe: How to train; gates stay as sharp as they are.
         budget: What the model was trained under.
@@ -64,10 +66,11 @@ class Refiner(Learner):
         if not price > 0:
             raise WorldError(f"price={price} must be positive.")
         generator = torch.Generator().manual_seed(derive_seed(seed, "world/labelled", 0))
-        some = torch.randperm(len(data), generator=generator)[:_STATES].to(data.states.device)
-        super().__init__(model, data[some], held_out, recipe, budget, seed)
+        order = torch.randperm(len(data), generator=generator).to(data.states.device)
+        some = data[order[: _affordable(model, data[order[:1000]])]]
+        super().__init__(model, some, held_out, recipe, budget, seed)
         self.constraint = None
-        left, worth = eliminate(model, self.data, price)
+        left, worth = eliminate(model, some, price)
         self.labels = label(left, worth, price)
         self.check()  # what it starts from stays the best, unless others are within the budget
 
@@ -85,6 +88,21 @@ class Refiner(Learner):
         labels = self.labels[:, rows] * prediction.present
         missed = softplus(_STEEPNESS * prediction.logits * labels.sign()) / _STEEPNESS
         return (labels.abs() * missed).sum() / batch.mask.sum()
+
+
+@torch.no_grad()
+def _affordable(model: WorldModel, some: Transitions) -> int:
+    """Return how many states to label; one with g gates open takes up to g (g + 1) / 2 predictions.
+
+    Args:
+        model: Whose gates.
+        some: States like those to be labelled.
+    """
+    model.eval()
+    gates = model(some.states, some.environment, some.mask).adjacency.sum(0)
+    opened = gates.sum((-2, -1)) - gates.diagonal(dim1=-2, dim2=-1).sum(-1)
+    each = (opened * (opened + 1) / 2).mean()
+    return int(min(_STATES, max(1000.0, _PREDICTIONS / max(1.0, float(each)))))
 
 
 def label(left: Tensor, worth: Tensor, price: float) -> Tensor:

@@ -24,6 +24,8 @@ class Transitions:
         targets: The intervention acted on object i, boolean `[M, N]`; or None.
         events: Something happened that training data should have more of (a contact), boolean
             `[M]`; or None.
+        borderline: The edge from j to i hangs on a distance that is within a tenth of its
+            threshold, boolean `[M, N, N]`; or None.
     """
 
     states: Tensor
@@ -33,6 +35,7 @@ class Transitions:
     edges: Tensor | None = None
     targets: Tensor | None = None
     events: Tensor | None = None
+    borderline: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.states)

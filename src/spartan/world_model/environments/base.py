@@ -23,12 +23,15 @@ class Step:
             fired in this step. The diagonal is False.
         targets: Boolean `[B, N]`: the intervention changed a mechanism that object i went through.
         events: Boolean `[B]`: something happened that training data should have more of.
+        borderline: Boolean `[B, N, N]`: the distance that decides on the edge is within a tenth of
+            its threshold; None of worlds where no distance decides.
     """
 
     states: Tensor
     edges: Tensor
     targets: Tensor
     events: Tensor
+    borderline: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Environment(ABC):
         def in_order(parts: list[Tensor]) -> Tensor:
             return torch.stack(parts, 1).flatten(0, 1)
 
+        borderline = [step.borderline for step in steps if step.borderline is not None]
         return Transitions(
             states=in_order(before),
             following=in_order(after),
@@ -129,4 +133,5 @@ class Environment(ABC):
             edges=in_order([step.edges for step in steps]),
             targets=in_order([step.targets for step in steps]),
             events=in_order([step.events for step in steps]),
+            borderline=in_order(borderline) if borderline else None,
         )

@@ -90,6 +90,8 @@ class CreateLite(Environment):
         balls, there = states[:, _BALLS], mask[:, _BALLS]
         x, v = (balls[..., :2] + 1) / 2, balls[..., 2:4] * _UNIT
 
+        borderline = torch.zeros(len(states), self.objects, self.objects, dtype=torch.bool)
+        borderline[:, _BALLS] = _within(x, states, 1.1) & ~_within(x, states, 0.9)
         in_cannon = _inside(x, states[:, _CANNON], CANNON) & _both(there, mask[:, _CANNON])
         in_ladder = _inside(x, states[:, _LADDERS], LADDER) & _both(there, mask[:, _LADDERS])
         off = in_cannon.any(-1) & cannon_off
@@ -119,7 +121,7 @@ class CreateLite(Environment):
         following = states.clone()
         moved = torch.cat((2 * x - 1, v / _UNIT), -1)
         following[:, _BALLS, :4] = torch.where(there.unsqueeze(-1), moved, balls[..., :4])
-        edges = torch.zeros(len(states), self.objects, self.objects, dtype=torch.bool)
+        edges = torch.zeros_like(borderline)
         edges[:, _BALLS, _CANNON] = fired
         edges[:, _BALLS, _LADDERS] = climbs
         edges[:, _BALLS, _BALLS] = bumps & free.unsqueeze(-1)
@@ -127,7 +129,7 @@ class CreateLite(Environment):
         targets = torch.zeros_like(mask)
         targets[:, _BALLS] = (free & no_gravity) | (climbing & reversed_) | (off & there)
         targets[:, _BALLS] |= free & stops.any(-1) & elastic
-        return Step(following, edges, targets, edges.flatten(1).any(1))
+        return Step(following, edges, targets, edges.flatten(1).any(1), borderline)
 
     def shapes(self, state: Tensor, mask: Tensor) -> list[Shape | None]:
         kinds = (
@@ -174,6 +176,16 @@ def _offsets(x: Tensor, others: Tensor) -> Tensor:
 
 def _inside(x: Tensor, others: Tensor, size: tuple[float, float]) -> Tensor:
     return (_offsets(x, others).abs() < torch.tensor(size)).all(-1)
+
+
+def _within(x: Tensor, states: Tensor, part: float) -> Tensor:
+    """Return whom each ball would be in or touch at a part of that distance, `[B, balls, N]`."""
+    near = torch.zeros(*x.shape[:2], states.shape[1], dtype=torch.bool)
+    touched = WALL[0] + BALL_RADIUS, WALL[1] + BALL_RADIUS
+    for where, (width, height) in ((_LADDERS, LADDER), (_CANNON, CANNON), (_WALLS, touched)):
+        near[..., where] = _inside(x, states[:, where], (part * width, part * height))
+    near[..., _BALLS] = _offsets(x, states[:, _BALLS]).norm(dim=-1) < part * 2 * BALL_RADIUS
+    return near
 
 
 def _nearest_direction(x: Tensor, ladders: Tensor, climbs: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class GatedParticles(Environment):
         x = (x + v).clamp(0.0, 1.0)
         changed = torch.cat((2 * x - 1, v / _FORCE), -1)
         following = torch.cat((changed, states[..., 4:]), -1)
-        return Step(following, near, targets, near.flatten(1).any(1))
+        borderline = (distance / RADIUS - 1).abs() < 0.1
+        return Step(following, near, targets, near.flatten(1).any(1), borderline)
 
     def shapes(self, state: Tensor, mask: Tensor) -> list[Shape | None]:
         rows = state.tolist()
