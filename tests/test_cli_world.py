@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,41 @@ def test_an_interrupted_run_continues_to_the_same_models(tmp_path: Path) -> None
         assert (parts / name).read_text() == (whole / name).read_text()
 
 
+def test_a_refined_run_shows_what_it_was_refined_from(tmp_path: Path) -> None:
+    out = tmp_path / "refined"
+    words = ("--env", "particles", *QUICK, "--no-baselines", "--edges", 3, "--refine-steps", 30)
+    assert spartan("world", "train", *words, "--transitions", 300, "--out", out) == 0
+    titles = [score["name"] for score in json.loads((out / "results.json").read_text())["scores"]]
+    assert titles[:2] == ["SPARTAN", "SPARTAN, unrefined"]
+    refined, _ = load_tensors(out / "sparse.safetensors")
+    unrefined, _ = load_tensors(out / "unrefined.safetensors")
+    assert not all((refined[key] == unrefined[key]).all() for key in refined)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    ends = {row["split"]: row["step"] for row in rows}
+    assert ends == {"dense": 40, "identity": 50, "unrefined": 90, "sparse": 120}
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 5
+    assert "SPARTAN, unrefined" in page
+
+    (out / "sparse.safetensors").unlink()
+    assert spartan("world", "train", "--resume", out) == 0
+    again, _ = load_tensors(out / "sparse.safetensors")
+    assert all((refined[key] == again[key]).all() for key in refined)
+
+
+def test_a_folder_of_an_earlier_version_takes_defaults(run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    options = json.loads((old / "config.json").read_text())
+    for name in ("refine_steps", "token_layers"):
+        del options[name]
+    (old / "config.json").write_text(json.dumps(options))
+    assert spartan("world", "evaluate", old) == 0
+    options["colour"] = "red"
+    (old / "config.json").write_text(json.dumps(options))
+    assert spartan("world", "evaluate", old) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -126,6 +162,7 @@ def test_an_interrupted_run_continues_to_the_same_models(tmp_path: Path) -> None
         (("train", "--error", "inf"), "must be positive"),
         (("train", "--tau-factor", "0"), "must be positive"),
         (("train", "--steps", "0"), "at least 1"),
+        (("train", "--refine-steps", "-1"), "must not be negative"),
         (("train", "--layers", "0"), "at least 1"),
         (("train", "--transitions", "1"), "are needed"),
         (("train", "--device", "tpu"), "not available"),

@@ -202,7 +202,9 @@ def figure(
         draw(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if log:
+        low, high = axes.dataLim.intervaly
+        # Within a factor of two a log scale is nearly linear, and its ticks would all read alike.
+        if log and not high <= 2 * low:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter())
