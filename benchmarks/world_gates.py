@@ -142,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     world, config = WorldRun.open(options.folder)
-    job = WorldJob(config)
+    job = WorldJob(replace(config, device="cpu"))
     data = draw_natural(job.environment, STATES, torch.Generator().manual_seed(config.seed + 2000))
     print(f"== {config.env}, seed {config.seed}, {len(data)} states")
     found = {}

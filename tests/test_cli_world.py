@@ -119,7 +119,7 @@ def test_an_interrupted_run_continues_to_the_same_models(tmp_path: Path) -> None
 
 def test_a_refined_run_shows_what_it_was_refined_from(tmp_path: Path) -> None:
     out = tmp_path / "refined"
-    words = ("--env", "particles", *QUICK, "--no-baselines", "--edges", 3, "--refine-steps", 30)
+    words = ("--env", "particles", *QUICK, "--no-baselines", "--refine-steps", 30)
     assert spartan("world", "train", *words, "--transitions", 300, "--out", out) == 0
     titles = [score["name"] for score in json.loads((out / "results.json").read_text())["scores"]]
     assert titles[:2] == ["SPARTAN", "SPARTAN, unrefined"]
@@ -143,13 +143,13 @@ def test_a_folder_of_an_earlier_version_takes_defaults(run: Path, tmp_path: Path
     old = tmp_path / "old"
     shutil.copytree(run, old)
     options = json.loads((old / "config.json").read_text())
-    for name in ("refine_steps", "token_layers"):
+    for name in ("refine_steps", "refine_price", "token_layers"):
         del options[name]
     (old / "config.json").write_text(json.dumps(options))
-    assert spartan("world", "evaluate", old) == 0
-    options["colour"] = "red"
-    (old / "config.json").write_text(json.dumps(options))
-    assert spartan("world", "evaluate", old) == 2
+    assert spartan("world", "show", old, "--steps", 2) == 0
+    for damaged in (options | {"colour": "red"}, {"command": "world", "env": "balls"}):
+        (old / "config.json").write_text(json.dumps(damaged))
+        assert spartan("world", "show", old, "--steps", 2) == 2
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,8 @@ def test_a_folder_of_an_earlier_version_takes_defaults(run: Path, tmp_path: Path
         (("train", "--tau-factor", "0"), "must be positive"),
         (("train", "--steps", "0"), "at least 1"),
         (("train", "--refine-steps", "-1"), "must not be negative"),
+        (("train", "--refine-steps", "9", "--edges", "2"), "not with --edges"),
+        (("train", "--refine-price", "0"), "must be positive"),
         (("train", "--layers", "0"), "at least 1"),
         (("train", "--transitions", "1"), "are needed"),
         (("train", "--device", "tpu"), "not available"),

@@ -210,19 +210,20 @@ def test_borderline_pairs_are_those_within_a_tenth_of_the_threshold() -> None:
     assert torch.equal(step.borderline, (distance > 0.27) & (distance < 0.33))
 
     create = CreateLite()
-    states, mask, choice = worlds(create, 1)
-    states[..., :2] = torch.linspace(-20, -10, create.objects).unsqueeze(-1)  # all far apart
-    cannon, ball, other = 2, 5, 6
-    for offset, expected in ((0.0, False), (0.085, False), (0.095, True), (0.105, True)):
-        states[0, cannon, :2] = torch.tensor([0.5, 0.5])
-        states[0, ball, :2] = torch.tensor([0.5 + 2 * offset, 0.5])  # half of the cannon is 0.1
-        found = create.step(states, mask, choice, generator()).borderline
-        assert found is not None
-        assert bool(found[0, ball, cannon]) == expected
-    states[0, other, :2] = states[0, ball, :2] + torch.tensor([0.0, 2 * 0.135])  # contact: 0.13
-    found = create.step(states, mask, choice, generator()).borderline
-    assert found is not None
-    assert bool(found[0, ball, other] & found[0, other, ball])
+    _, mask, choice = worlds(create, 1)
+    apart = torch.linspace(-20, -10, create.objects).view(1, -1, 1)
+    ball = 5
+    # Half widths, in sides of the square: of ladder, cannon and wall, and where balls touch.
+    for other, threshold in ((0, 0.08), (2, 0.1), (3, 0.16 + 0.065), (6, 0.13)):
+        for part, expected in ((0.0, 0), (0.88, 0), (0.92, 1), (1.08, 1), (1.12, 0)):
+            states, _ = create.start(1, generator())
+            states[..., :2] = apart
+            states[0, other, :2] = 0.5
+            states[0, ball, :2] = torch.tensor([0.5 + 2 * part * threshold, 0.5])
+            found = create.step(states, mask, choice, generator()).borderline
+            assert found is not None
+            assert int(found[0, ball, other]) == expected
+            assert int(found.sum()) == expected * (2 if other == 6 else 1)
     for name in ("pong", "balls"):
         world = make_environment(name)
         states, mask, choice = worlds(world, 10)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spartan.errors import WorldError
+from spartan.errors import StateError, WorldError
 from spartan.files import load_state, save_state
 from spartan.world_model import (
-    EdgeBudget,
     ErrorBudget,
     Learner,
+    NearestObjects,
     Recipe,
     Refiner,
     Transitions,
@@ -62,7 +62,7 @@ def eliminated_one_by_one(model: WorldModel, one: Transitions, price: float) -> 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("price", [1e-9, PRICE, 1e9])
+@pytest.mark.parametrize("price", [1e-4, PRICE, 1e9])
 def test_the_least_worthy_gate_is_closed_until_all_are_worth_the_price(price: float) -> None:
     model, data = make(), some_data()
     before = model(data.states, data.environment, data.mask).adjacency
@@ -103,7 +103,7 @@ def test_a_needed_gate_weighs_what_it_is_worth_within_limits() -> None:
 def test_the_loss_does_not_fade_where_a_gate_is_surely_wrong() -> None:
     model, data = make(), some_data()
     recipe = Recipe(steps=5, batch_size=COUNT)
-    refiner = Refiner(model, data, data, recipe, EdgeBudget(1.0), PRICE)
+    refiner = Refiner(model, data, data, recipe, ErrorBudget(1.0), PRICE)
     rows = torch.arange(COUNT)
     prediction = refiner.model(refiner.data.states, refiner.data.environment, refiner.data.mask)
     wrong = refiner.labels.sign() * prediction.present
@@ -164,7 +164,9 @@ def test_what_was_within_the_budget_stays_within(
 ) -> None:
     error, edges = measure(begun, world[1])
     recipe = Recipe(steps=20, lr=50.0, checks=20)  # far too large
-    model = run(Refiner(again(begun), *world, recipe, ErrorBudget(1.0001 * error)))
+    refiner = Refiner(again(begun), *world, recipe, ErrorBudget(1.0001 * error))
+    with pytest.warns(UserWarning, match="as it was"):
+        model = run(refiner)
     assert measure(model, world[1]) == (error, edges)
 
 
@@ -187,6 +189,11 @@ def test_resuming_is_exact(
     expected, found = run(whole).state_dict(), run(rest).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
+    other = Refiner(make_model(world[0]), world[1][:50], world[1], recipe, budget)
+    with pytest.raises(StateError, match="another model"):
+        other.load_state_dict(load_state(path))
+    assert other.step == 0
+
 
 def test_what_it_cannot_refine_is_refused(world: tuple[Transitions, Transitions]) -> None:
     data = world[1]
@@ -195,3 +202,18 @@ def test_what_it_cannot_refine_is_refused(world: tuple[Transitions, Transitions]
     dense = make_model(data, mode="dense")
     with pytest.raises(WorldError, match="no gates"):
         Refiner(dense, data, data, Recipe(steps=5), ErrorBudget(0.1))
+    nearest = NearestObjects(dense.config)
+    with pytest.raises(WorldError, match="no gates of its own"):
+        eliminate(nearest, data, PRICE)
+    with pytest.raises(WorldError, match="price=nan"):
+        eliminate(make_model(data), data, math.nan)
+
+
+def test_gates_that_are_mostly_open_are_not_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = follower_world(1000)
+    model = make_model(data)
+    model.gate_shift.fill_(100.0)
+    monkeypatch.setattr("spartan.world_model.refining._PREDICTIONS", 2000)
+    with pytest.raises(WorldError, match="gates between tokens are open"):
+        Refiner(model, data, data, Recipe(steps=5), ErrorBudget(0.1))
+    Refiner(model, data[:50], data, Recipe(steps=5), ErrorBudget(0.1))

@@ -165,6 +165,13 @@ def print_world(console: Console, table: WorldScores) -> None:
             f"{graphs.event_recall:.1%}",
         )
     console.print(shown)
+    clear = table.scores[0].graphs.clear_shd
+    if clear is not None:
+        console.print(
+            f"SPARTAN's SHD without pairs within a tenth of their edge's threshold: {clear:.3f}",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{table.verdict}\nof pairs without a path in SPARTAN's graph {table.influence_held:.3%} "
         f"have influence, {table.influence_free:.1%} where gates may open in response; "

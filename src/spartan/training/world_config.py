@@ -16,6 +16,8 @@ from spartan.world_model.learning import Recipe
 from spartan.world_model.model import Mode, TokenLayers, TransitionConfig
 
 COMMAND = "world"  # what tells these files from those of other commands
+# Options that config files of earlier versions do not have.
+_LATER = {"token_layers", "refine_steps", "refine_price"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class WorldConfig:
     """Batches; half of them for the baselines, a quarter for the model without interaction."""
     refine_steps: int = 0
     """Further batches in which the gates learn from backward elimination which of them are needed;
-    12000 help in create."""
+    12000 help in create. Goes with an error, not with --edges."""
+    refine_price: float = 0.03
+    """What a gate must be worth then, of a state's error; more gives fewer edges."""
     batch_size: int = 128
     """Transitions of a batch."""
     lr: float = 1e-3
@@ -73,9 +77,11 @@ class WorldConfig:
             raise ConfigError(str(error)) from error
         if self.refine_steps < 0:
             raise ConfigError(f"--refine-steps {self.refine_steps} must not be negative.")
+        if self.refine_steps and self.edges is not None:
+            raise ConfigError("--refine-steps goes with an error allowed, not with --edges.")
         if self.error is not None and self.edges is not None:
             raise ConfigError("Give --error or --edges, not both.")
-        for name in ("tau_factor", "error", "edges", "lr"):
+        for name in ("tau_factor", "error", "edges", "lr", "refine_price"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive.")
@@ -119,12 +125,15 @@ class WorldConfig:
 
 
 def world_config_from(values: dict[str, Any], source: str) -> WorldConfig:
-    """Return the options of a config file; what it lacks, as one of an earlier version, is default.
+    """Return the options of a config file; one of an earlier version may lack those added later.
 
     Raises:
-        ConfigError: An option is unknown.
+        ConfigError: An option is unknown, missing, or has a value it cannot have.
     """
     given = {name: value for name, value in values.items() if name != "command"}
+    missing = {field.name for field in dataclasses.fields(WorldConfig)} - set(given) - _LATER
+    if missing:
+        raise ConfigError(f"{source!r} lacks the options {sorted(missing)}.")
     try:
         return WorldConfig(**given)
     except TypeError as error:

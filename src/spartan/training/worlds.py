@@ -141,6 +141,8 @@ class WorldJob:
                 for name in self.names:
                     if world.model_path(name).is_file():
                         continue
+                    if name == "sparse" and "unrefined" in self.names:
+                        say("closing what no state needs, to refine by; this can take minutes")
                     learner = self._learner(world, name)
                     if saved is not None and saved["name"] == name:
                         _continue(learner, saved["learner"], world)
@@ -188,8 +190,11 @@ class WorldJob:
             return Learner(model.to(self.device), *known, seed=config.seed)
         budget = self.budget(world)
         if name == "sparse" and "unrefined" in self.names:
+            assert isinstance(budget, ErrorBudget)
             model.load_state_dict(world.model("unrefined").state_dict())
-            return Refiner(model.to(self.device), *known, budget, seed=config.seed)
+            return Refiner(
+                model.to(self.device), *known, budget, config.refine_price, seed=config.seed
+            )
         if name != "global":
             # Gates that open at random hide what depends on what, until the dynamics are known.
             model.load_state_dict(world.model("dense").state_dict())

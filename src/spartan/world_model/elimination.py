@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from spartan.errors import WorldError
 from spartan.world_model.model import WorldModel
 from spartan.world_model.toggling import squared_errors
 from spartan.world_model.transitions import Transitions
@@ -29,7 +30,7 @@ def eliminate(model: WorldModel, data: Transitions, price: float) -> tuple[Tenso
     Gates of tokens to themselves stay as they are.
 
     Args:
-        model: Whose gates, as they are when not training.
+        model: Of mode `"sparse"`; its gates as they are when not training.
         data: M states and what came.
         price: In units of a state's error: squared, in units of σ, in the mean over features that
             change, summed over objects.
@@ -37,7 +38,14 @@ def eliminate(model: WorldModel, data: Transitions, price: float) -> tuple[Tenso
     Returns:
         A of the gates that are left, 0 or 1, and what closing each of them would cost, ∞ where a
         gate is closed; both `[L, M, N + 1, N + 1]`.
+
+    Raises:
+        WorldError: The model has no gates of its own, or the price is not positive.
     """
+    if model.config.mode != "sparse":
+        raise WorldError(f"mode={model.config.mode!r} has no gates of its own to close.")
+    if not price > 0:
+        raise WorldError(f"price={price} must be positive.")
     model.eval()
     parts = [
         _eliminate(model, data[begin : begin + _STATES], price)
@@ -66,22 +74,19 @@ def _eliminate(model: WorldModel, data: Transitions, price: float) -> tuple[Tens
 def _worths(model: WorldModel, data: Transitions, left: Tensor, asked: Tensor) -> Tensor:
     """Return what each open gate is worth of those asked for, ∞ elsewhere, `[M, L, n, n]`."""
     state, *gate = ((left > 0) & asked).nonzero(as_tuple=True)
-    toggled = left[state]
-    toggled[torch.arange(len(state), device=left.device), *gate] = 0
+    closed = left.new_empty(len(state))
+    for begin in range(0, len(state), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        given = left[state[rows]]
+        given[torch.arange(len(given), device=left.device), *(index[rows] for index in gate)] = 0
+        closed[rows] = _errors(model, data[state[rows]], given)
     worth = torch.full_like(left, math.inf)
-    change = _errors(model, data, state, toggled)
-    change -= _errors(model, data, torch.arange(len(left), device=left.device), left)[state]
-    worth[state, *gate] = change
+    worth[state, *gate] = closed - _errors(model, data, left)[state]
     return worth
 
 
-def _errors(model: WorldModel, data: Transitions, state: Tensor, gates: Tensor) -> Tensor:
-    """Return the error of some of the states, with their gates given, `[R]`."""
-    errors = [data.following.new_zeros(0)]
-    for begin in range(0, len(state), _ROWS):
-        rows = slice(begin, begin + _ROWS)
-        part = data[state[rows]]
-        adjacency = gates[rows].transpose(0, 1)
-        predicted = model(part.states, part.environment, part.mask, adjacency=adjacency).states
-        errors.append(squared_errors(predicted, part, model.scale).sum(-1))
-    return torch.cat(errors)
+def _errors(model: WorldModel, data: Transitions, gates: Tensor) -> Tensor:
+    """Return the error of each state under given gates, `[M]`."""
+    adjacency = gates.transpose(0, 1)
+    predicted = model(data.states, data.environment, data.mask, adjacency=adjacency).states
+    return squared_errors(predicted, data, model.scale).sum(-1)

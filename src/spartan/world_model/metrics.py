@@ -40,8 +40,8 @@ class GraphScores:
         event_precision: The same of rare edges only, those between two objects that are there in
             less than 90 % of states, and of the states in which some of them is true.
         event_recall: The same.
-        clear_shd: `shd` without the pairs whose distance is within a tenth of the threshold that
-            decides on their edge; None in worlds where no distance decides.
+        clear_shd: `shd` without the pairs whose own distance is within a tenth of the threshold
+            that decides on their edge; None in worlds that do not tell.
     """
 
     shd: float

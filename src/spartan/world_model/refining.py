@@ -1,35 +1,41 @@
 r"""Gates that learn which of them each state needs, from what backward elimination left.
 
-    L   =  MSE  +  Σ_ij c_ij softplus(±K g_ij) / K          + where the gate is to be closed
-    c   =  1                                                 where it is closed, or was eliminated
-    c   =  min((worth - price) / price, R)                   where it is left
+    L   =  MSE  +  Σ_i≠j c_ij softplus(±K g_ij) / K          + where the gate is to be closed
+    c   =  1                                                  where it is closed, or was eliminated
+    c   =  min((worth - price) / price, R)                    where it is left
 
 in units of a state's error. By opening and closing one gate of each state now and then (`toggling`)
 gates learn, too, but where there are many objects the estimate is so noisy that reads of objects
-that are merely near stay; here every gate of every state has its say in each step, and it does not
-fade where a gate is surely open. Elimination knows what came, and a gate must do without: what it
-learns is the mean over states that look the same to it. A needed gate weighs as much as it is
-worth, up to R times as much as one too many.
+that are merely near stay; here all gates of a state have their say, and it does not fade where a
+gate is surely open. Elimination knows what came, and a gate must do without: what it learns is the
+mean over states that look the same to it. A needed gate weighs by how much it is worth more than
+the price, up to R times as much as one too many. Gates of tokens to themselves have no price:
+there c is worth / price, where they are open.
 
 The model to start from has learned its gates by `Learner`: where all are open, none is needed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from spartan.errors import WorldError
+from spartan.errors import StateError, WorldError
 from spartan.seeds import derive_seed
-from spartan.world_model.constraints import EdgeBudget, ErrorBudget
+from spartan.world_model.constraints import ErrorBudget
 from spartan.world_model.elimination import eliminate
 from spartan.world_model.learning import Learner, Recipe
 from spartan.world_model.model import Prediction, WorldModel
 from spartan.world_model.transitions import Transitions
 
-_STATES = 100_000  # labelled, or as many as take so many predictions
-_PREDICTIONS = 5_000_000
+_STATES = 100_000  # to be labelled
+_PREDICTIONS = 10_000_000  # that labels may take
 _STEEPNESS = 4.0  # K
 _MOST = 8.0  # R
 
@@ -37,20 +43,22 @@ _MOST = 8.0  # R
 class Refiner(Learner):
     """Trains a model further, with the gates that its own states need as labels.
 
-    Under an error budget, what comes out is within it if what went in was.
+    The result is the last model within the error, as measured on held-out data; if there is none,
+    the one with the least error, and that may be the one it began with.
 
     Args:
         model: Of mode `"sparse"`, trained; in place. What it is now decides the labels.
-        data: Transitions for training; up to 100,000 of them are labelled, and trained on;
-            fewer where most gates are open, since labels take longer then.
+        data: Transitions for training; up to 100,000 of them, drawn by the seed, are labelled, and
+            trained on. Labels take up to some minutes.
         held_out: Transitions to choose the result by.
         recipe: How to train; gates stay as sharp as they are.
-        budget: What the model was trained under.
+        budget: The error allowed.
         price: What a gate must be worth, in units of a state's error (see `eliminate`).
         seed: Decides states, batches and gates.
 
     Raises:
-        WorldError: Data and model do not fit, or the price is not positive.
+        WorldError: Data and model do not fit, the price is not positive, or so many gates are open
+            that labels would take too long.
     """
 
     def __init__(
@@ -59,20 +67,47 @@ class Refiner(Learner):
         data: Transitions,
         held_out: Transitions,
         recipe: Recipe,
-        budget: ErrorBudget | EdgeBudget,
+        budget: ErrorBudget,
         price: float = 0.03,
         seed: int = 0,
     ) -> None:
-        if not price > 0:
-            raise WorldError(f"price={price} must be positive.")
         generator = torch.Generator().manual_seed(derive_seed(seed, "world/labelled", 0))
         order = torch.randperm(len(data), generator=generator).to(data.states.device)
-        some = data[order[: _affordable(model, data[order[:1000]])]]
-        super().__init__(model, some, held_out, recipe, budget, seed)
+        super().__init__(model, data[order[:_STATES]], held_out, recipe, budget, seed)
         self.constraint = None
-        left, worth = eliminate(model, some, price)
+        _refuse_many(model, self.data)
+        left, worth = eliminate(model, self.data, price)
         self.labels = label(left, worth, price)
-        self.check()  # what it starts from stays the best, unless others are within the budget
+        self.origin = _digest(model)
+        self.check()  # what it begins with is a result, too
+        self._began = math.inf if self.best is None else self.best["error"]
+
+    def finish(self) -> None:
+        """Leave the model with what was best, and warn if that is what it began with."""
+        super().finish()
+        if self.best is not None and self.best["error"] == self._began:
+            warnings.warn(
+                "No step of the refinement was better within the error budget: the model is as it "
+                "was. Refine for longer, or allow a larger error.",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue, together with the model it began with."""
+        return super().state_dict() | {"origin": self.origin}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue.
+
+        Raises:
+            StateError: It began with another model, whose labels would be others.
+        """
+        if state.get("origin") != self.origin:
+            raise StateError(
+                "This refinement began with another model: build the Refiner from the model that "
+                "was given to it at first, and load this state then."
+            )
+        super().load_state_dict(state)
 
     def set_gates(self) -> None:
         """Leave them as they are."""
@@ -91,18 +126,26 @@ class Refiner(Learner):
 
 
 @torch.no_grad()
-def _affordable(model: WorldModel, some: Transitions) -> int:
-    """Return how many states to label; one with g gates open takes up to g (g + 1) / 2 predictions.
-
-    Args:
-        model: Whose gates.
-        some: States like those to be labelled.
-    """
+def _refuse_many(model: WorldModel, data: Transitions) -> None:
+    """Raise if labels take too long: a state with g gates open takes up to g (g + 1) / 2 errors."""
     model.eval()
+    some = data[slice(0, 1000)]
     gates = model(some.states, some.environment, some.mask).adjacency.sum(0)
     opened = gates.sum((-2, -1)) - gates.diagonal(dim1=-2, dim2=-1).sum(-1)
-    each = (opened * (opened + 1) / 2).mean()
-    return int(min(_STATES, max(1000.0, _PREDICTIONS / max(1.0, float(each)))))
+    each = float((opened * (opened + 1) / 2).mean())
+    if each * len(data) > _PREDICTIONS:
+        raise WorldError(
+            f"{float(opened.mean()):.1f} gates between tokens are open in the mean state, and what "
+            f"{len(data):,} states need of them would take too long to find out. Train the model "
+            "for longer under its budget first, until few gates are open, or give fewer states."
+        )
+
+
+def _digest(model: WorldModel) -> str:
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def label(left: Tensor, worth: Tensor, price: float) -> Tensor:

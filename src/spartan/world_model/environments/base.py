@@ -23,8 +23,8 @@ class Step:
             fired in this step. The diagonal is False.
         targets: Boolean `[B, N]`: the intervention changed a mechanism that object i went through.
         events: Boolean `[B]`: something happened that training data should have more of.
-        borderline: Boolean `[B, N, N]`: the distance that decides on the edge is within a tenth of
-            its threshold; None of worlds where no distance decides.
+        borderline: Boolean `[B, N, N]`: the pair's distance that decides on the edge is within a
+            tenth of its threshold; None of worlds that do not tell.
     """
 
     states: Tensor
