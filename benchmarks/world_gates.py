@@ -58,8 +58,10 @@ def show_reads(model: TransitionModel, data: Transitions) -> None:
     count = data.states.shape[1]
     gates = model(data.states, data.environment, data.mask).adjacency
     true = true_graphs(data)
+    own = torch.eye(count, dtype=torch.bool)
+    needless = ~true[..., :count] & ~own
     allowed = torch.ones_like(gates[0])
-    allowed[:, :count, :count] = true[..., :count].float()
+    allowed[:, :count, :count] -= needless.float()
     there = data.mask.sum()
     usual = errors(model, data, gates)
     print(f"error, gates as learned          {float(usual.sum() / there):.4f}")
@@ -67,7 +69,7 @@ def show_reads(model: TransitionModel, data: Transitions) -> None:
         closed = gates.clone()
         closed[layer] *= allowed
         changed = float(errors(model, data, closed).sum() / there)
-        false = gates[layer, :, :count, :count] * ~true[..., :count]
+        false = gates[layer, :, :count, :count] * needless
         reads = float(false.sum() / len(data))
         print(f"  false reads of layer {layer + 1} closed  {changed:.4f}  ({reads:.3f} per state)")
     busiest = int(gates[..., :count, :count].sum((1, 2, 3)).argmax())
@@ -78,7 +80,7 @@ def show_reads(model: TransitionModel, data: Transitions) -> None:
             closed = gates.clone()
             closed[busiest, :, i, j] = 0
             worth[:, i, j] = errors(model, data, closed) - usual
-    show_worth(worth, gates[busiest, :, :count, :count].bool(), true[..., :count], data)
+    show_worth(worth, gates[busiest, :, :count, :count].bool() & ~own, true[..., :count], data)
 
 
 def show_worth(worth: Tensor, opened: Tensor, true: Tensor, data: Transitions) -> None:
