@@ -34,7 +34,7 @@ from spartan.world_model import (
 from spartan.world_model.adaptation import compose
 from spartan.world_model.constraints import Constraint
 from spartan.world_model.learning import meet_edges, prediction_error
-from tests.world_model.worlds import CONFIG, follower_world, make_model
+from tests.world_model.worlds import CONFIG, follower_world, make_model, train
 
 DENSE_RECIPE, RECIPE = Recipe(steps=600, lr=3e-3), Recipe(steps=3000, lr=1.5e-3)
 
@@ -47,15 +47,6 @@ def data() -> Transitions:
 @pytest.fixture(scope="module")
 def held_out() -> Transitions:
     return follower_world(2_000, seed=1)
-
-
-def train(learner: Learner) -> WorldModel:
-    while not learner.done:
-        learner.advance()
-        if learner.checks_now:
-            learner.check()
-    learner.finish()
-    return learner.model
 
 
 @pytest.fixture(scope="module")

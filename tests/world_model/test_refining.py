@@ -26,18 +26,11 @@ from spartan.world_model import (
 )
 from spartan.world_model.refining import label
 from spartan.world_model.toggling import squared_errors
-from tests.world_model.test_model import CONFIG, N, draw, make
-from tests.world_model.worlds import follower_world, make_model
+from tests.world_model.test_model import N, make
+from tests.world_model.test_toggling import some_data
+from tests.world_model.worlds import follower_world, make_model, train
 
 COUNT, PRICE = 3, 0.05
-
-
-def some_data() -> Transitions:
-    states, environment = draw()
-    mask = torch.ones(COUNT, N, dtype=torch.bool)
-    mask[1, 3] = False
-    following = torch.randn(COUNT, N, CONFIG.changing, generator=torch.Generator().manual_seed(3))
-    return Transitions(states[:COUNT], following, mask, environment[:COUNT])
 
 
 def error_of(model: WorldModel, one: Transitions, gates: Tensor) -> float:
@@ -64,7 +57,7 @@ def eliminated_one_by_one(model: WorldModel, one: Transitions, price: float) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("price", [1e-4, PRICE, 1e9])
 def test_the_least_worthy_gate_is_closed_until_all_are_worth_the_price(price: float) -> None:
-    model, data = make(), some_data()
+    model, data = make(), some_data()[:COUNT]
     before = model(data.states, data.environment, data.mask).adjacency
     left, worth = eliminate(model, data, price)
     own = torch.eye(N + 1, dtype=torch.bool)
@@ -83,7 +76,7 @@ def test_the_least_worthy_gate_is_closed_until_all_are_worth_the_price(price: fl
 
 @torch.no_grad()
 def test_worth_is_what_closing_costs() -> None:
-    model, data = make(), some_data()
+    model, data = make(), some_data()[:COUNT]
     left, worth = eliminate(model, data, PRICE)
     for layer, k, i, j in left.nonzero().tolist():
         closed = left[:, k : k + 1].clone()
@@ -101,7 +94,7 @@ def test_a_needed_gate_weighs_what_it_is_worth_within_limits() -> None:
 
 
 def test_the_loss_does_not_fade_where_a_gate_is_surely_wrong() -> None:
-    model, data = make(), some_data()
+    model, data = make(), some_data()[:COUNT]
     recipe = Recipe(steps=5, batch_size=COUNT)
     refiner = Refiner(model, data, data, recipe, ErrorBudget(1.0), PRICE)
     rows = torch.arange(COUNT)
@@ -118,15 +111,6 @@ def test_the_loss_does_not_fade_where_a_gate_is_surely_wrong() -> None:
     assert float(slopes.abs().max()) < 1e-6
 
 
-def run(learner: Learner) -> WorldModel:
-    while not learner.done:
-        learner.advance()
-        if learner.checks_now:
-            learner.check()
-    learner.finish()
-    return learner.model
-
-
 @pytest.fixture(scope="module")
 def world() -> tuple[Transitions, Transitions]:
     return follower_world(6_000), follower_world(1_000, seed=1)
@@ -135,10 +119,10 @@ def world() -> tuple[Transitions, Transitions]:
 @pytest.fixture(scope="module")
 def begun(world: tuple[Transitions, Transitions]) -> WorldModel:
     """A model whose gates are far from settled: many are open that no state needs."""
-    dense = run(Learner(make_model(world[0], mode="dense"), *world, Recipe(steps=500, lr=3e-3)))
+    dense = train(Learner(make_model(world[0], mode="dense"), *world, Recipe(steps=500, lr=3e-3)))
     model = make_model(world[0])
     model.load_state_dict(dense.state_dict())
-    return run(Learner(model, *world, Recipe(steps=300, lr=1.5e-3), ErrorBudget(0.1)))
+    return train(Learner(model, *world, Recipe(steps=300, lr=1.5e-3), ErrorBudget(0.1)))
 
 
 def again(model: WorldModel) -> WorldModel:
@@ -152,7 +136,7 @@ def test_gates_learn_what_is_needed(
 ) -> None:
     before = score_graphs(found_graphs(begun, world[1]), world[1])
     refiner = Refiner(again(begun), *world, Recipe(steps=500, lr=1.5e-3), ErrorBudget(0.1))
-    model = run(refiner)
+    model = train(refiner)
     after = score_graphs(found_graphs(model, world[1]), world[1])
     assert 3 * after.shd < before.shd
     assert after.recall > 0.9
@@ -166,7 +150,7 @@ def test_what_was_within_the_budget_stays_within(
     recipe = Recipe(steps=20, lr=50.0, checks=20)  # far too large
     refiner = Refiner(again(begun), *world, recipe, ErrorBudget(1.0001 * error))
     with pytest.warns(UserWarning, match="as it was"):
-        model = run(refiner)
+        model = train(refiner)
     assert measure(model, world[1]) == (error, edges)
 
 
@@ -186,7 +170,7 @@ def test_resuming_is_exact(
     save_state(path, half.state_dict())
     rest = Refiner(again(begun), *world, recipe, budget)
     rest.load_state_dict(load_state(path))
-    expected, found = run(whole).state_dict(), run(rest).state_dict()
+    expected, found = train(whole).state_dict(), train(rest).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
     other = Refiner(make_model(world[0]), world[1][:50], world[1], recipe, budget)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from spartan.world_model import TransitionConfig, TransitionModel, Transitions
+from spartan.world_model import (
+    Learner,
+    TransitionConfig,
+    TransitionModel,
+    Transitions,
+    WorldModel,
+)
 
 CONFIG = TransitionConfig(
     features=3, changing=1, environments=2, width=24, hidden=48, frequencies=4
@@ -41,3 +47,13 @@ def make_model(data: Transitions, **changes: object) -> TransitionModel:
     model = TransitionModel(replace(CONFIG, **changes))  # type: ignore[arg-type]
     model.fit_scale(data)
     return model
+
+
+def train(learner: Learner) -> WorldModel:
+    """Take all steps, and return the result."""
+    while not learner.done:
+        learner.advance()
+        if learner.checks_now:
+            learner.check()
+    learner.finish()
+    return learner.model

@@ -141,7 +141,7 @@ class WorldJob:
                 for name in self.names:
                     if world.model_path(name).is_file():
                         continue
-                    if name == "sparse" and "unrefined" in self.names:
+                    if self._refines(name):
                         say("closing what no state needs, to refine by; this can take minutes")
                     learner = self._learner(world, name)
                     if saved is not None and saved["name"] == name:
@@ -189,7 +189,7 @@ class WorldJob:
         if name not in ("sparse", "unrefined", "global"):
             return Learner(model.to(self.device), *known, seed=config.seed)
         budget = self.budget(world)
-        if name == "sparse" and "unrefined" in self.names:
+        if self._refines(name):
             assert isinstance(budget, ErrorBudget)
             model.load_state_dict(world.model("unrefined").state_dict())
             return Refiner(
@@ -200,9 +200,12 @@ class WorldJob:
             model.load_state_dict(world.model("dense").state_dict())
         return Learner(model.to(self.device), *known, budget, config.seed)
 
+    def _refines(self, name: str) -> bool:
+        return name == "sparse" and self.config.refine_steps > 0
+
     def steps_of(self, name: str) -> int:
         """Return the steps that one of the models is trained for."""
-        if name == "sparse" and "unrefined" in self.names:
+        if self._refines(name):
             return self.config.refine_steps
         return max(1, round(self.config.steps * _SHARES.get(name, 1.0)))
 

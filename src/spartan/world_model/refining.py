@@ -5,12 +5,11 @@ r"""Gates that learn which of them each state needs, from what backward eliminat
     c   =  min((worth - price) / price, R)                    where it is left
 
 in units of a state's error. By opening and closing one gate of each state now and then (`toggling`)
-gates learn, too, but where there are many objects the estimate is so noisy that reads of objects
-that are merely near stay; here all gates of a state have their say, and it does not fade where a
-gate is surely open. Elimination knows what came, and a gate must do without: what it learns is the
-mean over states that look the same to it. A needed gate weighs by how much it is worth more than
-the price, up to R times as much as one too many. Gates of tokens to themselves have no price:
-there c is worth / price, where they are open.
+gates learn, too, but in `CreateLite` reads of objects that are merely near stay; here all gates of
+a state have their say, and it does not fade where a gate is surely open. Elimination knows what
+came, and a gate must do without: what it learns is the mean over states that look the same to it. A
+needed gate weighs by how much it is worth more than the price, up to R times as much as one too
+many. Gates of tokens to themselves have no price: there c is worth / price, where they are open.
 
 The model to start from has learned its gates by `Learner`: where all are open, none is needed.
 """
