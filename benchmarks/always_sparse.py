@@ -222,7 +222,7 @@ def memory_table() -> dict[tuple[int, int], int]:
 
 
 def training_table(path: str) -> None:
-    from spartan.training.data import augment, load_data, normalize
+    from spartan.commands.images import augment, load_data, normalize
 
     data = load_data(path, None)
     torch.set_num_threads(1)

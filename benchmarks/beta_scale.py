@@ -14,9 +14,9 @@ import argparse
 from torch import nn
 
 import one_run
+from spartan.commands.images import ImageData, load_data
+from spartan.commands.options.train import TrainConfig
 from spartan.errors import NonFiniteError
-from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData, load_data
 
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "magnitude": ("magnitude", ()),

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 import one_run
-from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData, load_data
-from spartan.training.models import resnet20
+from spartan.commands.images import ImageData, load_data
+from spartan.commands.models import resnet20
+from spartan.commands.options.train import TrainConfig
 
 METHODS = (
     *("magnitude", "dpf", "powerpropagation"),

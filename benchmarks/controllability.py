@@ -18,8 +18,8 @@ import matplotlib as mpl
 from torch import nn
 
 import one_run
-from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData, load_data
+from spartan.commands.images import ImageData, load_data
+from spartan.commands.options.train import TrainConfig
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spartan.training.models import resnet20
+from spartan.commands.models import resnet20
 
 SPARSITY = 0.95
 BATCHES = (1, 16)

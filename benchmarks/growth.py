@@ -24,7 +24,7 @@ from torch import nn
 
 import cifar10
 import one_run
-from spartan.training.models import mlp
+from spartan.commands.models import mlp
 
 METHODS = ("static", "set", "rigl", "gse")
 SPARSITY = 0.98

@@ -17,7 +17,7 @@ from torch import nn
 
 from deploy import mlp, resnet18
 from spartan import Budget, Sparsifier
-from spartan.deploy.bench import bench
+from spartan.commands.bench import bench
 from spartan.methods import Magnitude
 
 SHARES = (0.7, 0.5, 0.35)  # of the dense model's time

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from spartan import Budget, Sparsifier, kernels
-from spartan.kernels import Request, Scores, scan
+from spartan.kernels import ScanRequest, Scores, scan
 from spartan.methods import Spartan
 
 DENSITY = 0.05
@@ -116,11 +116,11 @@ def selection(n: int, repeats: int) -> None:
     x = (torch.randn(n) * 0.02).abs()
     k = round(DENSITY * n)
     scores = Scores([x], [1.0], [1.0], absolute=True)
-    cold, warm = Request(scores, k), Request(scores, k)
-    threshold = scan([cold])[0].cut.threshold
+    cold, warm = ScanRequest(scores, k), ScanRequest(scores, k)
+    threshold = scan([cold])[0].cutoff.threshold
     assert threshold == x.kthvalue(n - k + 1).values.item()
     # Brackets in training are as wide as the threshold moved in the last step, at most 1 %.
-    warm = Request(scores, k, (threshold * 0.998, threshold * 1.002))
+    warm = ScanRequest(scores, k, (threshold * 0.998, threshold * 1.002))
     times = {
         "first (two histograms)": seconds(lambda: scan([cold]), repeats),
         "warm (0.4 % bracket)": seconds(lambda: scan([warm]), repeats),

@@ -35,8 +35,8 @@ from spartan.adapters import (
     get_adapter_model,
 )
 from spartan.adapters.reading import fastest, fused, gathered, masked
-from spartan.training.adapt_config import AdaptConfig
-from spartan.training.adapting import adapt, open_adapt_job
+from spartan.commands.adapt.job import adapt, open_adapt_job
+from spartan.commands.options.adapt import AdaptConfig
 
 # Name, adapter, options.
 COMPARED: list[tuple[str, str, dict[str, Any]]] = [

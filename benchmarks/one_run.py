@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData, MemoryImages
-from spartan.training.run import Run
-from spartan.training.trainer import Row, Trainer
+from spartan.commands.images import ImageData, MemoryImages
+from spartan.commands.options.train import TrainConfig
+from spartan.commands.runs.folder import Run
+from spartan.commands.train.trainer import Row, Trainer
 
 
 def train(config: TrainConfig, data: ImageData) -> Row:

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 import spartan
+from spartan.commands.images import ImageData, augment, load_data, normalize
+from spartan.commands.models import resnet20
+from spartan.commands.train.trainer import evaluate
 from spartan.deploy import load
 from spartan.post_training import Distillation
 from spartan.post_training.allocation import ALLOCATIONS
-from spartan.training.data import ImageData, augment, load_data, normalize
-from spartan.training.models import resnet20
-from spartan.training.trainer import evaluate
 
 # What the weights were trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -20,12 +20,12 @@ from torch import nn
 
 import one_run
 import spartan
+from spartan.budgets.flops import trace_flops
+from spartan.commands.images import ImageData, load_data
+from spartan.commands.models import resnet20
+from spartan.commands.options.train import TrainConfig
 from spartan.deploy.timing import time_side_by_side
-from spartan.flops import trace_flops
-from spartan.prunable import find_prunable
-from spartan.training.config import TrainConfig
-from spartan.training.data import ImageData, load_data
-from spartan.training.models import resnet20
+from spartan.weights.prunable import find_prunable
 
 IMAGES, IMAGE_SIZE = 10_240, 16
 DENSITIES = (0.5, 0.3)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spartan import Budget, Sparsifier, kernels
+from spartan.commands.models import resnet20
 from spartan.methods import METHODS, create
-from spartan.training.models import resnet20
 
 Step = Callable[[], None]
 

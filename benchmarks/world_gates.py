@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from spartan.training.worlds import WorldJob, WorldRun, draw_natural
+from spartan.commands.world.job import WorldJob, WorldRun, draw_natural
 from spartan.world_model import (
     Transitions,
     constant_graph,

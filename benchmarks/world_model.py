@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from spartan.cli_options import refuse_changes
+from spartan.commands.options.files import refuse_changes
+from spartan.commands.options.world import WorldConfig
+from spartan.commands.world.job import WorldJob, WorldRun, draw_natural
+from spartan.commands.world.scores import HORIZON, score_world
 from spartan.seeds import derive_seed
-from spartan.training.world_config import WorldConfig
-from spartan.training.world_scores import HORIZON, score_world
-from spartan.training.worlds import WorldJob, WorldRun, draw_natural
 from spartan.world_model import (
     ErrorBudget,
     Learner,

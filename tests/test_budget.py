@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spartan import NM, Block, Budget, Channel, Unstructured
-from spartan.budget import Share, erk_densities
+from spartan.budgets.budget import Share, erk_densities
+from spartan.budgets.flops import trace_flops
 from spartan.errors import BudgetError, PatternError
-from spartan.flops import trace_flops
-from spartan.patterns import Pattern
-from spartan.prunable import find_prunable
+from spartan.weights.patterns import Pattern
+from spartan.weights.prunable import find_prunable
 from tests.conftest import Net
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spartan.__main__ import main
-from spartan.training.run import Run
+from spartan.commands.runs.folder import Run
 from tests.conftest import ROOT
 
 TINY = ["--epochs", "3", "--density", "0.1", "--seed", "1"]

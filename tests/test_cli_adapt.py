@@ -13,8 +13,8 @@ import torch
 
 from spartan.__main__ import main
 from spartan.adapters import AdapterModel
+from spartan.commands.adapt.texts import load_texts
 from spartan.files import load_tensors
-from spartan.training.texts import load_texts
 from tests.adapters.models import minilm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -101,7 +101,7 @@ def test_weights_in_a_file_and_inputs_in_another(
 
 
 def digits_mlp() -> torch.nn.Module:
-    from spartan.training.models import mlp
+    from spartan.commands.models import mlp
 
     return mlp(1, 8, 10)
 

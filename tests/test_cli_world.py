@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from spartan.__main__ import main
+from spartan.commands.world.job import WorldJob, WorldRun
 from spartan.files import load_tensors
-from spartan.training.worlds import WorldJob, WorldRun
 
 QUICK = ("--steps", 40, "--transitions", 2000, "--width", 16, "--hidden", 16, "--tau-factor", 0.999)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spartan.counts import Limits, fit_counts, logistic, logit, shift_to
+from spartan.budgets.layer_bounds import LayerBounds, fit_counts, logistic, logit, shift_to
 from spartan.errors import BudgetError
 
 layers = st.lists(
@@ -23,7 +23,7 @@ layers = st.lists(
 )
 
 
-def limits(rows, share: float, equal: bool) -> Limits:
+def limits(rows, share: float, equal: bool) -> LayerBounds:
     units = [n for n, *_ in rows]
     costs = [1.0 if equal else c for _, _, c, _ in rows]
     least = [max(1, math.floor(low * n)) for n, _, _, low in rows]
@@ -31,7 +31,7 @@ def limits(rows, share: float, equal: bool) -> Limits:
     whole = sum(n * c for n, c in zip(units, costs, strict=True))
     budget = floor + share * (whole - floor)
     names = [str(i) for i in range(len(rows))]
-    return Limits(names, units, costs, least, units, round(budget) if equal else budget)
+    return LayerBounds(names, units, costs, least, units, round(budget) if equal else budget)
 
 
 @given(rows=layers, share=st.floats(0, 1), equal=st.booleans())
@@ -70,7 +70,7 @@ def test_all_logits_move_by_one_number(rows, share: float) -> None:
 
 
 def test_densities_that_fit_stay() -> None:
-    given_limits = Limits(["a", "b"], [100, 300], [1.0, 1.0], [1, 1], [100, 300], 100)
+    given_limits = LayerBounds(["a", "b"], [100, 300], [1.0, 1.0], [1, 1], [100, 300], 100)
     assert fit_counts([0.25, 0.25], given_limits) == [25, 75]
     assert fit_counts([1.0, 0.0], given_limits) == [99, 1]
     assert fit_counts([0.4, 0.2], given_limits) == [40, 60]
@@ -78,7 +78,7 @@ def test_densities_that_fit_stay() -> None:
 
 def test_impossible_budgets_say_what_is_possible() -> None:
     with pytest.raises(BudgetError, match=r"2 of 10, .* smallest reachable density is 0.5"):
-        Limits(["a", "b"], [5, 5], [1.0, 1.0], [4, 1], [5, 5], 2)
+        LayerBounds(["a", "b"], [5, 5], [1.0, 1.0], [4, 1], [5, 5], 2)
 
 
 def test_the_logistic_function_has_an_inverse_with_ends() -> None:

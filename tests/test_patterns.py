@@ -9,8 +9,8 @@ from torch import nn
 from spartan import NM, Block, Channel, Unstructured
 from spartan.errors import PatternError
 from spartan.kernels.units import pool_magnitudes, pool_products
-from spartan.patterns import Pattern, parse_pattern
-from spartan.prunable import Prunable
+from spartan.weights.patterns import Pattern, parse_pattern
+from spartan.weights.prunable import Prunable
 
 WEIGHTS = {
     "linear": Prunable("linear", nn.Parameter(torch.randn(8, 12))),

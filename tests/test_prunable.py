@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spartan.errors import PrunableError
-from spartan.prunable import NameFilter, find_prunable
+from spartan.weights.prunable import NameFilter, find_prunable
 
 
 class Conv1D(nn.Module):

@@ -40,7 +40,7 @@ def _run(words: list[str]) -> int:
         raise MissingExtraError(
             f"The command line needs {error.name}: pip install 'spartan-torch[cli]'."
         ) from error
-    from spartan.cli import run_command
+    from spartan.commands.app import run_command
 
     return run_command(words)
 

@@ -7,6 +7,7 @@ from `SpartanError`; the command line prints their message and exits with code 2
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -86,3 +87,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
     return f"known: {shown}"
+
+
+def renamed(old: str, new: str, stacklevel: int = 4) -> None:
+    """Warn that something is used by the name it had before."""
+    warnings.warn(f"{old} is called {new} now.", DeprecationWarning, stacklevel=stacklevel)

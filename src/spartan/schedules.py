@@ -7,10 +7,10 @@ from typing import Literal
 
 from spartan.errors import MethodError
 
-Shape = Literal["linear", "cosine", "cubic"]
+Curve = Literal["linear", "cosine", "cubic"]
 
 
-def progress(step: int, end: int, shape: Shape = "linear", begin: int = 0) -> float:
+def progress(step: int, end: int, shape: Curve = "linear", begin: int = 0) -> float:
     """Return how far a quantity has moved from its start to its end value.
 
     With x = (step - begin) / (end - begin), clipped to [0, 1]:

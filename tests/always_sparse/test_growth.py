@@ -13,8 +13,6 @@ from torch import Tensor, nn
 import spartan
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear, convert, sparse_layers, to_dense
-from spartan.always_sparse.growing import GrowingSparsifier
-from spartan.always_sparse.growth import Growth, largest
 from spartan.errors import (
     NonFiniteError,
     ScheduleError,
@@ -22,9 +20,11 @@ from spartan.errors import (
 )
 from spartan.kernels.key_lists import is_in, merge
 from spartan.methods import DSTEE, GSE, SET, RigL, Static
+from spartan.methods.growth.contract import GrowthMethod, largest
+from spartan.sparsifier.growing_run import GrowingSparsifier
 from tests.conftest import Net, batch, train_step
 
-METHODS: list[Growth] = [
+METHODS: list[GrowthMethod] = [
     GSE(period=3),
     GSE(period=2, sampler="grabo", gamma=0.5),
     GSE(period=2, sampler="graest", gamma=2.0),
@@ -53,7 +53,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def sparsify(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    method: Growth,
+    method: GrowthMethod,
     allocation: str = "global",
     steps: int = STEPS,
 ) -> GrowingSparsifier:
@@ -63,7 +63,7 @@ def sparsify(
 
 @method_param
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_exact_at_every_step(method: Growth, allocation: str) -> None:
+def test_exact_at_every_step(method: GrowthMethod, allocation: str) -> None:
     model = sparse_net(allocation)
     optimizer = sgd(model)
     sparsifier = sparsify(model, optimizer, method, allocation)
@@ -107,7 +107,7 @@ def weighted(model: nn.Module) -> list[Any]:
 @method_param
 @pytest.mark.parametrize("allocation", ["global", "er"])
 @pytest.mark.parametrize("stop", [0, 2, 3, 7, 12])
-def test_resume_is_bit_equal(method: Growth, allocation: str, stop: int) -> None:
+def test_resume_is_bit_equal(method: GrowthMethod, allocation: str, stop: int) -> None:
     model = sparse_net(allocation)
     optimizer = sgd(model)
     sparsifier = sparsify(model, optimizer, method, allocation)
@@ -134,7 +134,7 @@ def test_resume_is_bit_equal(method: Growth, allocation: str, stop: int) -> None
 
 
 def test_every_method_has_a_row() -> None:
-    growing = {m for m in spartan.methods.METHODS.values() if issubclass(m, Growth)}
+    growing = {m for m in spartan.methods.METHODS.values() if issubclass(m, GrowthMethod)}
     assert {type(m) for m in METHODS} == growing
 
 
@@ -153,7 +153,7 @@ OPTIMIZERS = {
 @moving_param
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("given", [True, False])
-def test_state_follows_its_connection(method: Growth, kind: str, given: bool) -> None:
+def test_state_follows_its_connection(method: GrowthMethod, kind: str, given: bool) -> None:
     model = sparse_net()
     optimizer = OPTIMIZERS[kind](model.parameters())
     sparsifier = sparsify(model, optimizer if given else None, method)
@@ -191,7 +191,7 @@ def test_state_follows_its_connection(method: Growth, kind: str, given: bool) ->
 
 
 @moving_param
-def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: Growth) -> None:
+def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: GrowthMethod) -> None:
     model = sparse_net()
     optimizer = sgd(model)
     sparsifier = sparsify(model, optimizer, method)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear, to_dense
-from spartan.always_sparse.dst_ee import acquisition
 from spartan.always_sparse.product import Passes
 from spartan.kernels.key_lists import is_in
 from spartan.methods import DSTEE, GSE, RigL
+from spartan.methods.growth.dst_ee import acquisition
 from tests.always_sparse.test_growth import sgd, sparse_net, sparsify
 from tests.conftest import VECTORS, batch, train_step
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import spartan
 from spartan.deploy.accelerating import plan_of
-from spartan.deploy.layers import SparseConv2d, SparseLayer, SparseLinear
+from spartan.deploy.inference_layers import InferenceConv2d, InferenceLayer, InferenceLinear
 from spartan.deploy.timing import Timing, time_side_by_side
 from spartan.errors import DeployError
 
@@ -105,7 +105,7 @@ def accelerate(model: nn.Module, x: Any) -> nn.Module:
 
 
 def kinds(model: nn.Module) -> list[str]:
-    return [type(m).__name__ for m in model.modules() if isinstance(m, SparseLayer)]
+    return [type(m).__name__ for m in model.modules() if isinstance(m, InferenceLayer)]
 
 
 def assert_same(fast: nn.Module, model: nn.Module, x: Any) -> None:
@@ -146,7 +146,7 @@ def test_activations_stay_feature_major_between_sparse_layers() -> None:
     x = torch.randn(2, 17, 64)
     fast = accelerate(model, x)
     assert_same(fast, model, x)
-    layers = [m for m in fast.modules() if isinstance(m, SparseLinear)]
+    layers = [m for m in fast.modules() if isinstance(m, InferenceLinear)]
     assert [layer.feature_major for layer in layers] == [True, True, False]
 
 
@@ -186,7 +186,7 @@ def test_models_that_cannot_be_traced_keep_their_class() -> None:
     fast = accelerate(model, x)
     assert isinstance(fast, Untraceable)
     assert fast.note == "kept"
-    assert kinds(fast) == ["SparseLinear", "SparseLinear"]
+    assert kinds(fast) == ["InferenceLinear", "InferenceLinear"]
     assert not plan_of(fast).traced
     assert "cannot be traced" in str(plan_of(fast))
     assert_same(fast, model, x)
@@ -198,7 +198,7 @@ def test_attention_layers_still_work() -> None:
     model = prune(nn.TransformerEncoder(layer, 2))
     x = torch.randn(3, 7, 32)
     fast = accelerate(model, x)
-    assert kinds(fast) == ["SparseLinear"] * 4
+    assert kinds(fast) == ["InferenceLinear"] * 4
     assert_same(fast, model, x)
 
 
@@ -274,7 +274,7 @@ def test_wrong_inputs_are_named() -> None:
     fast = accelerate(prune(nn.Sequential(nn.Linear(16, 16))), torch.randn(2, 16))
     with pytest.raises(DeployError, match="16 inputs"):
         fast(torch.randn(2, 15))
-    conv = SparseConv2d(nn.Conv2d(3, 4, 3))
+    conv = InferenceConv2d(nn.Conv2d(3, 4, 3))
     with pytest.raises(DeployError, match="3 channels"):
         conv(torch.randn(1, 4, 8, 8))
     with pytest.raises(DeployError, match="smaller"):
@@ -346,7 +346,7 @@ def test_additions_of_every_kind(add: Callable[[Any, Tensor], Tensor]) -> None:
 
 
 def test_addends_that_do_not_fit_the_product_are_added_behind_it() -> None:
-    layer, conv = SparseLinear(nn.Linear(8, 8)), SparseConv2d(nn.Conv2d(3, 4, 3))
+    layer, conv = InferenceLinear(nn.Linear(8, 8)), InferenceConv2d(nn.Conv2d(3, 4, 3))
     layer.activation = conv.activation = "relu"
     x, images = torch.randn(6, 8), torch.randn(2, 3, 5, 5)
     for addend in (torch.randn(8), torch.randn(3, 6, 8), torch.ones(6, 8, dtype=torch.bool),

@@ -19,7 +19,7 @@ from spartan.deploy.plan import Plan
 from spartan.deploy.timing import Timing
 from spartan.errors import BudgetError, StateError
 from spartan.methods import Magnitude
-from spartan.patterns import Pattern, Unstructured
+from spartan.weights.patterns import Pattern, Unstructured
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nothing is kept")
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spartan
+from spartan.commands.models import mlp, resnet20
 from spartan.deploy.purging import purge_channels
 from spartan.errors import DeployError
-from spartan.training.models import mlp, resnet20
 from tests.deploy.test_accelerate import Untraceable
 
 

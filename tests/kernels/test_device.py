@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spartan import kernels
-from spartan.kernels import Dual, Request, Scores, scan, units
+from spartan.kernels import Dual, ScanRequest, Scores, scan, units
 from spartan.kernels.scanning import _on_device
 from spartan.kernels.selection import _BINS, _count
 from spartan.kernels.units import Grid
@@ -38,7 +38,7 @@ def scores_on(device: str, dtype: torch.dtype, absolute: bool = True) -> Scores:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_scan_waits_for_nothing_until_its_one_read_back(dtype: torch.dtype) -> None:
     scores = scores_on("meta", dtype)
-    row = _on_device(Request(scores, 20_000.0, dual=Dual(20.0, 0.5, 0.1)))
+    row = _on_device(ScanRequest(scores, 20_000.0, dual=Dual(20.0, 0.5, 0.1)))
     assert row.shape == (8,)
     assert row.device.type == "meta"
     with pytest.raises(RuntimeError, match="meta"):
@@ -73,12 +73,12 @@ def test_many_requests_are_read_back_together(monkeypatch: pytest.MonkeyPatch) -
     reads = []
     original = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: reads.append(1) or original(self))
-    requests = [Request(scores_on("cpu", torch.float32), b) for b in (10.0, 1000.0, 50_000.0)]
+    requests = [ScanRequest(scores_on("cpu", torch.float32), b) for b in (10.0, 1000.0, 50_000.0)]
     assert len(scan(requests)) == 3
     assert len(reads) == 1
     # Where the budget ends among equal scores: how many there are, and where they stop to fit.
     equal = Scores([torch.ones(500_000)], [1.0], [1.0], absolute=True)
-    assert scan([Request(equal, 123_456.0)])[0].cut.stops == [123_456]
+    assert scan([ScanRequest(equal, 123_456.0)])[0].cutoff.tie_ends == [123_456]
     assert len(reads) == 3
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spartan import NM, Block, Budget, Channel, Sparsifier, hard_topk, kernels
-from spartan.kernels import Dual, Request, Scores, scan, units
+from spartan.kernels import Dual, ScanRequest, Scores, scan, units
 from spartan.kernels.units import Grid
 from spartan.methods import DualAveraging, Magnitude, Method, Spartan
-from spartan.patterns import Pattern, Unstructured
 from spartan.selection.soft import DualSearch, solve_all
+from spartan.weights.patterns import Pattern, Unstructured
 
 native = pytest.importorskip("spartan.kernels._native", reason="no native kernels here")
 SETS = native.instruction_sets()
@@ -55,11 +55,11 @@ def test_cuts_are_the_same(
     costs = costs[: len(parts)]
     # A power of two loses nothing, so that scores of 3.4e38 stay finite.
     scores = Scores(tensors, [0.5] * len(parts), costs, absolute)
-    request = Request(scores, fraction * scores.total)
+    request = ScanRequest(scores, fraction * scores.total)
     with kernels.using("torch"):
-        expected = scan([request])[0].cut
+        expected = scan([request])[0].cutoff
     with kernels.using(name):
-        assert scan([request])[0].cut == expected
+        assert scan([request])[0].cutoff == expected
 
 
 @each_set
@@ -70,12 +70,12 @@ def test_any_bracket_gives_the_same_cut(name: str, absolute: bool) -> None:
     for fraction in (0.001, 0.05, 0.5, 0.95):
         budget = fraction * scores.total
         with kernels.using("torch"):
-            expected = scan([Request(scores, budget)])[0].cut
+            expected = scan([ScanRequest(scores, budget)])[0].cutoff
         t = expected.threshold
         for low, high in [(0, 0), (t, t), (t - 1e-3, t + 1e-3), (t - 9, t + 9), (t + 1, t + 2),
                           (t - 2, t - 1), (-1e38, 1e38)]:  # fmt: skip
             with kernels.using(name):
-                assert scan([Request(scores, budget, (low, high))])[0].cut == expected
+                assert scan([ScanRequest(scores, budget, (low, high))])[0].cutoff == expected
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, 0.01, -3.0])
@@ -98,7 +98,7 @@ def test_soft_masks_agree_to_1e_6(name: str, seed: int, density: float, beta: fl
     masks = {}
     for backend in ("torch", name):
         with kernels.using(backend):
-            threshold = scan([Request(scores, budget)])[0].cut.threshold
+            threshold = scan([ScanRequest(scores, budget)])[0].cutoff.threshold
             search = DualSearch(scores, budget, beta, threshold * 1.001, 0.1)
             solve_all([search])
         shown = [x.clone() for x in tensors]
@@ -176,7 +176,7 @@ def test_broken_numbers_are_found_wherever_they_are(name: str) -> None:
                 broken[2][position] = bad
                 assert kernels.finite(broken) == [True, True, False, True, True]
                 scores = Scores(broken, [1.0] * 5, [1.0] * 5, absolute=True)
-                assert not scan([Request(scores, 100.0)])[0].finite
+                assert not scan([ScanRequest(scores, 100.0)])[0].finite
 
 
 def train(method: Method, pattern: Pattern, allocation: str) -> dict[str, Tensor]:
@@ -290,7 +290,7 @@ def test_ties_of_channels_last_tensors_are_taken_in_the_order_of_memory(backend:
     values = torch.full((4, 3, 5, 5), 0.1).contiguous(memory_format=torch.channels_last)
     scores = Scores([values], [1.0], [1.0], absolute=True)
     with kernels.using(backend):
-        (mask,) = kernels.masks_of(scores, scan([Request(scores, 70.0)])[0].cut)
+        (mask,) = kernels.masks_of(scores, scan([ScanRequest(scores, 70.0)])[0].cutoff)
     assert mask.stride() == values.stride()
     assert mask.permute(0, 2, 3, 1).flatten().nonzero().flatten().tolist() == list(range(70))
 

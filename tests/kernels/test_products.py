@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spartan import kernels
 from spartan.errors import KernelError
-from spartan.kernels.bundles import HEIGHTS, Bundles, best_height, bundle
-from spartan.kernels.cutting import Geometry
+from spartan.kernels.blocked_weights import Geometry
 from spartan.kernels.products import Product
+from spartan.kernels.row_bundles import HEIGHTS, RowBundles, best_height, bundle
 
 SETS = ["torch"]
 if importlib.util.find_spec("spartan.kernels._native"):
@@ -147,7 +147,7 @@ def test_weights_that_point_outside_are_refused() -> None:
     columns, starts = sound.columns.clone(), sound.starts.clone()
     columns[0] = 8
     starts[2] = 1000
-    broken: list[Bundles] = [
+    broken: list[RowBundles] = [
         replace(sound, columns=columns),
         replace(sound, columns=-sound.columns - 1),
         replace(sound, starts=starts),

@@ -24,8 +24,8 @@ from spartan.methods import (
     Powerpropagation,
     Spartan,
 )
-from spartan.methods.gated import Gated
-from spartan.patterns import Pattern
+from spartan.methods.masking.gated import Gated
+from spartan.weights.patterns import Pattern
 from tests.conftest import Net, batch, train_step
 
 METHODS: list[Method] = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spartan import Budget, Sparsifier
 from spartan.errors import BudgetError, MethodError
 from spartan.methods import FCPTS, PublishedFCPTS
-from spartan.methods.fcpts_published import slope
+from spartan.methods.masking.fcpts_published import slope
 from tests.conftest import batch, train_step
 
 

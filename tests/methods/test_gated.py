@@ -17,11 +17,11 @@ from torch import nn
 
 import spartan
 from spartan import Budget, Channel, Sparsifier, gates
+from spartan.budgets.group_budget import Share
 from spartan.errors import BudgetError, MethodError
 from spartan.methods import ConstrainedL0, PenalisedL0
-from spartan.methods.gated import Gated, density_gradient, expected_cost
-from spartan.methods.groups import Group
-from spartan.shares import Share
+from spartan.methods.masking.gated import Gated, density_gradient, expected_cost
+from spartan.methods.masking.groups import BudgetGroup
 from tests.conftest import VECTORS
 
 FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())
@@ -101,10 +101,10 @@ def test_the_gradient_of_the_density_agrees_with_the_vectors() -> None:
     (a,) = gated(nn.Sequential(linear), pattern=Channel(inputs=True))[0].sites
     (b,) = gated(nn.Sequential(conv), pattern=Channel())[0].sites
     a.cost, b.cost = 4.0, 75.0
-    together = Group([a, b], Share((0, 1), (4.0, 75.0), 162.0, 81.0))
+    together = BudgetGroup([a, b], Share((0, 1), (4.0, 75.0), 162.0, 81.0))
     alone = [
-        Group([a], Share((0,), (4.0,), 12.0, 6.0)),
-        Group([b], Share((1,), (75.0,), 150.0, 75.0)),
+        BudgetGroup([a], Share((0,), (4.0,), 12.0, 6.0)),
+        BudgetGroup([b], Share((1,), (75.0,), 150.0, 75.0)),
     ]
     for site, log_alpha in ((a, [2.0, 0.0, -2.0]), (b, [1.0, -1.0])):
         site.tensors["log_alpha"].copy_(torch.tensor(log_alpha))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spartan.patterns import Pattern, Unstructured
 from spartan.post_training.grams import Gram, LayerProblem
 from spartan.post_training.matrices import tiling_of, to_matrix
-from spartan.prunable import Prunable
+from spartan.weights.patterns import Pattern, Unstructured
+from spartan.weights.prunable import Prunable
 
 
 def make_problem(

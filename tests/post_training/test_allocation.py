@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spartan
+from spartan.budgets.group_budget import erk_densities
 from spartan.post_training import Distillation
 from spartan.post_training.curves import cheapest, interpolate
-from spartan.shares import erk_densities
 
 
 def compress(model: nn.Module, inputs: torch.Tensor, **options) -> spartan.CompressionReport:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from spartan.post_training.registry import METHODS
 from torch import Tensor, nn
 
 import spartan
@@ -23,8 +24,7 @@ from spartan.errors import (
 )
 from spartan.post_training import Distillation
 from spartan.post_training.allocation import ALLOCATIONS
-from spartan.post_training.registry import METHODS
-from spartan.prunable import find_prunable
+from spartan.weights.prunable import find_prunable
 from tests.conftest import Net
 
 QUICK = Distillation(steps=12, batch_size=16)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
-from spartan.patterns import NM, Block, Unstructured
 from spartan.post_training.grams import GramBuilder, scout
+from spartan.post_training.layer_by_layer import Walk
 from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
-from spartan.post_training.products import Catch, Product
-from spartan.post_training.walking import Walk
-from spartan.prunable import find_prunable
+from spartan.post_training.weight_products import Catch, WeightProduct
+from spartan.weights.patterns import NM, Block, Unstructured
+from spartan.weights.prunable import find_prunable
 
 
 class Conv1D(nn.Module):
@@ -48,8 +48,8 @@ LAYERS = {
 }
 
 
-def caught(model: nn.Module, *inputs: Tensor) -> list[Product]:
-    products: list[Product] = []
+def caught(model: nn.Module, *inputs: Tensor) -> list[WeightProduct]:
+    products: list[WeightProduct] = []
     with torch.no_grad(), Catch(find_prunable(model), products.append):
         model(*inputs)
     return products

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spartan.patterns import NM, Block, Unstructured
 from spartan.post_training import OBS, Magnitude, SparseGPT, Wanda
 from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.obs import cut, trace
+from spartan.weights.patterns import NM, Block, Unstructured
 from tests.post_training.problems import make_problem, squared_error
 
 METHODS = [Magnitude(), Wanda(), SparseGPT(), SparseGPT(block=4), OBS()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from spartan import hard_topk, kernels
 from spartan.errors import BudgetError
 from spartan.kernels import Scores, masks_of
-from spartan.selection.hard import find_cut, select_rows
+from spartan.selection.hard import find_cutoff, select_rows
 
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 # Few distinct values, zeros of both signs and denormals: ties are the hard part.
@@ -49,7 +49,7 @@ def test_many_tensors_select_as_their_concatenation(
     budget = data.draw(st.integers(0, len(whole)))
     ones = [1.0] * len(tensors)
     scores = Scores(tensors, ones, ones, absolute=False)
-    together = torch.cat(masks_of(scores, find_cut(scores, budget)))
+    together = torch.cat(masks_of(scores, find_cutoff(scores, budget)))
     assert torch.equal(together, hard_topk(whole, budget))
 
 
@@ -106,8 +106,8 @@ def test_agrees_with_torch_topk_on_distinct_values(n: int) -> None:
 def test_threshold_is_the_smallest_kept_score() -> None:
     values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     scores = Scores([values], [1.0], [1.0], absolute=False)
-    assert find_cut(scores, 100).threshold == values.topk(100).values.min().item()
-    assert find_cut(scores, 1000).threshold == -math.inf
+    assert find_cutoff(scores, 100).threshold == values.topk(100).values.min().item()
+    assert find_cutoff(scores, 1000).threshold == -math.inf
 
 
 def test_rows_keep_n_of_every_m_with_ties() -> None:
@@ -163,6 +163,6 @@ def test_costs_use_a_budget_up_exactly(backend: str) -> None:
         expected = torch.zeros(120_000, dtype=torch.bool)
         expected[order[:count]] = True
         with kernels.using(backend):
-            masks = masks_of(scores, find_cut(scores, 0.1 * budget))
+            masks = masks_of(scores, find_cutoff(scores, 0.1 * budget))
         assert torch.equal(torch.cat(masks), expected)
     assert met

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from spartan.commands.options.train import TrainConfig, config_from_json, read_config
 from spartan.errors import ConfigError, FileError, MethodError
 from spartan.methods import DualAveraging, Magnitude, Spartan
-from spartan.training.config import TrainConfig, config_from_json, read_config
 
 
 def test_json_round_trip() -> None:

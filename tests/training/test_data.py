@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from spartan.errors import DataError
 from spartan.training import data
-from spartan.training.data import LazyImages, augment, batches, load_data, normalize
+
+from spartan.commands.images import LazyImages, augment, batches, load_data, normalize
+from spartan.errors import DataError
 
 
 def write_images(folder: Path, count: int, size: int = 8) -> None:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from spartan.__main__ import main
-from spartan.report.facts import read_facts
-from spartan.training.config import TrainConfig
-from spartan.training.data import load_data
-from spartan.training.interrupt import InterruptedRunError
-from spartan.training.run import Run
-from spartan.training.trainer import Trainer
+from spartan.commands.images import load_data
+from spartan.commands.options.train import TrainConfig
+from spartan.commands.runs.facts import read_facts
+from spartan.commands.runs.folder import Run
+from spartan.commands.runs.interrupt import InterruptedRunError
+from spartan.commands.train.trainer import Trainer
 from tests.test_cli import call
 
 METHODS = ["gse", "set", "rigl", "dst-ee", "static"]

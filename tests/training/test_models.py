@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spartan.commands.models import MODELS, build_model, resnet20
 from spartan.errors import ConfigError, MissingExtraError
-from spartan.training.models import MODELS, build_model, resnet20
 
 
 @pytest.mark.parametrize("name", MODELS)

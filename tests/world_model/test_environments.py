@@ -179,7 +179,7 @@ def test_gymnasium(name: str) -> None:
     gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed")
     from gymnasium.utils.env_checker import check_env
 
-    from spartan.world_model.environments.gym import GymWorld
+    from spartan.world_model.gym_world import GymWorld
 
     world = GymWorld(make_environment(name), horizon=5, render_mode="rgb_array")
     with warnings.catch_warnings():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spartan.adapters.layers import Layer
-from spartan.described import Described
 from spartan.errors import AdapterError, did_you_mean
+from spartan.registry import Registered
 
 
 class AddOn(nn.Module):
@@ -40,7 +40,7 @@ class AddOn(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(Described):
+class AdapterConfig(Registered):
     """Base of all adapters. A method is one subclass, and its row in `ADAPTERS`.
 
     Attributes:

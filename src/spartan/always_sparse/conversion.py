@@ -13,11 +13,11 @@ from spartan.always_sparse.convolution import SparseConv2d, pair
 from spartan.always_sparse.layer import SparseLayer, warn_of_unconnected
 from spartan.always_sparse.linear import SparseLinear
 from spartan.always_sparse.random_graphs import random_connections
-from spartan.budget import Budget
+from spartan.budgets.budget import Budget
 from spartan.errors import BudgetError, PrunableError
 from spartan.kernels.connections import Connections
-from spartan.patterns import Unstructured
-from spartan.prunable import NameFilter, Prunable, find_prunable
+from spartan.weights.patterns import Unstructured
+from spartan.weights.prunable import NameFilter, Prunable, find_prunable
 
 
 def convert(

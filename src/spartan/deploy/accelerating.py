@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spartan.deploy.agreement import copy_of, relative_error, run
+from spartan.deploy.comparison import dense_copy, relative_error, run
 from spartan.deploy.graph import fuse, simplify, trace
-from spartan.deploy.layers import SparseLayer, replaceable, sparse_layer
+from spartan.deploy.inference_layers import InferenceLayer, inference_layer, replaceable
 from spartan.deploy.plan import LayerPlan, Plan, pattern_of
 from spartan.deploy.timing import Timing, busy_warning, time_side_by_side
 from spartan.errors import DeployError
+from spartan.example_inputs import run_on
 from spartan.kernels import backend
-from spartan.kernels.bundles import best_height
-from spartan.samples import run_on
+from spartan.kernels.row_bundles import best_height
 
 # Denser than this, no sparse kernel has won except on a handful of inputs: not worth measuring.
 _TOO_DENSE, _HANDFUL = 0.7, 64
@@ -51,7 +51,7 @@ def accelerate(
     """
     # Outside inference mode: the copy's buffers are to be ordinary tensors.
     with torch.inference_mode(False), torch.no_grad():
-        dense = copy_of(model).eval().requires_grad_(False)
+        dense = dense_copy(model).eval().requires_grad_(False)
         reference = run(dense, example_input)
         warning = busy_warning()
         try:
@@ -110,23 +110,23 @@ def _build(
     return work, layers, traced is not None
 
 
-def _replace(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
+def _replace(model: nn.Module, layers: dict[str, InferenceLayer]) -> None:
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     for module in model.modules():
         fast_path = isinstance(module, nn.TransformerEncoderLayer)
-        if fast_path and any(isinstance(m, SparseLayer) for m in module.children()):
+        if fast_path and any(isinstance(m, InferenceLayer) for m in module.children()):
             # The fast path reads the dense weights of its linear layers.
             module.activation_relu_or_gelu = 0  # type: ignore[assignment]
 
 
 def _choose(
     model: nn.Module, sample: Any, seconds: float
-) -> tuple[list[LayerPlan], dict[str, SparseLayer]]:
+) -> tuple[list[LayerPlan], dict[str, InferenceLayer]]:
     """Time every layer; return what was found, and the sparse layers that won."""
     inputs = _inputs(model, sample)
     plans: list[LayerPlan] = []
-    chosen: dict[str, SparseLayer] = {}
+    chosen: dict[str, InferenceLayer] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
@@ -139,7 +139,7 @@ def _choose(
 
 def _choose_layer(
     name: str, module: nn.Linear | nn.Conv2d, x: Tensor | None, seconds: float
-) -> tuple[LayerPlan, SparseLayer | None]:
+) -> tuple[LayerPlan, InferenceLayer | None]:
     matrix = module.weight.detach().flatten(1)
     density = int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
     height = best_height(matrix)
@@ -147,7 +147,7 @@ def _choose_layer(
     note = _why_dense(module, x, density)
     if note or x is None:
         return LayerPlan(*facts, "dense", note=note), None
-    candidates = [sparse_layer(module, h) for h in sorted({1, height})]
+    candidates = [inference_layer(module, h) for h in sorted({1, height})]
     with torch.inference_mode():
         calls = [lambda layer=layer: layer(x) for layer in (module, *candidates)]
         dense, *times = time_side_by_side(calls, seconds)

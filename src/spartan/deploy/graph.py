@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from spartan.deploy.layers import SparseLayer, SparseLinear
+from spartan.deploy.inference_layers import InferenceLayer, InferenceLinear
 from spartan.errors import DeployError
-from spartan.samples import run_on
+from spartan.example_inputs import run_on
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
@@ -140,7 +140,7 @@ def fuse(traced: fx.GraphModule) -> None:
     counts = calls(traced)
     for node in list(traced.graph.nodes):
         layer = module_of(traced, node)
-        if not isinstance(layer, SparseLayer) or counts[node.target] != 1:
+        if not isinstance(layer, InferenceLayer) or counts[node.target] != 1:
             continue
         addition = only_user(node)
         addend = _addend(traced, node, addition)
@@ -155,9 +155,9 @@ def fuse(traced: fx.GraphModule) -> None:
             layer.activation = kind
             after.replace_all_uses_with(node)
             traced.graph.erase_node(after)
-        if isinstance(layer, SparseLinear):
+        if isinstance(layer, InferenceLinear):
             users = [module_of(traced, user) for user in node.users]
-            layer.feature_major = bool(users) and all(isinstance(u, SparseLinear) for u in users)
+            layer.feature_major = bool(users) and all(isinstance(u, InferenceLinear) for u in users)
     _clean(traced)
 
 

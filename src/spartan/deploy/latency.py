@@ -10,19 +10,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spartan.budgets.allocation import refuse_dead_layers
+from spartan.budgets.budget import Budget
+from spartan.budgets.group_budget import GroupBudget, make_group_budget
 from spartan.deploy.accelerating import accelerate, plan_of
 from spartan.deploy.plan import Plan
 from spartan.errors import BudgetError
 from spartan.kernels.units import pool_magnitudes
-from spartan.patterns import Pattern
-from spartan.prunable import Prunable
 from spartan.selection.hard import hard_topk
+from spartan.weights.patterns import Pattern
+from spartan.weights.prunable import Prunable
 
 _DENSITIES = (0.02, 0.08, 0.25)
 _SMALLEST = 0.002  # kept share of the cost
@@ -30,6 +34,43 @@ _CLOSE, _ROUNDS = 0.03, 8
 _SECONDS = 0.04  # to measure a layer
 # A weight that no sparse kernel runs, relative to the dearest: it is kept.
 _FREE = 1e-6
+
+
+def plan_latency(
+    budget: Budget, model: nn.Module, weights: Sequence[Prunable], pattern: Pattern
+) -> list[GroupBudget]:
+    """Divide a budget of milliseconds over groups of weights, by measuring the model.
+
+    Args:
+        budget: One with `latency_ms`.
+        model: The model; it is not changed.
+        weights: Its prunable weights.
+        pattern: How they will be pruned.
+
+    Raises:
+        BudgetError: The time cannot be reached, or needs no pruning, or the pattern leaves nothing
+            to choose.
+    """
+    if pattern.fixed_ratio is not None:
+        raise BudgetError(f"{pattern} fixes the density of every layer: no time can be chosen.")
+    latency_ms = budget.latency_ms
+    assert latency_ms is not None
+    units = [math.prod(pattern.unit_shape(w)) for w in weights]
+    model_facts = model, weights, pattern
+    if budget.allocation == "uniform":
+        share = share_for_latency(*model_facts, None, latency_ms, budget.example_input)
+        ones = [1.0] * len(weights)
+        budgets = [
+            make_group_budget([i], units, ones, Fraction(share)) for i in range(len(weights))
+        ]
+        refuse_dead_layers(budgets, weights, units)
+        return budgets
+    per_weight = seconds_per_weight(*model_facts, latency_ms, budget.example_input)
+    costs = [
+        pattern.unit_numel(w) * seconds for w, seconds in zip(weights, per_weight, strict=True)
+    ]
+    share = share_for_latency(*model_facts, costs, latency_ms, budget.example_input)
+    return [make_group_budget(range(len(weights)), units, costs, Fraction(share))]
 
 
 def seconds_per_weight(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from spartan.budgets.packed_size import STORED_BLOCKS
 from spartan.errors import FileError
-from spartan.patterns import STORED_BLOCKS
 
 Bits = NDArray[np.generic]  # unsigned integers as wide as the values
 Parts = dict[str, NDArray[np.generic]]
@@ -35,7 +35,7 @@ class Layout(ABC):
 
     @abstractmethod
     def positions(
-        self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
+        self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
         """Return where in the flat matrix each value belongs.
 
@@ -43,7 +43,7 @@ class Layout(ABC):
             FileError: The arrays contradict each other or the shape.
         """
 
-    def decode(self, parts: Mapping[str, NDArray[np.generic]], shape: Shape) -> Bits:
+    def decode(self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape) -> Bits:
         """Return the matrix.
 
         Raises:
@@ -56,7 +56,7 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatrixShape:
     """A tensor's shape as a matrix."""
 
     dims: tuple[int, ...]
@@ -83,7 +83,7 @@ class Bitmask(Layout):
         return {VALUES: matrix[used], "bitmask": np.packbits(used, axis=1, bitorder="little")}
 
     def positions(
-        self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
+        self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
         bitmask = _indices(parts, "bitmask", 2)
         fits = bitmask.shape == (shape.rows, -(-shape.columns // 8)) and bitmask.dtype == np.uint8
@@ -113,7 +113,7 @@ class Columns(Layout):
         }
 
     def positions(
-        self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
+        self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
         columns = _indices(parts, "columns", 1).astype(np.int64)
         starts = _indices(parts, "row_starts", 1).astype(np.int64)
@@ -160,7 +160,7 @@ class Gaps(Layout):
         return {VALUES: values, "gaps": stored}
 
     def positions(
-        self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
+        self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
         gaps = _indices(parts, "gaps", 1)
         _require(gaps.dtype in (np.uint8, np.uint16), "its gaps have no such dtype")
@@ -197,13 +197,13 @@ class Blocks(Layout):
         }
 
     def positions(
-        self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
+        self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
         values, bitmask = parts[VALUES], _indices(parts, "block_bitmask", 2)
         whole = values.ndim == 3 and _divides(values.shape[1:], (shape.rows, shape.columns))
         _require(whole, "its blocks do not divide its shape")
         rows, columns = (int(n) for n in values.shape[1:])
-        grid = Shape((shape.rows // rows, shape.columns // columns))
+        grid = MatrixShape((shape.rows // rows, shape.columns // columns))
         one_each = {VALUES: values[:, 0, 0], "bitmask": bitmask}
         used = Bitmask().positions(one_each, grid)
         corner = used // grid.columns * rows * shape.columns + used % grid.columns * columns
@@ -238,7 +238,7 @@ class TwoOfFour(Layout):
         }
 
     def positions(
-        self, parts: Mapping[str, NDArray[np.generic]], shape: Shape
+        self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
         packed = _indices(parts, "places", 2)
         fits = packed.dtype == np.uint8 and packed.size * 8 == shape.rows * shape.columns

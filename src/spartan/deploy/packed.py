@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spartan.deploy.container import CODES, bits_of, refuse_more_than_memory, tensor_of
-from spartan.deploy.layouts import LAYOUTS, VALUES, Parts, Shape
+from spartan.deploy.layouts import LAYOUTS, VALUES, MatrixShape, Parts
 from spartan.errors import FileError
 
 KEY = "spartan.packed"  # of the metadata
@@ -65,7 +65,7 @@ class PackedTensors(Mapping[str, Tensor]):
         if described["layout"] == "dense":
             return self._read(name).to(dtype)
         stored, parts = self._parts(name)
-        shape = Shape(self.shapes[name])
+        shape = MatrixShape(self.shapes[name])
         try:
             bits = BY_NAME[described["layout"]].decode(parts, shape)
         except FileError as error:
@@ -88,7 +88,7 @@ class PackedTensors(Mapping[str, Tensor]):
             if described["layout"] != "dense":
                 _, parts = self._parts(name)
                 try:
-                    BY_NAME[described["layout"]].positions(parts, Shape(self.shapes[name]))
+                    BY_NAME[described["layout"]].positions(parts, MatrixShape(self.shapes[name]))
                 except FileError as error:
                     raise self._damaged(f"{name!r}: {error}") from error
 

@@ -26,7 +26,7 @@ from spartan.deploy.container import (
     bits_of,
     write_file,
 )
-from spartan.deploy.layouts import VALUES, Layout, Parts, Shape, smallest
+from spartan.deploy.layouts import VALUES, Layout, MatrixShape, Parts, smallest
 from spartan.deploy.packed import BY_NAME, KEY, VERSION, PackedTensors, is_dict_of
 from spartan.errors import DeployError
 from spartan.files import write_atomically
@@ -203,7 +203,7 @@ def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _matrix(tensor: Tensor) -> Any:
     """Return the bits as a matrix; minus zeros, as `weight * mask` leaves them, become zeros."""
-    shape = Shape(tuple(tensor.shape))
+    shape = MatrixShape(tuple(tensor.shape))
     bits = bits_of(tensor).reshape(shape.rows, shape.columns)
     if not tensor.is_floating_point():
         return bits

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from spartan.deploy.agreement import copy_of, relative_error, run
 from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
+from spartan.deploy.comparison import dense_copy, relative_error, run
 from spartan.deploy.graph import simplify, trace
 from spartan.errors import DeployError
-from spartan.samples import tensors_of
+from spartan.example_inputs import tensors_of
 
 _TOLERANCE = 1e-5
 
@@ -63,7 +63,7 @@ def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     """Do the work of `purge`, and count."""
-    traced = trace(copy_of(model).eval(), example_input)
+    traced = trace(dense_copy(model).eval(), example_input)
     if traced is None:
         raise DeployError(
             "torch.fx cannot trace this model, so nobody knows which layer reads which channel: "
@@ -83,7 +83,7 @@ def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
 
 def _refuse_difference(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
     with torch.inference_mode():
-        expected = run(copy_of(model).eval(), example_input)
+        expected = run(dense_copy(model).eval(), example_input)
         error = relative_error(run(purged, example_input, "purged model"), expected)
     # Half precision cannot agree to more than it resolves.
     resolved = [torch.finfo(x.dtype).eps for x in tensors_of(expected) if x.is_floating_point()]

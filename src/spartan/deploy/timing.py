@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_BUSY = 0.15  # share of all cores that others may use before timings are in doubt
+BUSY = 0.15  # share of all cores that others may use before timings are in doubt
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def busy_cores(seconds: float = 0.25) -> float:
 def busy_warning() -> str:
     """Return a warning if other work would disturb timings, else nothing."""
     cores = busy_cores()
-    if cores <= _BUSY * (os.cpu_count() or 1):
+    if cores <= BUSY * (os.cpu_count() or 1):
         return ""
     return (
         f"This machine is busy: other work uses {cores:.1f} of {os.cpu_count()} cores. The times "

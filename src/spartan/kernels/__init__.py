@@ -9,18 +9,18 @@ forces one.
 from spartan.kernels.dispatch import Backend, backend, using
 from spartan.kernels.finiteness import finite
 from spartan.kernels.projection import mask_, project
-from spartan.kernels.scanning import Request, Result, scan
+from spartan.kernels.scanning import ScanRequest, ScanResult, scan
 from spartan.kernels.scores import Scores
-from spartan.kernels.selection import Cut, kept, masks_of
+from spartan.kernels.selection import Cutoff, kept, masks_of
 from spartan.kernels.soft import Dual, Mass, masses, pull_back
 
 __all__ = [
     "Backend",
-    "Cut",
+    "Cutoff",
     "Dual",
     "Mass",
-    "Request",
-    "Result",
+    "ScanRequest",
+    "ScanResult",
     "Scores",
     "backend",
     "finite",

@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spartan.errors import KernelError
-from spartan.kernels.bundles import Bundles
-from spartan.kernels.cutting import (
-    Cut,
+from spartan.kernels.blocked_weights import (
+    BlockedWeights,
     Geometry,
     Slices,
-    cut_convolution,
-    cut_linear,
+    block_for_images,
+    block_for_samples,
     lanes_for,
     slice_rows,
 )
 from spartan.kernels.dispatch import native_for_any_order
+from spartan.kernels.row_bundles import RowBundles
 
 ACTIVATIONS = ("none", "relu", "gelu")
 # Above this many samples, lanes beat reading all weights once for each.
 _FEW = 2
-_CUTS_KEPT = 16
+_PREPARED_KEPT = 16
 
 _T = TypeVar("_T")
 
@@ -36,8 +36,8 @@ _T = TypeVar("_T")
 class Product:
     """W x + b, then an addend and an activation, for a sparse W.
 
-    The weights are cut anew for each size of input, and the cuts made last are kept. Any number of
-    threads may call at a time.
+    The weights are blocked anew for each size of input, and the last blockings are kept. Any number
+    of threads may call at a time.
 
     Args:
         weights: W, on the CPU; columns of a convolution are (channel, kernel row, kernel column).
@@ -47,11 +47,11 @@ class Product:
         KernelError: The weights contradict themselves.
     """
 
-    def __init__(self, weights: Bundles, bias: Tensor | None) -> None:
+    def __init__(self, weights: RowBundles, bias: Tensor | None) -> None:
         _check(weights)
         self.weights = weights
         self.bias = bias
-        self._cuts: OrderedDict[Any, Any] = OrderedDict()
+        self._prepared: OrderedDict[Any, Any] = OrderedDict()
         self._padded_bias = torch.zeros(weights.count * weights.height)
         if bias is not None:
             self._padded_bias[: weights.outputs] = bias
@@ -89,20 +89,22 @@ class Product:
             y = torch.empty(samples, w.outputs)
         addend = _in_order_of(y, addend)
         lanes = lanes_for(samples, w.height)
-        cut = self._kept(("linear", lanes), lambda: self._describe(cut_linear(w, samples)))
+        blocked = self._prepare(
+            ("linear", lanes), lambda: self._describe(block_for_samples(w, samples))
+        )
         native.linear(
-            *cut.numbers,
+            *blocked.numbers,
             [w.inputs, samples, x.stride(1), x.stride(0)],
             x.data_ptr(),
             feature_major,
-            cut.lanes,
+            blocked.lanes,
             *_ending(y, addend, activation),
         )
         return y
 
     def _few(self, native: Any, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
         w = self.weights
-        slices, addresses = self._kept("slices", self._describe_slices)
+        slices, addresses = self._prepare("slices", self._describe_slices)
         y = torch.empty(len(x), w.outputs)
         addend = None if addend is None else addend.contiguous()
         for i in range(len(x)):
@@ -147,32 +149,34 @@ class Product:
                 x = x.contiguous()
             y = torch.empty(g.images, w.outputs, g.out_rows, g.out_columns)
         addend = _in_order_of(y, addend)
-        cut = self._kept(g, lambda: self._describe(cut_convolution(w, g)))
-        numbers = self._kept((g, x.stride()), lambda: g.numbers(_strides(x), _strides(y)))
+        blocked = self._prepare(g, lambda: self._describe(block_for_images(w, g)))
+        numbers = self._prepare((g, x.stride()), lambda: g.numbers(_strides(x), _strides(y)))
         native.convolution(
-            *cut.numbers, numbers, x.data_ptr(), cut.lanes, *_ending(y, addend, activation)
+            *blocked.numbers, numbers, x.data_ptr(), blocked.lanes, *_ending(y, addend, activation)
         )
         return y
 
-    def _describe(self, cut: Cut) -> _Described:
+    def _describe(self, blocked: BlockedWeights) -> _Described:
         w = self.weights
-        addresses = _addresses(cut.values, cut.offsets, cut.starts, cut.bases, self._padded_bias)
-        sizes = [cut.bases.numel(), w.count, w.outputs, w.height]
-        return _Described(cut, (addresses, sizes), cut.lanes)
+        addresses = _addresses(
+            blocked.values, blocked.offsets, blocked.starts, blocked.bases, self._padded_bias
+        )
+        sizes = [blocked.bases.numel(), w.count, w.outputs, w.height]
+        return _Described(blocked, (addresses, sizes), blocked.lanes)
 
     def _describe_slices(self) -> tuple[Slices, list[int]]:
         s = slice_rows(self.weights)
         return s, _addresses(s.values, s.columns, s.starts, s.rows, self._padded_bias)
 
-    def _kept(self, key: Any, make: Callable[[], _T]) -> _T:
-        cut: _T | None = self._cuts.get(key)
-        if cut is None:
+    def _prepare(self, key: Any, make: Callable[[], _T]) -> _T:
+        found: _T | None = self._prepared.get(key)
+        if found is None:
             with torch.inference_mode(False):
-                cut = make()
-            self._cuts[key] = cut
-            while len(self._cuts) > _CUTS_KEPT:
-                self._cuts.popitem(last=False)
-        return cut
+                found = make()
+            self._prepared[key] = found
+            while len(self._prepared) > _PREPARED_KEPT:
+                self._prepared.popitem(last=False)
+        return found
 
     def _linear_by_torch(self, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
         return self._finish(self._multiply(x.t()).t(), addend, activation, (-1,))
@@ -198,7 +202,7 @@ class Product:
                 warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
                 return dense.to_sparse_csr()
 
-        w = self._kept(("torch", x.device, x.dtype), make)
+        w = self._prepare(("torch", x.device, x.dtype), make)
         # Autocast would narrow a sparse product, which exists for wide floats only.
         with torch.autocast(x.device.type, enabled=False):
             return w @ x if w.layout is torch.strided else torch.sparse.mm(w, x)
@@ -229,9 +233,9 @@ def _ending(y: Tensor, addend: Tensor | None, activation: str) -> tuple[int, int
 
 @dataclass(frozen=True)
 class _Described:
-    """A cut, and what the native module is told of it."""
+    """Blocked weights, and what the native module is told of them."""
 
-    cut: Cut
+    blocked: BlockedWeights
     numbers: tuple[list[int], list[int]]
     lanes: int
 
@@ -241,7 +245,7 @@ def _strides(images: Tensor) -> list[int]:
     return [images.stride(1), images.stride(2), images.stride(0)]
 
 
-def _check(w: Bundles) -> None:
+def _check(w: RowBundles) -> None:
     """Refuse weights that would make native code read what is not theirs."""
     entries = w.columns.numel()
     starts = w.starts.long()

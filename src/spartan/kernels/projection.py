@@ -20,7 +20,7 @@ def project(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor],
     scales: Sequence[float],
-    cuts: Sequence[tuple[float, int]] | None,
+    cutoffs: Sequence[tuple[float, int]] | None,
     duals: Sequence[Dual] | None,
 ) -> None:
     """Write w = θ, or θ · m, where the mask keeps it and exact zeros elsewhere, in one pass.
@@ -29,14 +29,14 @@ def project(
         thetas: θ of each tensor; may be the tensors of `weights`.
         latents: Where θ is copied to; empty for no copy.
         weights: Where w is written to.
-        masks: Boolean, written if there are cuts, else read.
+        masks: Boolean, written if there are cutoffs, else read.
         scales: Scores are u = scale · |θ|.
-        cuts: Threshold and stop of each tensor (see `Cut`), or None to use the masks.
+        cutoffs: Threshold and tie_end of each tensor (see `Cutoff`), or None to use the masks.
         duals: Dual variable of each tensor's soft mask m, or None for m = 1.
     """
     native = native_for(thetas, latents, weights)
     if native is None or not _fit(masks, thetas):
-        _project(thetas, latents, weights, masks, scales, cuts, duals)
+        _project(thetas, latents, weights, masks, scales, cutoffs, duals)
         return
     native.project(
         addresses(thetas),
@@ -45,8 +45,8 @@ def project(
         addresses(masks),
         [x.numel() for x in thetas],
         scales,
-        [] if cuts is None else [threshold for threshold, _ in cuts],
-        [] if cuts is None else [stop for _, stop in cuts],
+        [] if cutoffs is None else [threshold for threshold, _ in cutoffs],
+        [] if cutoffs is None else [tie_end for _, tie_end in cutoffs],
         None if duals is None else [dual.astuple() for dual in duals],
         torch.get_num_threads(),
     )
@@ -82,7 +82,7 @@ def _project(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor],
     scales: Sequence[float],
-    cuts: Sequence[tuple[float, int]] | None,
+    cutoffs: Sequence[tuple[float, int]] | None,
     duals: Sequence[Dual] | None,
 ) -> None:
     for i, (theta, weight, mask) in enumerate(zip(thetas, weights, masks, strict=True)):
@@ -91,9 +91,9 @@ def _project(
         for x, w, keep, *latent in flat_pieces(theta, weight, mask, *copies):
             u = wide(flat(x)).abs()
             u = u if scales[i] == 1.0 else u * scales[i]
-            if cuts is not None:
-                threshold, stop = cuts[i]
-                keep.copy_(unflat(kept(u, threshold, max(stop - begin, 0)), x))
+            if cutoffs is not None:
+                threshold, tie_end = cutoffs[i]
+                keep.copy_(unflat(kept(u, threshold, max(tie_end - begin, 0)), x))
             begin += x.numel()
             product = x if duals is None else unflat(duals[i].mask(u), x).mul(x)
             # Adding zero turns a kept -0.0 into 0.0.

@@ -1,4 +1,4 @@
-"""The first look at new weights: broken numbers, the hard cut and the soft mass.
+"""The first look at new weights: broken numbers, the hard cutoff and the soft mass.
 
 All requests together read back once from a GPU; and twice more for one whose budget ends among
 entries of equal score.
@@ -18,12 +18,12 @@ from spartan.kernels.finiteness import finite, largest
 from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores
-from spartan.kernels.selection import Cut, boundary, stops_of, trivial_cut
+from spartan.kernels.selection import Cutoff, boundary, tie_ends_of, trivial_cutoff
 from spartan.kernels.soft import Dual, Mass, mass_on_device, native_mass
 
 
 @dataclass(frozen=True)
-class Request:
+class ScanRequest:
     """What to look for in one group of tensors.
 
     Attributes:
@@ -32,7 +32,7 @@ class Request:
         bracket: Where the threshold is expected; a wrong guess costs time only.
         dual: If given, the soft mass at this dual variable is wanted too.
         dropped: Whether that is the mass of what is dropped.
-        threshold_only: Whether the stops of the cut are not wanted.
+        threshold_only: Whether the tie_ends of the cutoff are not wanted.
     """
 
     scores: Scores
@@ -44,21 +44,21 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Result:
+class ScanResult:
     """What was found.
 
     Attributes:
         finite: Whether all scores are; the rest means nothing if not.
-        cut: Which entries are kept.
+        cutoff: Which entries are kept.
         mass: The soft mass, if it was asked for.
     """
 
     finite: bool
-    cut: Cut
+    cutoff: Cutoff
     mass: Mass | None
 
 
-def scan(requests: Sequence[Request]) -> list[Result]:
+def scan(requests: Sequence[ScanRequest]) -> list[ScanResult]:
     """Answer requests; on a GPU with one read-back for all of them, but for ties."""
     answers = [_native(request) for request in requests]
     waiting = [i for i, answer in enumerate(answers) if answer is None]
@@ -69,16 +69,16 @@ def scan(requests: Sequence[Request]) -> list[Result]:
     return [answer for answer in answers if answer is not None]
 
 
-def _native(request: Request) -> Result | None:
+def _native(request: ScanRequest) -> ScanResult | None:
     scores, dual = request.scores, request.dual
     native, costs = native_for(scores.tensors), scores.plain_costs
     if native is None or costs is None:
         return None
-    cut = trivial_cut(scores, request.budget)
-    if cut is not None:
+    cutoff = trivial_cutoff(scores, request.budget)
+    if cutoff is not None:
         mass = None if dual is None else native_mass(scores, dual, request.dropped)
-        return Result(all(finite(scores.tensors)), cut, mass)
-    ok, threshold, stops, sums = native.scan(
+        return ScanResult(all(finite(scores.tensors)), cutoff, mass)
+    ok, threshold, tie_ends, sums = native.scan(
         addresses(scores.tensors),
         scores.numels,
         scores.scales,
@@ -90,28 +90,28 @@ def _native(request: Request) -> Result | None:
         request.dropped,
         torch.get_num_threads(),
     )
-    return Result(ok, Cut(threshold, stops), None if dual is None else Mass(*sums))
+    return ScanResult(ok, Cutoff(threshold, tie_ends), None if dual is None else Mass(*sums))
 
 
-def _on_device(request: Request) -> Tensor:
+def _on_device(request: ScanRequest) -> Tensor:
     """Return everything as one row of numbers."""
     scores = request.scores
     row = torch.zeros(8, dtype=torch.float64, device=scores.device)
     row[0] = largest(scores.tensors).amax()
-    if trivial_cut(scores, request.budget) is None:
+    if trivial_cutoff(scores, request.budget) is None:
         row[1:5] = boundary(scores, request.budget)
     if request.dual is not None:
         row[5:] = mass_on_device(scores, request.dual, request.dropped)
     return row
 
 
-def _read(request: Request, row: list[float]) -> Result:
+def _read(request: ScanRequest, row: list[float]) -> ScanResult:
     largest_entry, threshold, left, ties, number, *sums = row
     ok = math.isfinite(largest_entry)
-    cut = trivial_cut(request.scores, request.budget)
-    if cut is None:
-        stops: list[int] = []
+    cutoff = trivial_cutoff(request.scores, request.budget)
+    if cutoff is None:
+        tie_ends: list[int] = []
         if ok and not request.threshold_only:
-            stops = stops_of(request.scores, request.budget, threshold, left, ties, number)
-        cut = Cut(threshold, stops)
-    return Result(ok, cut, None if request.dual is None else Mass(*sums))
+            tie_ends = tie_ends_of(request.scores, request.budget, threshold, left, ties, number)
+        cutoff = Cutoff(threshold, tie_ends)
+    return ScanResult(ok, cutoff, None if request.dual is None else Mass(*sums))

@@ -24,24 +24,24 @@ SLACK = 1e-12
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cutoff:
     """Which entries are kept: a prefix of the order by decreasing score, then by position.
 
     Attributes:
         threshold: Entries with a larger score are kept. -inf keeps all, inf none.
-        stops: For each tensor: of the entries whose score is the threshold, those at positions
+        tie_ends: For each tensor: of the entries whose score is the threshold, those at positions
             before this, counted in the order of memory, are kept.
     """
 
     threshold: float
-    stops: list[int]
+    tie_ends: list[int]
 
 
-def trivial_cut(scores: Scores, budget: float) -> Cut | None:
-    """Return the cut of a budget that keeps everything or nothing, else None."""
+def trivial_cutoff(scores: Scores, budget: float) -> Cutoff | None:
+    """Return the cutoff of a budget that keeps everything or nothing, else None."""
     if budget >= scores.total * (1 - SLACK):
-        return Cut(-math.inf, scores.numels)
-    return Cut(math.inf, [0] * len(scores.tensors)) if budget <= 0 else None
+        return Cutoff(-math.inf, scores.numels)
+    return Cutoff(math.inf, [0] * len(scores.tensors)) if budget <= 0 else None
 
 
 def boundary(scores: Scores, budget: float) -> Tensor:
@@ -78,13 +78,13 @@ def boundary(scores: Scores, budget: float) -> Tensor:
     return torch.cat((_from_key(prefix, scores.dtype), rest))
 
 
-def stops_of(
+def tie_ends_of(
     scores: Scores, budget: float, threshold: float, left: float, ties: float, number: float
 ) -> list[int]:
     """Distribute the budget left over the entries at the threshold, by position.
 
     Where not all of them fit, two more things are read back: how many each chunk has, and where in
-    one chunk they stop to fit.
+    one chunk they tie_end to fit.
     """
     left += SLACK * budget
     if ties <= left:
@@ -93,27 +93,27 @@ def stops_of(
         return [0] * len(scores.tensors)
     costs = scores.plain_costs
     if costs is None:
-        return [_stop_by_entry(scores, threshold, left)]
+        return [_tie_end_by_entry(scores, threshold, left)]
     pieces = [
         (i, x)
         for i, tensor in enumerate(scores.tensors)
         for x in flat(tensor).split(chunk_size(tensor, sum(scores.numels)))
     ]
     counts = read_back([(scores.of(x, i) == threshold).sum().reshape(1) for i, x in pieces])
-    stops = [0] * len(scores.tensors)
+    tie_ends = [0] * len(scores.tensors)
     taken = dict.fromkeys(sorted(set(costs)), 0)
     for (i, x), (count,) in zip(pieces, counts, strict=True):
         spent = sum(cost * number for cost, number in taken.items())
         fitting = max(math.floor((left - spent) / costs[i]), 0)
         if fitting < count:
-            stops[i] += int((scores.of(x, i) == threshold).nonzero()[fitting, 0])
+            tie_ends[i] += int((scores.of(x, i) == threshold).nonzero()[fitting, 0])
             break
         taken[costs[i]] += int(count)
-        stops[i] += x.numel()
-    return stops
+        tie_ends[i] += x.numel()
+    return tie_ends
 
 
-def _stop_by_entry(scores: Scores, threshold: float, left: float) -> int:
+def _tie_end_by_entry(scores: Scores, threshold: float, left: float) -> int:
     """Do so for one tensor whose entries have costs of their own."""
     (x,), (cost,) = scores.tensors, scores.costs
     assert isinstance(cost, Tensor)
@@ -122,21 +122,21 @@ def _stop_by_entry(scores: Scores, threshold: float, left: float) -> int:
     return int(tied[fitting]) if fitting < len(tied) else x.numel()
 
 
-def masks_of(scores: Scores, cut: Cut) -> list[Tensor]:
+def masks_of(scores: Scores, cutoff: Cutoff) -> list[Tensor]:
     """Return the boolean mask of each tensor, True where kept."""
     return [
-        unflat(kept(scores.of(flat(x), i), cut.threshold, stop), x)
-        for i, (x, stop) in enumerate(zip(scores.tensors, cut.stops, strict=True))
+        unflat(kept(scores.of(flat(x), i), cutoff.threshold, tie_end), x)
+        for i, (x, tie_end) in enumerate(zip(scores.tensors, cutoff.tie_ends, strict=True))
     ]
 
 
-def kept(u: Tensor, threshold: float, stop: int) -> Tensor:
-    """Return which of the flat scores of a tensor are kept, for its stop."""
-    if stop >= u.numel():
+def kept(u: Tensor, threshold: float, tie_end: int) -> Tensor:
+    """Return which of the flat scores of a tensor are kept, for its tie_end."""
+    if tie_end >= u.numel():
         return u >= threshold
     mask = u > threshold
-    if stop > 0:
-        mask[:stop] |= u[:stop] == threshold
+    if tie_end > 0:
+        mask[:tie_end] |= u[:tie_end] == threshold
     return mask
 
 

@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from spartan.budget import Budget
-from spartan.counts import fit_counts
+from spartan.budgets.allocation import erk_densities
+from spartan.budgets.budget import Budget
+from spartan.budgets.layer_bounds import fit_counts
 from spartan.errors import MethodError, did_you_mean
 from spartan.kernels import Scores, masks_of
-from spartan.methods.fcpts import FCPTS
+from spartan.methods.masking.fcpts import FCPTS
 from spartan.post_training.curves import curve_densities
 from spartan.post_training.distillation import Distillation, distil
 from spartan.post_training.matrices import to_matrix
 from spartan.post_training.network import Network
-from spartan.selection.hard import find_cut
-from spartan.shares import erk_densities
+from spartan.selection.hard import find_cutoff
 
 ALLOCATIONS = ("global", "uniform", "erk", "learned", "curves")
 
@@ -51,16 +51,16 @@ def allocate(network: Network, allocation: Allocation, how: Distillation) -> lis
         MethodError: Densities are missing, or of weights that are not there.
     """
     if not isinstance(allocation, str):
-        return fit_counts(_given(network, allocation), network.limits)
-    whole = network.limits.budget / network.limits.cost(network.limits.units)
+        return fit_counts(_given(network, allocation), network.bounds)
+    whole = network.bounds.budget / network.bounds.cost(network.bounds.units)
     ways: dict[str, Callable[[], Sequence[float]]] = {
         "global": lambda: _global(network),
         "uniform": lambda: [whole] * len(network.weights),
         "erk": lambda: _erk(network),
         "learned": lambda: _learned(network, how),
-        "curves": lambda: curve_densities(network, how, fit_counts(_erk(network), network.limits)),
+        "curves": lambda: curve_densities(network, how, fit_counts(_erk(network), network.bounds)),
     }
-    return fit_counts(ways[allocation](), network.limits)
+    return fit_counts(ways[allocation](), network.bounds)
 
 
 def _given(network: Network, densities: Mapping[str, float]) -> list[float]:
@@ -79,22 +79,22 @@ def _given(network: Network, densities: Mapping[str, float]) -> list[float]:
 def _global(network: Network) -> list[float]:
     scores, scales = [], []
     for weight, tiling, cost in zip(
-        network.weights, network.tilings, network.limits.costs, strict=True
+        network.weights, network.tilings, network.bounds.costs, strict=True
     ):
         matrix = to_matrix(weight.parameter.detach(), weight)
         matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
         scores.append(tiling.pool(matrix.abs()).contiguous())
         scales.append(1.0 / (cost * tiling.rows * tiling.cols))
-    all_scores = Scores(scores, scales, list(network.limits.costs), absolute=False)
-    masks = masks_of(all_scores, find_cut(all_scores, network.limits.budget))
+    all_scores = Scores(scores, scales, list(network.bounds.costs), absolute=False)
+    masks = masks_of(all_scores, find_cutoff(all_scores, network.bounds.budget))
     return [float(mask.sum()) / mask.numel() for mask in masks]
 
 
 def _erk(network: Network) -> list[float]:
-    limits = network.limits
-    totals = [n * c for n, c in zip(limits.units, limits.costs, strict=True)]
+    bounds = network.bounds
+    totals = [n * c for n, c in zip(bounds.units, bounds.costs, strict=True)]
     shapes = [tuple(weight.shape) for weight in network.weights]
-    return erk_densities(shapes, limits.budget / sum(totals), totals)
+    return erk_densities(shapes, bounds.budget / sum(totals), totals)
 
 
 def _learned(network: Network, how: Distillation) -> list[float]:
@@ -106,7 +106,7 @@ def _learned(network: Network, how: Distillation) -> list[float]:
         density=network.budget.density,
         sparsity=network.budget.sparsity,
         cost=network.budget.cost,
-        sample_input=network.budget.sample_input,
+        example_input=network.budget.example_input,
     )
     distil(network, model, method, budget, shorter)
     return [float(w.parameter.count_nonzero()) / w.numel for w in weights]

@@ -10,39 +10,39 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spartan.budget import Budget
-from spartan.errors import CalibrationError, MethodError, NonFiniteError
-from spartan.methods.base import Method
-from spartan.methods.fcpts_published import PublishedFCPTS
-from spartan.patterns import Pattern, Unstructured
+from spartan.budgets.budget import Budget, as_budget
+from spartan.errors import BudgetError, CalibrationError, MethodError, NonFiniteError
+from spartan.example_inputs import run_on
+from spartan.methods.masking.contract import MaskingMethod
 from spartan.post_training.allocation import Allocation
-from spartan.post_training.base import LayerMethod
 from spartan.post_training.calibration import Calibration
+from spartan.post_training.compression_plan import Reconstruct, make_plan
 from spartan.post_training.distillation import Distillation, References
-from spartan.post_training.given import kept_by
 from spartan.post_training.grams import scout
+from spartan.post_training.matrices import nonzero_units
 from spartan.post_training.network import (
     Network,
     Tick,
-    copy_of,
+    bounds_of,
     counterparts,
-    limits_of,
+    evaluating_copy,
     require_dense,
 )
 from spartan.post_training.phases import Clock, Outcome, run
 from spartan.post_training.report import CompressionReport, LayerReport
-from spartan.post_training.request import Reconstruct, make_request
-from spartan.prunable import NameFilter, find_prunable
-from spartan.samples import run_on
+from spartan.post_training.solver import LayerSolver
+from spartan.weights.patterns import Pattern, Unstructured
+from spartan.weights.prunable import NameFilter, find_prunable
 
 
 def compress(
     model: nn.Module,
     calibration: Any,
     *,
+    budget: Budget | float | None = None,
     density: float | None = None,
     sparsity: float | None = None,
-    method: str | LayerMethod | Method = "fcpts",
+    method: str | LayerSolver | MaskingMethod = "fcpts",
     allocation: Allocation | None = None,
     reconstruct: Reconstruct = "auto",
     pattern: Pattern | None = None,
@@ -65,8 +65,11 @@ def compress(
         model: Any module with Linear, convolution or attention layers. It is left as it is.
         calibration: A tensor with the samples along its first dimension, or an iterable of batches:
             tensors, tuples of positional or dicts of keyword arguments. Labels are left out.
-        density: Fraction of the prunable weights to keep; give this or `sparsity`.
-        sparsity: Fraction to remove.
+        budget: How much may stay: a `Budget` of parameters or FLOPs, or a number, the fraction of
+            the prunable weights to keep. An allocation it names other than `"global"` counts
+            unless `allocation=` is given.
+        density: Instead, that fraction alone.
+        sparsity: Instead, the fraction to remove.
         method: Finds what stays: `"fcpts"`, `"fcpts-published"`, `"obs"`, `"sparsegpt"`, `"wanda"`,
             `"magnitude"`, one of their classes with settings, any method of `spartan.methods` that
             masks weights, or `"best"`: what does best in the steps or minutes there are.
@@ -108,7 +111,12 @@ def compress(
         PatternError: The pattern does not fit.
         PrunableError: Nothing is prunable.
     """
-    request = make_request(method, allocation, reconstruct, distillation, minutes, pattern)
+    if budget is not None:
+        asked = _check_budget(as_budget(budget), density, sparsity, cost)
+        density, sparsity, cost = asked.density, asked.sparsity, str(asked.cost)
+        if allocation is None and asked.allocation != "global":
+            allocation = asked.allocation
+    plan = make_plan(method, allocation, reconstruct, distillation, minutes, pattern)
     if not isinstance(batch_size, int):
         raise MethodError(f"batch_size={batch_size} must be a whole number.")
     if not 0 < held_out < 1 or batch_size < 1 or not 0 <= max_layer_sparsity <= 1:
@@ -118,8 +126,9 @@ def compress(
         )
     if cost not in ("parameters", "flops"):
         raise MethodError(f"cost={cost!r} must be 'parameters' or 'flops'.")
-    if isinstance(request.method, PublishedFCPTS) and max_layer_sparsity < 1:
-        raise MethodError("'fcpts-published' knows no max_layer_sparsity; 'fcpts' does.")
+    if plan.joint:
+        assert isinstance(plan.method, MaskingMethod)
+        plan.method.with_max_layer_sparsity(max_layer_sparsity)  # refuses where it knows none
     if unreached not in ("error", "dense", "magnitude"):
         raise MethodError(f"unreached={unreached!r} must be 'error', 'dense' or 'magnitude'.")
     Budget(density=density, sparsity=sparsity)  # refuses what is out of range
@@ -129,12 +138,29 @@ def compress(
             network, missed = _prepare(
                 model, Calibration(calibration, model), density, sparsity, cost,
                 pattern or Unstructured(), max_layer_sparsity, (include, exclude), unreached,
-                held_out, batch_size, seed, progress or (lambda *_: None), request.how,
+                held_out, batch_size, seed, progress or (lambda *_: None), plan.how,
             )  # fmt: skip
-        outcome = Outcome(request)
+        outcome = Outcome(plan)
         if network.budget.fraction != 1:
-            outcome = run(network, request, clock)
+            outcome = run(network, plan, clock)
         return _finish(model, network, outcome, missed, clock, inplace)
+
+
+def _check_budget(
+    budget: Budget, density: float | None, sparsity: float | None, cost: str
+) -> Budget:
+    """Return a budget that a compression can keep.
+
+    Raises:
+        BudgetError: It is given twice, or it is none of parameters or FLOPs.
+    """
+    if density is not None or sparsity is not None or cost != "parameters":
+        raise BudgetError("Give budget=, or density=, sparsity= and cost=, not both.")
+    if budget.latency_ms is not None or budget.count != "prunable":
+        raise BudgetError("A compression keeps a fraction of the prunable weights, or of FLOPs.")
+    if budget.cost not in ("parameters", "flops"):
+        raise BudgetError(f"cost={budget.cost!r} must be 'parameters' or 'flops' to compress.")
+    return budget
 
 
 @contextmanager
@@ -180,7 +206,7 @@ def _prepare(
         )
     count = min(len(samples) - 1, max(1, round(held_out * len(samples))))
     fit, kept_back = samples.split(count, seed)
-    dense = copy_of(model)
+    dense = evaluating_copy(model)
     dense.requires_grad_(False)
     weights = counterparts(found, dense)
     reach = scout(dense, fit.batches(batch_size), weights)
@@ -202,12 +228,12 @@ def _prepare(
         if not weights:
             raise CalibrationError("No calibration sample reaches any prunable weight.")
     sample = fit.batches(1)[0] if cost == "flops" else None
-    budget = Budget(density=density, sparsity=sparsity, cost=cost, sample_input=sample)
-    limits = limits_of(dense, weights, pattern, budget, max_layer_sparsity)
-    pruned = copy_of(model)
+    budget = Budget(density=density, sparsity=sparsity, cost=cost, example_input=sample)
+    bounds = bounds_of(dense, weights, pattern, budget, max_layer_sparsity)
+    pruned = evaluating_copy(model)
     targets = counterparts(weights, pruned)
     network = Network(
-        dense, pruned, weights, targets, reach, pattern, budget, limits, fit, kept_back,
+        dense, pruned, weights, targets, reach, pattern, budget, bounds, fit, kept_back,
         batch_size, seed, max_layer_sparsity, tick,
     )  # fmt: skip
     return network, missed
@@ -221,11 +247,11 @@ def _finish(
     clock: Clock,
     inplace: bool,
 ) -> CompressionReport:
-    request, trained = outcome.request, outcome.trained
-    how = request.how
+    plan, trained = outcome.plan, outcome.trained
+    how = plan.how
     loss = 0.0
     if network.budget.fraction == 1:
-        network.pruned = copy_of(model)  # untouched by the passes
+        network.pruned = evaluating_copy(model)  # untouched by the passes
         network.targets = counterparts(network.weights, network.pruned)
     else:
         with clock("evaluation"):
@@ -238,9 +264,9 @@ def _finish(
         twin.grad = None
     if inplace:
         model.load_state_dict(network.pruned.state_dict())
-    kept = kept_by(network.targets, network.pattern)
+    kept = nonzero_units(network.targets, network.pattern)
     layers = []
-    for target, cost in zip(network.targets, network.limits.costs, strict=True):
+    for target, cost in zip(network.targets, network.bounds.costs, strict=True):
         result = outcome.solved.get(target.name)
         error, seconds = (math.nan, 0.0) if result is None else (result.error, result.seconds)
         units = kept[target.name]
@@ -250,11 +276,11 @@ def _finish(
                 units.numel(), int(units.sum()), cost, error, seconds,
             )
         )  # fmt: skip
-    method = "best" if request.method is None else request.method.settings()
+    method = "best" if plan.method is None else plan.method.settings()
     settings = {
         "method": method,
-        "allocation": request.allocation if isinstance(request.allocation, str) else "given",
-        "reconstruct": request.reconstruct,
+        "allocation": plan.allocation if isinstance(plan.allocation, str) else "given",
+        "reconstruct": plan.reconstruct,
         "pattern": str(network.pattern),
         "density": float(network.budget.fraction or 0),
         "cost": network.budget.cost,

@@ -45,10 +45,10 @@ def curve_densities(network: Network, how: Distillation, start: Sequence[int]) -
     losses = measure_curves(network, how, start)
     grid = np.geomspace(1.0, 1e-3, _GRID)
     tables = [interpolate(curve, grid) for curve in losses]
-    limits = network.limits
-    wholes = [n * c for n, c in zip(limits.units, limits.costs, strict=True)]
-    least = [k / n for k, n in zip(limits.least, limits.units, strict=True)]
-    chosen = cheapest(tables, grid, wholes, least, limits.budget)
+    bounds = network.bounds
+    wholes = [n * c for n, c in zip(bounds.units, bounds.costs, strict=True)]
+    least = [k / n for k, n in zip(bounds.least, bounds.units, strict=True)]
+    chosen = cheapest(tables, grid, wholes, least, bounds.budget)
     return [float(grid[i]) for i in chosen]
 
 

@@ -19,15 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spartan.budget import Budget
+from spartan.budgets.budget import Budget
 from spartan.errors import CalibrationError, MethodError, NonFiniteError
-from spartan.masking import MaskingSparsifier
-from spartan.methods.base import Method
-from spartan.methods.fixed import Fixed
+from spartan.example_inputs import run_on, run_on_copy, tensors_of
+from spartan.methods.masking.contract import MaskingMethod
 from spartan.post_training.calibration import Calibration
 from spartan.post_training.network import Network
-from spartan.samples import run_on, run_on_copy, tensors_of
 from spartan.seeds import derive_seed
+from spartan.sparsifier.sparsifier import Sparsifier
 
 Augment = Callable[[Any, torch.Generator], Any]
 
@@ -162,7 +161,7 @@ class Trained:
 
 
 def distil(
-    network: Network, model: nn.Module, method: Method, budget: Budget, how: Distillation
+    network: Network, model: nn.Module, method: MaskingMethod, budget: Budget, how: Distillation
 ) -> Trained:
     """Train a copy of the dense model at a budget, and leave it at its best.
 
@@ -188,11 +187,11 @@ def distil(
     optimizer = torch.optim.Adam(parameters, lr=_peak(how, model))
     peak = optimizer.param_groups[0]["lr"]
     names = [weight.name for weight in network.weights]
-    sparsifier = MaskingSparsifier(
+    sparsifier = Sparsifier(
         model, optimizer, method, budget, how.steps, network.pattern, include=names
     )
     generator = torch.Generator().manual_seed(derive_seed(network.seed, "distillation", 0))
-    moving = not isinstance(method, Fixed)
+    moving = method.finds_masks
     looks = _looks(method, how.steps)
     held_out = References(network.dense, network.held_out, how.batch_size)
     rows: list[dict[str, float]] = []
@@ -259,7 +258,7 @@ def _step(
     return float(loss.detach())
 
 
-def _looks(method: Method, steps: int) -> set[int]:
+def _looks(method: MaskingMethod, steps: int) -> set[int]:
     """Return the steps after which the held-out samples are looked at; the last is one."""
     first = next((s for s in range(steps + 1) if method.progress(s, steps) >= 1.0), steps)
     return {round(first + (steps - first) * i / _CHECKS) for i in range(_CHECKS + 1)}

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
-from spartan.post_training.fused import without_fused_attention
+from spartan.example_inputs import run_on_copy
 from spartan.post_training.matrices import Tiling, to_matrix
-from spartan.post_training.products import Catch, Product
-from spartan.prunable import Prunable
-from spartan.samples import run_on_copy
+from spartan.post_training.weight_products import (
+    ProductRecorder,
+    WeightProduct,
+    without_fused_attention,
+)
 from spartan.seeds import derive_seed
+from spartan.weights.prunable import Prunable
 
 _POSITIONS = 32_768  # of a layer's inputs that are looked at; of wide layers more
 _POSITIONS_PER_INPUT = 16
@@ -125,7 +128,7 @@ def scout(
     bounds: dict[int, set[int]] = {}
     calls: dict[tuple[int, int], int] = {}
 
-    def meet(product: Product) -> None:
+    def on_product(product: WeightProduct) -> None:
         if not bool(torch.isfinite(product.inputs).all()):
             raise CalibrationError(_not_finite(weights[product.index]))
         reach = found.setdefault(product.index, Reach())
@@ -137,7 +140,7 @@ def scout(
 
     for batch in batches:
         calls.clear()
-        catch_all(model, [batch], weights, meet)
+        record_products(model, [batch], weights, on_product)
         for (index, _), count in calls.items():
             found[index].calls = max(found[index].calls, count)
     for index, reach in found.items():
@@ -153,11 +156,11 @@ def _not_finite(weight: Prunable) -> str:
     )
 
 
-def catch_all(
+def record_products(
     model: nn.Module,
     batches: Sequence[Any],
     weights: Sequence[Prunable],
-    meet: Callable[[Product], None],
+    on_product: Callable[[WeightProduct], None],
 ) -> None:
     """Run a model on batches, and tell of every product that reads one of the weights.
 
@@ -166,7 +169,7 @@ def catch_all(
     """
     try:
         for batch in batches:
-            with without_fused_attention(), torch.no_grad(), Catch(weights, meet):
+            with without_fused_attention(), torch.no_grad(), ProductRecorder(weights, on_product):
                 run_on_copy(model, batch)
     except CalibrationError:
         raise
@@ -200,7 +203,7 @@ class GramBuilder:
             torch.zeros(outputs, **options),
         )
 
-    def add(self, dense: Product, pruned: Product) -> None:
+    def add(self, dense: WeightProduct, pruned: WeightProduct) -> None:
         """Add one product of the dense network and the same of the pruned one.
 
         Raises:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
-from spartan.post_training.base import LayerMethod
-from spartan.post_training.grams import GramBuilder, LayerProblem, catch_all
+from spartan.post_training.grams import GramBuilder, LayerProblem, record_products
+from spartan.post_training.layer_by_layer import LayerByLayer
 from spartan.post_training.least_squares import refit
 from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
 from spartan.post_training.network import Network, write
-from spartan.post_training.products import Product
-from spartan.post_training.walking import Walk
-from spartan.prunable import Prunable
+from spartan.post_training.solver import LayerSolver
+from spartan.post_training.weight_products import WeightProduct
+from spartan.weights.prunable import Prunable
 
 DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal
 _SCARCE = 8  # inputs of a layer for each position that it was calibrated with, at most
@@ -65,8 +65,10 @@ def problems(
     builders = {i: _builder(network, i) for i in shared}
     batches = network.batches()
     if shared:
-        catch_all(network.dense, batches, weights, lambda p: _add_shared(builders, p))
-    with Walk(network.dense, model, batches, (weights, targets), list(network.reach)) as walk:
+        record_products(network.dense, batches, weights, lambda p: _add_shared(builders, p))
+    with LayerByLayer(
+        network.dense, model, batches, (weights, targets), list(network.reach)
+    ) as walk:
         for index, products in walk:
             builder = builders.pop(index, None)
             if builder is None:
@@ -79,7 +81,7 @@ def problems(
 
 
 def prune_layers(
-    network: Network, method: LayerMethod, counts: list[int], refits: bool
+    network: Network, method: LayerSolver, counts: list[int], refits: bool
 ) -> dict[str, LayerResult]:
     """Prune every layer of the copy with a method, one after the other.
 
@@ -118,7 +120,7 @@ def _prune_unreached(network: Network, index: int, kept: int) -> Tensor:
     return units
 
 
-def _add_shared(builders: dict[int, GramBuilder], product: Product) -> None:
+def _add_shared(builders: dict[int, GramBuilder], product: WeightProduct) -> None:
     if product.index in builders:
         builders[product.index].add(product, product)
 

@@ -7,14 +7,15 @@ A convolution's inputs are ordered by kernel position first, channel second: wha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from spartan.errors import PatternError
-from spartan.patterns import NM, Block, Pattern, Unstructured
-from spartan.prunable import Prunable
 from spartan.selection.hard import hard_topk, select_rows
+from spartan.weights.patterns import Pattern
+from spartan.weights.prunable import Prunable
 
 
 def to_matrix(tensor: Tensor, weight: Prunable) -> Tensor:
@@ -89,14 +90,19 @@ def tiling_of(weight: Prunable, pattern: Pattern) -> Tiling:
     """
     pattern.unit_shape(weight)  # refuses what does not divide
     outputs = weight.oriented_shape[0]
-    shape = outputs, weight.numel // outputs
-    if isinstance(pattern, Block):
-        return Tiling(shape, pattern.rows, pattern.cols)
-    if isinstance(pattern, NM):
-        return Tiling(shape, kept_of=(pattern.n, pattern.m))
-    if isinstance(pattern, Unstructured):
-        return Tiling(shape)
-    raise PatternError(
-        f"After training, weights are pruned unstructured, in blocks or N:M, not by {pattern}: "
-        "whole channels need training (spartan.Sparsifier)."
-    )
+    tile = pattern.tile(weight)
+    if tile is None:
+        raise PatternError(
+            "After training, weights are pruned unstructured, in blocks or N:M, not by "
+            f"{pattern}: whole channels need training (spartan.Sparsifier)."
+        )
+    return Tiling((outputs, weight.numel // outputs), *tile, pattern.fixed_ratio)
+
+
+def nonzero_units(weights: Sequence[Prunable], pattern: Pattern) -> dict[str, Tensor]:
+    """Return the units of weights in which something is not zero, by name."""
+    kept = {}
+    for weight in weights:
+        matrix = to_matrix(weight.parameter.detach(), weight)
+        kept[weight.name] = tiling_of(weight, pattern).pool((matrix != 0).float()) > 0
+    return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spartan.budget import Budget
-from spartan.counts import Limits, least_units
-from spartan.errors import PrunableError, SpartanError
-from spartan.patterns import NM, Pattern
+from spartan.always_sparse.conversion import sparse_layers
+from spartan.budgets.budget import Budget
+from spartan.budgets.layer_bounds import LayerBounds, least_units
+from spartan.copies import copy_model
+from spartan.errors import PrunableError
 from spartan.post_training.calibration import Calibration
-from spartan.post_training.given import kept_by
 from spartan.post_training.grams import Reach
-from spartan.post_training.matrices import Tiling, tiling_of
-from spartan.prunable import Prunable
+from spartan.post_training.matrices import Tiling, nonzero_units, tiling_of
+from spartan.weights.patterns import Pattern
+from spartan.weights.prunable import Prunable
 
 Tick = Callable[[str, int, int], None]  # phase, what is done of it, all of it
 
@@ -35,7 +35,7 @@ class Network:
         reach: How the calibration data reach them, by index, in the order of a pass.
         pattern: How weights divide into units.
         budget: What was asked for.
-        limits: What the layers may keep: of weights in the order of `weights`.
+        bounds: What the layers may keep: of weights in the order of `weights`.
         fit: Calibration samples to compress with.
         held_out: Those to stop early by.
         batch_size: Samples of a batch.
@@ -51,7 +51,7 @@ class Network:
     reach: dict[int, Reach]
     pattern: Pattern
     budget: Budget
-    limits: Limits
+    bounds: LayerBounds
     fit: Calibration
     held_out: Calibration
     batch_size: int
@@ -70,23 +70,17 @@ class Network:
 
     def scratch(self) -> tuple[nn.Module, list[Prunable]]:
         """Return another copy of the dense model, and its weights."""
-        model = copy_of(self.dense)
+        model = evaluating_copy(self.dense)
         return model, counterparts(self.weights, model)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def evaluating_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy in evaluation mode.
 
     Raises:
         SpartanError: The model cannot be copied.
     """
-    try:
-        return copy.deepcopy(model).eval()
-    except Exception as error:
-        raise SpartanError(
-            f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "
-            "has weight norms, make them permanent first (prune.remove, remove_weight_norm)."
-        ) from error
+    return copy_model(model).eval()
 
 
 def counterparts(weights: Sequence[Prunable], model: nn.Module) -> list[Prunable]:
@@ -95,13 +89,13 @@ def counterparts(weights: Sequence[Prunable], model: nn.Module) -> list[Prunable
     return [Prunable(w.name, named[w.name], w.input_first) for w in weights]
 
 
-def limits_of(
+def bounds_of(
     model: nn.Module,
     weights: Sequence[Prunable],
     pattern: Pattern,
     budget: Budget,
     max_layer_sparsity: float,
-) -> Limits:
+) -> LayerBounds:
     """Return what layers may keep, together and each.
 
     Raises:
@@ -111,7 +105,7 @@ def limits_of(
     units = [tiling_of(weight, pattern).count for weight in weights]
     fraction = budget.fraction
     assert fraction is not None
-    if isinstance(pattern, NM):
+    if pattern.fixed_ratio is not None:
         budget.plan(model, weights, pattern)  # refuses densities that are not n / m
     of_weights = budget.costs_per_weight(model, weights)
     costs = [c * pattern.unit_numel(w) for c, w in zip(of_weights, weights, strict=True)]
@@ -120,9 +114,9 @@ def limits_of(
     total = sum(n * c for n, c in zip(units, costs, strict=True))
     kept = round(fraction * sum(units)) if set(costs) == {1.0} else float(fraction) * total
     # Units that are zero already are as good as pruned.
-    most = [int(mask.sum()) for mask in kept_by(weights, pattern).values()]
+    most = [int(mask.sum()) for mask in nonzero_units(weights, pattern).values()]
     least = [min(n, m) for n, m in zip(least_units(units, max_layer_sparsity), most, strict=True)]
-    return Limits([w.name for w in weights], units, costs, least, most, kept)
+    return LayerBounds([w.name for w in weights], units, costs, least, most, kept)
 
 
 def write(target: Prunable, values: Tensor) -> None:
@@ -133,8 +127,6 @@ def write(target: Prunable, values: Tensor) -> None:
 
 def require_dense(model: nn.Module) -> None:
     """Raise `PrunableError` if a model has always-sparse layers."""
-    from spartan.always_sparse.conversion import sparse_layers
-
     if sparse_layers(model):
         raise PrunableError(
             "The model has always-sparse layers, which are as sparse as they will get: make them "

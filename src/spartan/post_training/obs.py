@@ -19,16 +19,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spartan.post_training.base import LayerMethod, Solution
 from spartan.post_training.grams import LayerProblem
 from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.matrices import Tiling
+from spartan.post_training.solver import LayerSolver, Solution
 
 _CHUNK = 1 << 22  # entries of the factors that are worked on at a time
 
 
 @dataclass(frozen=True)
-class OBS(LayerMethod):
+class OBS(LayerSolver):
     """Greedy removal by second-order cost, then exact least squares on what stays.
 
     Source: Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, section 4 (ExactOBS).

@@ -1,4 +1,4 @@
-"""The phases of a compression: allocation, layers, distillation."""
+"""The phases of a compression (allocation, layers, distillation), and the time each takes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from spartan.budget import Budget
-from spartan.methods.base import Method
-from spartan.methods.fcpts import FCPTS
-from spartan.methods.fixed import Fixed
-from spartan.patterns import NM
+from spartan.budgets.budget import Budget
+from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.fcpts import FCPTS
+from spartan.methods.masking.fixed import Fixed
 from spartan.post_training.allocation import allocate
-from spartan.post_training.base import LayerMethod
-from spartan.post_training.best import combination
+from spartan.post_training.compression_plan import CompressionPlan, combination
 from spartan.post_training.distillation import Distillation, Trained, distil
-from spartan.post_training.given import Given, kept_by
 from spartan.post_training.layers import LayerResult, prune_layers
+from spartan.post_training.matrices import nonzero_units
 from spartan.post_training.network import Network
-from spartan.post_training.pacing import steps_within
-from spartan.post_training.request import Request
+from spartan.post_training.solver import FixedUnits, LayerSolver
 
 
 class Clock:
@@ -52,102 +49,126 @@ class Outcome:
     """What the phases did.
 
     Attributes:
-        request: What was asked for, and what was chosen where nothing was.
+        plan: What was asked for, and what was chosen where nothing was.
         steps: Steps of the distillation.
         trained: What came of it; None if its weights were not taken.
         solved: Solutions of layers, by name.
     """
 
-    request: Request
+    plan: CompressionPlan
     steps: int = 0
     trained: Trained | None = None
     solved: dict[str, LayerResult] = dataclasses.field(default_factory=dict)
 
 
-def run(network: Network, request: Request, clock: Clock) -> Outcome:
+_TRIAL = 4  # steps that are timed, after a step that is not: enough for a mean, and over in moments
+_RESERVE = 0.92  # of the time is planned; the rest is for what steps that are timed do not do
+
+
+def steps_within(
+    network: Network, method: MaskingMethod, budget: Budget, how: Distillation, seconds: float
+) -> int:
+    """Return how many steps of a distillation take so long on this machine, at least 1.
+
+    A few steps of a copy are timed, so that two runs may answer differently.
+    """
+    model, _ = network.scratch()
+    clock: list[float] = []
+    trial = dataclasses.replace(network, tick=lambda *_: clock.append(time.perf_counter()))
+    began = time.perf_counter()
+    distil(trial, model, method, budget, dataclasses.replace(how, steps=_TRIAL + 1))
+    each = (clock[-1] - clock[0]) / _TRIAL
+    spent = time.perf_counter() - began
+    return max(1, int((_RESERVE * seconds - spent) / each))
+
+
+def run(network: Network, plan: CompressionPlan, clock: Clock) -> Outcome:
     """Allocate, prune and reconstruct: the copy in `network` is compressed then."""
-    if request.method is None:
-        request = _settle(network, request, clock)
+    if plan.method is None:
+        plan = _settle(network, plan, clock)
     counts = None
-    if not request.joint:
+    if not plan.joint:
         with clock("allocation"):
-            counts = allocate(network, request.allocation, _how_to_learn(network, request, clock))
-    if isinstance(request.method, LayerMethod):
+            counts = allocate(network, plan.allocation, _how_to_learn(network, plan, clock))
+    if isinstance(plan.method, LayerSolver):
         assert counts is not None
-        return _solve(network, request, request.method, counts, clock)
-    assert request.method is not None
-    return _train(network, request, request.method, counts, clock)
+        return _solve(network, plan, plan.method, counts, clock)
+    assert plan.method is not None
+    return _train(network, plan, plan.method, counts, clock)
 
 
-def _settle(network: Network, request: Request, clock: Clock) -> Request:
+def _settle(network: Network, plan: CompressionPlan, clock: Clock) -> CompressionPlan:
     """Choose the combination for the time there is."""
-    steps = request.how.steps
-    if request.minutes is not None:
+    steps = plan.how.steps
+    if plan.minutes is not None:
         with clock("pacing"):
-            left = 60 * request.minutes - clock.total
-            steps = steps_within(network, FCPTS(), network.budget, request.how, left)
+            left = 60 * plan.minutes - clock.total
+            steps = steps_within(network, FCPTS(), network.budget, plan.how, left)
     method, allocation, reconstruct = combination(steps)
-    if isinstance(network.pattern, NM):
+    if network.pattern.fixed_ratio is not None:
         allocation = "uniform"
-    how = dataclasses.replace(request.how, steps=steps)
-    return Request(method, allocation, reconstruct, how, None)
+    how = dataclasses.replace(plan.how, steps=steps)
+    return CompressionPlan(method, allocation, reconstruct, how, None)
 
 
-def _how_to_learn(network: Network, request: Request, clock: Clock) -> Distillation:
+def _how_to_learn(network: Network, plan: CompressionPlan, clock: Clock) -> Distillation:
     """Return how an allocation is learned: where time is short, in a quarter of it."""
-    how = request.how
-    if request.minutes is None or request.allocation != "learned":
+    how = plan.how
+    if plan.minutes is None or plan.allocation != "learned":
         return how
-    quarter = 15 * request.minutes - clock.total
+    quarter = 15 * plan.minutes - clock.total
     steps = steps_within(network, FCPTS(), network.budget, how, quarter)
     return dataclasses.replace(how, steps=4 * steps)
 
 
 def _solve(
-    network: Network, request: Request, method: LayerMethod, counts: list[int], clock: Clock
+    network: Network, plan: CompressionPlan, method: LayerSolver, counts: list[int], clock: Clock
 ) -> Outcome:
     """Prune layer by layer; then perhaps distil with these masks."""
     with clock("layers"):
-        solved = prune_layers(network, method, counts, request.reconstruct is not None)
-    if request.reconstruct != "network":
-        return Outcome(request, solved=solved)
+        solved = prune_layers(network, method, counts, plan.reconstruct is not None)
+    if plan.reconstruct != "network":
+        return Outcome(plan, solved=solved)
     budget = network.budget
-    if not isinstance(network.pattern, NM):
+    if network.pattern.fixed_ratio is None:
         kept = {name: result.units.float().mean() for name, result in solved.items()}
         budget = Budget(allocation={name: float(share) for name, share in kept.items()})
-    steps, trained = _distil(network, request, Fixed(), budget, clock)
-    return Outcome(request, steps, trained, solved)
+    steps, trained = _distil(network, plan, Fixed(), budget, clock)
+    return Outcome(plan, steps, trained, solved)
 
 
 def _train(
-    network: Network, request: Request, method: Method, counts: list[int] | None, clock: Clock
+    network: Network,
+    plan: CompressionPlan,
+    method: MaskingMethod,
+    counts: list[int] | None,
+    clock: Clock,
 ) -> Outcome:
     """Let a method of training find masks during a distillation; then perhaps refit the layers."""
     budget = network.budget
-    if isinstance(method, FCPTS) and request.joint:
-        cap = min(method.max_layer_sparsity, network.max_layer_sparsity)
-        method = dataclasses.replace(method, max_layer_sparsity=cap)
-    elif counts is not None and not isinstance(network.pattern, NM):
-        limits = network.limits
-        pairs = zip(limits.names, counts, limits.units, strict=True)
+    if plan.joint:
+        method = method.with_max_layer_sparsity(network.max_layer_sparsity)
+    elif counts is not None and network.pattern.fixed_ratio is None:
+        bounds = network.bounds
+        pairs = zip(bounds.names, counts, bounds.units, strict=True)
         budget = Budget(allocation={name: k / n for name, k, n in pairs})
-    steps, trained = _distil(network, request, method, budget, clock)
-    if request.reconstruct == "network":
-        return Outcome(request, steps, trained)
+    steps, trained = _distil(network, plan, method, budget, clock)
+    if plan.reconstruct == "network":
+        return Outcome(plan, steps, trained)
     with clock("layers"):
-        given = Given(kept_by(network.targets, network.pattern))
+        found = FixedUnits(nonzero_units(network.targets, network.pattern))
         network.pruned.load_state_dict(network.dense.state_dict())
-        kept = [int(units.sum()) for units in given.units.values()]
-        solved = prune_layers(network, given, kept, request.reconstruct == "layer")
-    return Outcome(request, steps, None, solved)
+        kept = [int(units.sum()) for units in found.units.values()]
+        solved = prune_layers(network, found, kept, plan.reconstruct == "layer")
+    return Outcome(plan, steps, None, solved)
 
 
 def _distil(
-    network: Network, request: Request, method: Method, budget: Budget, clock: Clock
+    network: Network, plan: CompressionPlan, method: MaskingMethod, budget: Budget, clock: Clock
 ) -> tuple[int, Trained]:
-    how = request.how
+    how = plan.how
     with clock("distillation"):
-        if request.minutes is not None:
-            left = 60 * request.minutes - clock.total
+        if plan.minutes is not None:
+            left = 60 * plan.minutes - clock.total
             how = dataclasses.replace(how, steps=steps_within(network, method, budget, how, left))
         return how.steps, distil(network, network.pruned, method, budget, how)

@@ -18,15 +18,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spartan.budgets.allocation import round_to_sum
 from spartan.errors import MethodError
-from spartan.post_training.base import LayerMethod, Solution
 from spartan.post_training.grams import LayerProblem
 from spartan.post_training.least_squares import unconstrained
-from spartan.shares import round_to_sum
+from spartan.post_training.solver import LayerSolver, Solution
 
 
 @dataclass(frozen=True)
-class SparseGPT(LayerMethod):
+class SparseGPT(LayerSolver):
     """One sweep over the columns, with the errors passed on.
 
     Attributes:

@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spartan.post_training.base import LayerMethod, Solution
 from spartan.post_training.grams import LayerProblem
+from spartan.post_training.solver import LayerSolver, Solution
 
 
 @dataclass(frozen=True)
-class Wanda(LayerMethod):
+class Wanda(LayerSolver):
     """Keep what is large times its inputs, evenly over outputs; the weights stay as they are.
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",

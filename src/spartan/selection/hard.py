@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spartan.errors import BudgetError
-from spartan.kernels import Cut, Request, Scores, masks_of, scan
+from spartan.kernels import Cutoff, ScanRequest, Scores, masks_of, scan
 from spartan.kernels.selection import SLACK
 
 
@@ -29,12 +29,12 @@ def hard_topk(values: Tensor, budget: float, costs: Tensor | None = None) -> Ten
     """
     check_request(values, budget, costs)
     scores = unit_scores(values.detach(), costs)
-    return masks_of(scores, find_cut(scores, budget))[0]
+    return masks_of(scores, find_cutoff(scores, budget))[0]
 
 
-def find_cut(scores: Scores, budget: float) -> Cut:
-    """Find which entries a budget keeps; see `spartan.kernels.Request`."""
-    return scan([Request(scores, budget)])[0].cut
+def find_cutoff(scores: Scores, budget: float) -> Cutoff:
+    """Find which entries a budget keeps; see `spartan.kernels.ScanRequest`."""
+    return scan([ScanRequest(scores, budget)])[0].cutoff
 
 
 def select_rows(scores: Tensor, kept: int) -> Tensor:

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from spartan.errors import BudgetError
 from spartan.kernels import Dual, Mass, Scores, masses
-from spartan.selection.hard import check_request, find_cut, unit_scores
+from spartan.selection.hard import check_request, find_cutoff, unit_scores
 
 _MAX_PASSES = 200
 # Bisection alone would bring the widest bracket of a row to float32 precision in these.
@@ -74,7 +74,7 @@ class _SoftTopK(torch.autograd.Function):
         ctx: Any, values: Tensor, budget: float, costs: Tensor | None, beta: float
     ) -> Tensor:
         scores = unit_scores(values, costs)
-        dual = solve(scores, budget, beta, find_cut(scores, budget).threshold)
+        dual = solve(scores, budget, beta, find_cutoff(scores, budget).threshold)
         logits = dual.logits(scores.of(scores.tensors[0], 0))
         ctx.save_for_backward(logits, costs)
         ctx.beta, ctx.dtype = beta, values.dtype

@@ -1,0 +1,40 @@
+"""`spartan export`: an ONNX file, checked against ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+
+from spartan.commands.bench import parse_shape
+from spartan.commands.opening import open_model
+from spartan.deploy.onnx import export_onnx
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an ONNX file, and check it against ONNX Runtime."""
+
+    model: tyro.conf.Positional[str]
+    """Run folder, or a model as in `spartan train --model`."""
+    onnx: Path
+    """File to write."""
+    input: str | None = None
+    """Shape of an input, like 1x3x32x32; a run knows its own."""
+    weights: Path | None = None
+    """Safetensors file, packed or not; a run's own weights by default."""
+    classes: int = 10
+    """Classes of a model by name."""
+    purge: bool = True
+    """Remove channels that are zero first."""
+
+    def run(self) -> int:
+        """Run the command."""
+        shape = None if self.input is None else parse_shape(self.input)
+        opened, shape = open_model(self.model, self.weights, shape, self.classes)
+        exported = export_onnx(opened, torch.randn(shape), self.onnx, purge=self.purge)
+        Console().print(str(exported), highlight=False, soft_wrap=True)
+        return 0

@@ -1,0 +1,1 @@
+"""The options of each command, and the files that hold them."""

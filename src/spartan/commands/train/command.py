@@ -1,0 +1,93 @@
+"""`spartan train`: trains a network to an exact budget, or goes on with a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from spartan.commands.images import load_data
+from spartan.commands.options.files import read_options, refuse_changes
+from spartan.commands.options.train import TrainConfig
+from spartan.commands.report.page import write_page
+from spartan.commands.runs.folder import Run
+from spartan.commands.terminal.display import Display
+from spartan.commands.terminal.tables import print_layers
+from spartan.commands.train.plan import print_plan
+from spartan.commands.train.trainer import Trainer
+from spartan.errors import ConfigError
+
+# Options that may change when a run is resumed: where and how it is computed, not what.
+_MAY_CHANGE = {"device", "workers", "out"}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network to an exact budget."""
+
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009
+    """Every option of the run."""
+    config: str | None = None
+    """File with options (JSON, as in a run folder); options given here win."""
+    resume: str | None = None
+    """Run folder to continue."""
+    dry_run: bool = False
+    """Print layers, costs, budget and schedule, and stop."""
+
+    def file_options(self) -> TrainConfig | None:
+        """Return the options that --config or --resume name, if one is given.
+
+        Raises:
+            ConfigError: Both are given, or the folder to resume is of another command.
+        """
+        if self.config is not None and self.resume is not None:
+            raise ConfigError("Give --config or --resume, not both: a run is resumed with its own.")
+        if self.config is not None:
+            return read_options(TrainConfig, Path(self.config))
+        if self.resume is None:
+            return None
+        saved = Run.open(Path(self.resume)).config()
+        if not isinstance(saved, TrainConfig):
+            raise ConfigError(f"{self.resume} is a compression: there is no training to resume.")
+        return saved
+
+    def run(self) -> int:
+        """Run the command."""
+        options = self.options
+        if self.resume is not None:
+            saved = self.file_options()
+            assert saved is not None
+            refuse_changes(saved, options, _MAY_CHANGE)
+            options = dataclasses.replace(options, out=self.resume)
+        if self.dry_run:
+            print_plan(Console(), Trainer(options, load_data(options.data, options.image_size)))
+            return 0
+        return _train(options, self.resume is not None)
+
+
+def _train(config: TrainConfig, resume: bool) -> int:
+    console = Console()
+    if not resume:
+        Run(Path(config.out)).refuse_existing()
+    trainer = Trainer(config, load_data(config.data, config.image_size))
+    if resume:
+        run = Run.open(Path(config.out))
+        if run.checkpoint_path.exists():
+            trainer.load(run)
+        console.print(f"resuming {config.out} at step {trainer.step} of {trainer.total_steps}")
+    else:
+        run = Run.create(config)
+    with Display(console, trainer.total_steps, trainer.step) as display:
+        row = trainer.fit(run, display.show, display.tick)
+    write_page([run], run.report_path)
+    print_layers(console, run)
+    console.print(
+        f"test accuracy {row['accuracy']:.2%}, loss {row['loss']:.4f}\n"
+        f"model  {run.model_path}\nreport {run.report_path}",
+        highlight=False,
+    )
+    return 0

@@ -1,0 +1,28 @@
+"""Deep copies of models, and one sentence where there can be none."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from spartan.errors import SpartanError
+
+
+def copy_model(model: nn.Module, refuse: type[SpartanError] = SpartanError) -> nn.Module:
+    """Return a deep copy of a model.
+
+    Args:
+        model: Any module.
+        refuse: What is raised if it cannot be copied.
+
+    Raises:
+        SpartanError: It cannot.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise refuse(
+            f"The model cannot be copied: {error} If it was pruned with torch.nn.utils.prune or "
+            "has weight norms, make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error

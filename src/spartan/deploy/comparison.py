@@ -1,0 +1,55 @@
+"""Whether what became of a model still computes the same: copies, runs, relative errors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from spartan.always_sparse.conversion import to_dense
+from spartan.copies import copy_model
+from spartan.errors import DeployError
+from spartan.example_inputs import run_on, tensors_of
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy, in which always-sparse layers are dense.
+
+    Raises:
+        DeployError: The model cannot be copied.
+    """
+    return to_dense(copy_model(model, DeployError))
+
+
+def run(model: nn.Module, sample: Any, what: str = "model") -> Any:
+    """Return a model's output on a sample input, which stays as it is.
+
+    Raises:
+        DeployError: The model fails; `what` says which it is.
+    """
+    try:
+        return run_on(model, copy.deepcopy(sample))  # the model may write into it
+    except Exception as error:
+        raise DeployError(
+            f"The {what} does not run on the example input: {type(error).__name__}: {error}"
+        ) from error
+
+
+def relative_error(result: Any, reference: Any) -> float:
+    """Return the largest relative difference, in norm, of the tensors in two outputs.
+
+    Infinite where shapes, numbers of tensors or infinite entries differ.
+    """
+    ours, theirs = list(tensors_of(result)), list(tensors_of(reference))
+    worst = 0.0 if len(ours) == len(theirs) else float("inf")
+    for a, b in zip(ours, theirs, strict=False):
+        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+            worst = float("inf")
+        elif b.is_floating_point():
+            finite = b.isfinite()
+            wanted = b[finite].double()
+            error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+            worst = max(worst, float(error))
+    return worst

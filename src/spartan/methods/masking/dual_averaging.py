@@ -1,0 +1,110 @@
+r"""Dual averaging, or Top-KAST (Jayakumar et al., NeurIPS 2020).
+
+The forward pass uses the top |θ| only; a larger set receives gradients:
+
+    A = top k of |θ|,  B = top k_B of |θ|,  A ⊆ B
+    w = θ · 1_A                      forward
+    dL/dθ = G · 1_B                  straight-through; 1 everywhere for a dense backward pass
+
+so pruned weights keep accumulating gradients and enter A when they have grown. The penalty that
+Top-KAST puts on θ is the weight decay of the user's optimizer.
+
+Nothing but that decay holds pruned weights back. Under a global budget, at high sparsity and with
+norms between the layers, whole layers can lose all their weights (`benchmarks/cifar10.py` at 98 %);
+allocate per layer then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from spartan.errors import MethodError
+from spartan.methods.masking.contract import MaskingMethod, mask_gradients
+from spartan.methods.masking.groups import BudgetGroup, Competition, competitions_of, keep_largest
+from spartan.methods.masking.masked_weight import MaskedWeight
+from spartan.methods.masking.state import WeightState
+from spartan.schedules import check_annealing, check_fraction, check_order, progress
+
+
+@dataclass
+class BackwardMask(WeightState):
+    """Which units of a weight receive gradients, boolean; None for all of them."""
+
+    backward: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DualAveraging(MaskingMethod):
+    """Hard top-k forward, straight-through gradients to a larger set.
+
+    Attributes:
+        backward_density: Fraction of the units that receive gradients; 1.0 is dense.
+        warmup: Fraction of the run over which the density falls from 1 to the target.
+        finetune: Last fraction of the run: the masks are fixed, and only kept weights train.
+        annealing: Shape of the density schedule.
+
+    Raises:
+        MethodError: A setting is out of range.
+
+    Source: Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020; with
+    `backward_density=1` the dual averaging baseline of Tai et al., NeurIPS 2022.
+    """
+
+    backward_density: float = 1.0
+    warmup: float = 0.2
+    finetune: float = 0.2
+    annealing: Literal["linear", "cosine"] = "linear"
+
+    checks_weights: ClassVar[bool] = True
+    weight_state: ClassVar[type[WeightState]] = BackwardMask
+    name: ClassVar[str] = "dual-averaging"
+    summary: ClassVar[str] = (
+        "Top-KAST: moderate sparsity, or a budget for each layer; no soft masks"
+    )
+    paper: ClassVar[str] = "Jayakumar et al., NeurIPS 2020"
+    step_cost: ClassVar[str] = "two to three passes over the weights, native on the CPU"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.backward_density <= 1:
+            raise MethodError(f"backward_density={self.backward_density} must lie in (0, 1].")
+        check_fraction("warmup", self.warmup)
+        check_fraction("finetune", self.finetune)
+        check_order(self.warmup, self.finetune)
+        check_annealing(self.annealing)
+
+    def moves_masks(self, step: int, total_steps: int) -> bool:
+        return step <= self._last_update(total_steps)
+
+    def progress(self, step: int, total_steps: int) -> float:
+        if step >= total_steps:
+            return 1.0
+        return progress(step, int(self.warmup * total_steps), self.annealing)
+
+    def select(self, groups: Sequence[BudgetGroup], step: int, total_steps: int) -> None:
+        competitions = competitions_of(groups, self.progress(step, total_steps))
+        keep_largest(competitions)
+        if self.backward_density < 1.0:
+            for competition in competitions:
+                self._select_backward(competition)
+
+    def _select_backward(self, competition: Competition) -> None:
+        wider = max(competition.budget, competition.group.budget.of(self.backward_density))
+        masks = competition.largest(wider)
+        for weight, mask in zip(competition.weights, masks, strict=True):
+            weight.state_as(BackwardMask).backward = mask
+
+    def pull_back(
+        self, group: BudgetGroup, weights: Sequence[MaskedWeight], step: int, total_steps: int
+    ) -> None:
+        if step >= self._last_update(total_steps):
+            mask_gradients(weights, [weight.mask for weight in weights])
+        elif self.backward_density < 1.0:
+            backward = [weight.state_as(BackwardMask).backward for weight in weights]
+            mask_gradients(weights, [mask for mask in backward if mask is not None])
+
+    def _last_update(self, total_steps: int) -> int:
+        return total_steps - int(self.finetune * total_steps)

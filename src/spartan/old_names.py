@@ -1,0 +1,91 @@
+"""Modules and classes under the names they had in version 0.1, for scripts and pickled models."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from spartan.errors import renamed
+
+_MODULES = {
+    "always_sparse.dst_ee": "methods.growth.dst_ee",
+    "always_sparse.growing": "sparsifier.growing_run",
+    "always_sparse.growth": "methods.growth.contract",
+    "always_sparse.gse": "methods.growth.gse",
+    "always_sparse.rigl": "methods.growth.rigl",
+    "always_sparse.set": "methods.growth.set",
+    "always_sparse.static": "methods.growth.static",
+    "budget": "budgets.budget",
+    "deploy.layers": "deploy.inference_layers",
+    "freezing": "sparsifier.freezing",
+    "masking": "sparsifier.masking_run",
+    "methods.base": "methods.masking.contract",
+    "methods.constrained_l0": "methods.masking.constrained_l0",
+    "methods.dpf": "methods.masking.dpf",
+    "methods.dual_averaging": "methods.masking.dual_averaging",
+    "methods.fcpts": "methods.masking.fcpts",
+    "methods.fcpts_published": "methods.masking.fcpts_published",
+    "methods.fixed": "methods.masking.fixed",
+    "methods.gated": "methods.masking.gated",
+    "methods.groups": "methods.masking.groups",
+    "methods.magnitude": "methods.masking.magnitude",
+    "methods.penalised_l0": "methods.masking.penalised_l0",
+    "methods.powerpropagation": "methods.masking.powerpropagation",
+    "methods.sites": "methods.masking.masked_weight",
+    "methods.spartan": "methods.masking.spartan",
+    "passes": "sparsifier.pass_hooks",
+    "patterns": "weights.patterns",
+    "prunable": "weights.prunable",
+    "summary": "sparsifier.layer_summary",
+    "world_model.environments.gym": "world_model.gym_world",
+}
+_CLASSES = {
+    "Group": "BudgetGroup",
+    "Growth": "GrowthMethod",
+    "GrowingSparsifier": "GrowingRun",
+    "MaskingSparsifier": "MaskingRun",
+    "Method": "MaskingMethod",
+    "Site": "MaskedWeight",
+    "SparseConv2d": "InferenceConv2d",
+    "SparseLayer": "InferenceLayer",
+    "SparseLinear": "InferenceLinear",
+    "SparseSite": "GrowingLayer",
+}
+# What pickled models name: they load without a word, as nobody wrote those names by hand.
+_PICKLED = {"deploy.layers", "passes"}
+
+
+def install() -> None:
+    """Let the old module names be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package != "spartan" or name not in _MODULES:
+            return None
+        return importlib.util.spec_from_loader(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__.removeprefix("spartan.")
+        now = f"spartan.{_MODULES[name]}"
+        if name not in _PICKLED:
+            renamed(module.__name__, now, stacklevel=8)
+        source = importlib.import_module(now)
+
+        def find(attribute: str) -> Any:
+            if attribute in _CLASSES and hasattr(source, _CLASSES[attribute]):
+                return getattr(source, _CLASSES[attribute])
+            return getattr(source, attribute)
+
+        module.__getattr__ = find  # type: ignore[method-assign]

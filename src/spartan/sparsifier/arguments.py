@@ -1,0 +1,72 @@
+"""The arguments of a sparsifier, brought into one form; what is wrong gets one sentence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from spartan.errors import PatternError, PrunableError, ScheduleError, StateError
+from spartan.registry import Registered
+from spartan.weights.patterns import Pattern, Unstructured, parse_pattern
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `PrunableError` unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise PrunableError(f"model={model!r} is no torch.nn.Module: give the model itself.")
+
+
+def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """Return one optimizer, several or none as a list.
+
+    Raises:
+        StateError: Something else is given.
+    """
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, Optimizer):
+        return [optimizer]
+    found = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    for one in found:
+        if not isinstance(one, Optimizer):
+            raise StateError(
+                f"optimizer= holds a {type(one).__name__}: give the torch.optim.Optimizer that "
+                "steps the model, several of them in a list, or None for every one that does."
+            )
+    return found
+
+
+def as_pattern(pattern: Pattern | str | None) -> Pattern:
+    """Return a pattern as it is, or make it from its name.
+
+    Raises:
+        PatternError: It is neither.
+    """
+    if pattern is None:
+        return Unstructured()
+    if isinstance(pattern, str):
+        return parse_pattern(pattern)
+    if isinstance(pattern, Pattern):
+        return pattern
+    if inspect.isclass(pattern):
+        raise PatternError(
+            f"pattern={pattern.__name__} is a class: write pattern=spartan.{pattern.__name__}(…)."
+        )
+    raise PatternError(
+        f"pattern={pattern!r} is no pattern: write spartan.Block(4, 4), spartan.NM(2, 4), "
+        "spartan.Channel(), or a name such as '2:4'."
+    )
+
+
+def check_steps(total_steps: int | None, method: Registered) -> None:
+    """Raise `ScheduleError` unless a method can run for so many steps."""
+    if total_steps is None:
+        if method.scheduled:
+            raise ScheduleError(f"The method {method.name!r} needs total_steps= for its schedule.")
+    elif isinstance(total_steps, bool) or not isinstance(total_steps, int):
+        raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of steps.")
+    elif total_steps < 1:
+        raise ScheduleError(f"total_steps={total_steps} must be at least 1.")

@@ -1,0 +1,117 @@
+"""What a growing run refuses before it begins, or goes on: requests, counts, saved states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer, Rprop
+
+from spartan.budgets.budget import Budget
+from spartan.budgets.group_budget import GroupBudget
+from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
+from spartan.kernels.key_lists import is_in
+from spartan.methods.growth.contract import GrowingLayer, GrowthMethod, density_of, processes
+from spartan.weights.patterns import Pattern, Unstructured
+
+STATE_VERSION = 1
+
+
+def check_request(
+    method: GrowthMethod,
+    budget: Budget,
+    pattern: Pattern,
+    optimizers: Sequence[Optimizer],
+    layers: Collection[str],
+) -> None:
+    """Raise unless a growth method can do this.
+
+    Raises:
+        PrunableError: There are no layers for it.
+        PatternError: Not single connections are asked for.
+        BudgetError: The budget is none of connections.
+        MethodError: An optimizer keeps what cannot follow connections.
+    """
+    if not layers:
+        raise PrunableError(
+            f"{method.name!r} moves the connections of always-sparse layers, and the model has "
+            "none: build it with always_sparse.SparseLinear, or call always_sparse.convert(model, "
+            "density) before making the optimizer."
+        )
+    if not isinstance(pattern, Unstructured):
+        raise PatternError(f"{method.name!r} grows single connections, not {pattern}.")
+    if budget.cost != "parameters" or budget.latency_ms is not None:
+        raise BudgetError("Growth keeps a number of connections: only cost='parameters' goes.")
+    if budget.count != "prunable":
+        raise BudgetError("Growth counts always-sparse layers only: count='prunable' it must be.")
+    if method.moves and any(isinstance(o, LBFGS | Rprop) for o in optimizers):
+        raise MethodError(
+            "LBFGS keeps a history that is not one number a weight, and Rprop one that cannot "
+            "begin at zero, so they do not go with moving connections; use another optimizer."
+        )
+
+
+def check_counts(
+    budget: Budget, budgets: Sequence[GroupBudget], layers: Sequence[GrowingLayer], moves: bool
+) -> None:
+    """Raise `BudgetError` unless the layers hold what the budget says."""
+    for one in budgets:
+        members = [layers[i] for i in one.members]
+        found = sum(layer.connections.count for layer in members)
+        if found != one.kept:
+            together = budget.allocation == "global"
+            names = "all layers" if together else repr(members[0].name)
+            other = "" if together else f" and the allocation {budget.allocation!r}"
+            raise BudgetError(
+                f"The budget is {one.kept:,} connections of {names}, and there are {found:,}: "
+                f"give Budget(density={density_of(layers):.10g}), which may be spread in any way, "
+                f"or convert the model with the density{other} of the budget."
+            )
+        if len(members) > 1 and processes() > 1 and moves:
+            raise BudgetError(
+                "In several processes the connections of each layer must keep their number: use "
+                "allocation='er', 'erk' or 'uniform'."
+            )
+
+
+def check_state(
+    state: Mapping[str, Any], settings: Mapping[str, Any], layers: Sequence[GrowingLayer]
+) -> None:
+    """Raise `StateError` unless a sparsifier with these settings can go on from a state."""
+    if state.get("version") != STATE_VERSION or "sites" not in state:
+        raise StateError("The state is not one of a growth method, or of another version.")
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            raise StateError(
+                f"The state was saved with {key}={state['settings'].get(key)}, this sparsifier "
+                f"has {key}={value}: resume with the settings the run was begun with."
+            )
+    names = {layer.name for layer in layers}
+    if set(state["sites"]) != names:
+        other = ", ".join(sorted(set(state["sites"]) ^ names))
+        raise StateError(f"The state is of another model; it differs in {other}.")
+    for layer in layers:
+        saved = state["sites"][layer.name]
+        _check_tried(saved, layer.name)
+        tried = saved["tried"].to(layer.tried.device)
+        if not bool(is_in(layer.connections.keys(), tried).all()):
+            raise StateError(
+                f"The connections of {layer.name!r} are not those of the state: load the model's "
+                "state dict first, and of the same step."
+            )
+
+
+def _check_tried(saved: Mapping[str, Any], name: str) -> None:
+    tried, rounds = saved.get("tried"), saved.get("rounds")
+    sound = (
+        isinstance(tried, Tensor)
+        and isinstance(rounds, Tensor)
+        and (tried.dtype, rounds.dtype) == (torch.int64, torch.int32)
+        and tried.dim() == 1
+        and tried.shape == rounds.shape
+        and bool((tried.diff() > 0).all())
+    )
+    if not sound:
+        raise StateError(f"The state is damaged: what it holds of {name!r} is no list of pairs.")

@@ -1,0 +1,57 @@
+"""States that version 0.1 saved, in the form of today."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from spartan.methods.masking.state import Forecast, GroupState, WeightState
+
+_VERSION, _FIRST_OF_TODAY = 2, 3
+_RENAMED = {"gate": "fixed"}  # fields of weights
+
+
+def upgraded(
+    state: Mapping[str, Any], weight_state: type[WeightState], group_state: type[GroupState]
+) -> Mapping[str, Any]:
+    """Return a state of version 2 as one of version 3; others as they are.
+
+    Version 2 kept the tensors of a weight beside its mask, and all numbers in its group, under keys
+    like "threshold drift" (of the group) and "rate fc.weight" (of one weight).
+    """
+    if state.get("version") != _VERSION or "sites" not in state or "groups" not in state:
+        return state
+    weights: dict[str, dict[str, Any]] = {}
+    for name, tensors in state["sites"].items():
+        plain = ("latent", "mask", "dual", "active")
+        own = {_RENAMED.get(k, k): v for k, v in tensors.items() if k not in plain}
+        weights[name] = {**{k: tensors[k] for k in plain if k in tensors}, "state": own}
+    groups = []
+    for numbers in state["groups"]:
+        own_group: dict[str, Any] = {}
+        for key, value in numbers.items():
+            whole = key.removesuffix(" drift")
+            field, _, name = whole.partition(" ")
+            holder, kind = (
+                (weights[name]["state"], weight_state) if name else (own_group, group_state)
+            )
+            _put(holder, kind, field, value, drift=whole != key)
+        groups.append(own_group)
+    rest = {k: v for k, v in state.items() if k not in ("sites", "groups", "version")}
+    return {**rest, "version": _FIRST_OF_TODAY, "weights": weights, "groups": groups}
+
+
+def _put(
+    holder: dict[str, Any],
+    kind: type[WeightState] | type[GroupState],
+    field: str,
+    value: float,
+    drift: bool,
+) -> None:
+    """Set a number, in the type that it has today."""
+    default = getattr(kind(), field, None)
+    if isinstance(default, Forecast):
+        holder.setdefault(field, [None, None])[int(drift)] = value
+    elif field in {one.name for one in dataclasses.fields(kind)}:
+        holder[field] = bool(value) if isinstance(default, bool) else value

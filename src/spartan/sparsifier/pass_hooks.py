@@ -1,0 +1,39 @@
+"""Hooks on a model that say whether a training pass begins, for methods with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+from torch import nn
+
+
+class PassHook:
+    """A pre-hook, of passes or of state dicts, that tells a sparsifier what kind of pass begins.
+
+    Copies and pickles of the model carry a hook that does nothing.
+
+    Args:
+        model: The module whose passes are told.
+        before: Called with whether it is a training pass; held weakly.
+    """
+
+    def __init__(
+        self, model: nn.Module | None = None, before: Callable[[bool], None] | None = None
+    ) -> None:
+        self._model = None if model is None else id(model)
+        self._before = None if before is None else WeakMethod(before)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        before = None if self._before is None else self._before()
+        if before is not None and id(module) == self._model:
+            before(module.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassHook:
+        return PassHook()
+
+    def __reduce__(self) -> tuple[type[PassHook], tuple[()]]:
+        return PassHook, ()

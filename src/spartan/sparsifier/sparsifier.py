@@ -1,0 +1,167 @@
+"""The sparsifier: keeps a model at an exact budget while its optimizer trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spartan.budgets.budget import Budget, as_budget
+from spartan.budgets.group_budget import GroupBudget
+from spartan.errors import StateError
+from spartan.methods.growth.contract import GrowingLayer, GrowthMethod
+from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.masked_weight import MaskedWeight
+from spartan.methods.registry import as_method
+from spartan.sparsifier.arguments import as_optimizers, as_pattern, check_model, check_steps
+from spartan.sparsifier.growing_run import GrowingRun
+from spartan.sparsifier.layer_summary import LayerSummary
+from spartan.sparsifier.masking_run import MaskingRun
+from spartan.weights.patterns import Pattern
+from spartan.weights.prunable import NameFilter
+
+
+class Sparsifier:
+    """Keeps a model at an exact budget while its optimizer trains it.
+
+    Args:
+        model: Any module; it is not modified, except for the values of its prunable weights.
+        optimizer: The optimizer, or several. A step is complete, and masks move, when the last
+            of them that steps a prunable weight has stepped. The price that couples Spartan's
+            gradients spans the weights of one optimizer. None hooks every optimizer that steps a
+            prunable weight.
+        method: How masks are found: a method of `spartan.methods`, or its name.
+        budget: How much may stay; a number is the density of a `Budget`.
+        total_steps: Optimizer steps of the whole run; None only for methods without a schedule.
+        pattern: What a unit is: a pattern, or its name as `"2:4"`; by default single weights.
+        include: Which parameters are prunable, see `find_prunable`.
+        exclude: Which are not. Growth methods govern all always-sparse layers, and one names layers
+            when they are made.
+
+    Methods that mask weights keep the model dense in memory (`sparsifier.masking_run`); growth
+    methods move the connections of always-sparse layers (`sparsifier.growing_run`). A step whose
+    gradients or weights are not finite raises before it does harm, and names itself.
+
+    Attributes:
+        run: What does the work: a `MaskingRun` or a `GrowingRun`.
+
+    Raises:
+        SpartanError: One of its children, for any argument that does not fit, before anything is
+            changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        method: MaskingMethod | GrowthMethod | str,
+        budget: Budget | float,
+        total_steps: int | None,
+        pattern: Pattern | str | None = None,
+        include: NameFilter | None = None,
+        exclude: NameFilter | None = None,
+    ) -> None:
+        check_model(model)
+        self.model = model
+        self.method = as_method(method)
+        self.budget = as_budget(budget)
+        self.pattern = as_pattern(pattern)
+        self.total_steps = total_steps
+        optimizers = as_optimizers(optimizer)
+        check_steps(total_steps, self.method)
+        common = self.budget, total_steps, self.pattern, include, exclude
+        self.run: MaskingRun | GrowingRun
+        if isinstance(self.method, GrowthMethod):
+            self.run = GrowingRun(model, optimizers, self.method, *common)
+        else:
+            self.run = MaskingRun(model, optimizers, self.method, *common)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed."""
+        return self.run.steps.done
+
+    @property
+    def weights(self) -> Sequence[MaskedWeight | GrowingLayer]:
+        """The prunable weights, in the order of the model."""
+        return self.run.weights
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of the prunable weights, counted."""
+        return self.run.density
+
+    @property
+    def finalized(self) -> bool:
+        """Whether `finalize` was called."""
+        return not self.run.attached
+
+    def layers(self) -> list[LayerSummary]:
+        """Return what each prunable weight keeps, group by group."""
+        return self.run.layers()
+
+    def monitor(self) -> dict[str, float]:
+        """Return density and the method's numbers, averaged over groups of weights."""
+        return self.run.monitor()
+
+    def budgets(self) -> list[tuple[str, GroupBudget]]:
+        """Return what each group of weights may keep, after the names of its weights."""
+        return self.run.budgets()
+
+    def progress_after(self, step: int) -> float:
+        """Say how far the density has come after a step: from everything, 0, to the budget, 1."""
+        return self.run.progress_after(step)
+
+    def moves_after(self, step: int) -> bool:
+        """Say whether what is kept is chosen anew after a step."""
+        return self.run.moves_after(step)
+
+    def selected(self) -> dict[str, Tensor]:
+        """Return what of each weight is kept, to compare with later; see `churn`."""
+        return self.run.selected()
+
+    def churn(self, before: Mapping[str, Tensor]) -> float:
+        """Return the share of what is selected that has changed since `selected` returned this."""
+        return self.run.churn(before)
+
+    def finalize(self) -> None:
+        """Leave an exactly sparse model and no hook; the sparsifier is done.
+
+        Called before the schedule has reached the budget, it prunes the rest at once, with a
+        warning. Always-sparse layers stay so, see `always_sparse.to_dense`.
+
+        Raises:
+            StateError: It was called before, or weights were written since the last step.
+        """
+        self._require_attached()
+        self.run.finalize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a bit-for-bit resume needs, as plain values and tensors.
+
+        The model's and the optimizer's own state dicts are saved beside it.
+        """
+        self._require_attached()
+        return self.run.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state, after the model's own state was loaded.
+
+        Raises:
+            StateError: The state is of another model, method, budget or schedule. Nothing is
+                changed then.
+        """
+        self._require_attached()
+        self.run.load_state_dict(state)
+
+    def _require_attached(self) -> None:
+        if self.finalized:
+            raise StateError("This sparsifier was finalized; make a new one.")
+
+    def __repr__(self) -> str:
+        return (
+            f"Sparsifier({self.method}, pattern={self.pattern}, weights={len(self.weights)}, "
+            f"step={self.step}/{self.total_steps})"
+        )

@@ -1,1 +1,0 @@
-"""The trainer behind the command line: data, models, loop, checkpoints."""
