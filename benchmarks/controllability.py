@@ -64,8 +64,8 @@ def run(
         checkpoint_every=epochs,
     )
     trainer, row = one_run.train_with(config, data)
-    sites = trainer.sparsifier.sites
-    kept, units = sum(site.kept for site in sites), sum(site.units for site in sites)
+    weights = trainer.sparsifier.weights
+    kept, units = sum(weight.kept for weight in weights), sum(weight.units for weight in weights)
     gates = trainer.sparsifier.monitor()["expected"]
     return Outcome(gates, kept, round(density * units), row["accuracy"])
 

@@ -1,24 +1,89 @@
-"""Shared small models and paths."""
+"""Shared small models and paths, and how random numbers are drawn in tests."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 VECTORS = Path(__file__).parent / "vectors"
+# `make test` tries fewer random examples and combinations than `make thorough`, which sets this.
+THOROUGH = bool(os.environ.get("SPARTAN_TEST_THOROUGH"))
+
+
+class _TorchRandom:
+    """torch's generator, for hypothesis to seed before each example, as it does Python's own."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis refers to it weakly
+hypothesis.register_random(_TORCH_RANDOM)
+# The same examples each time, but in `make thorough`. A deadline would measure the machine.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=not THOROUGH,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
+
+
+def examples(count: int) -> int:
+    """Return how many random examples to try: all, or a quarter."""
+    return count if THOROUGH else max(10, count // 4)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    # The models of tests are so small that a second thread costs more than it brings.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Set torch's number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_rounded(found: Tensor, wanted: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Assert that every entry is as wanted, but for what rounding a sum of products allows.
+
+    Args:
+        found: What was computed.
+        wanted: The same in float64.
+        magnitude: The sums of the absolute products. A result may vanish, these do not.
+        terms: How many products each entry adds up. The worst case is ε times this; roundings of
+            either sign add up to its root.
+    """
+    assert found.shape == wanted.shape
+    info = torch.finfo(found.dtype)
+    bound = (4 + 4 * terms**0.5) * info.eps * magnitude.double() + info.tiny
+    error = (found.double() - wanted.double()).abs()
+    assert bool((error <= bound).all()), float((error / bound).max())
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from spartan import Budget, Sparsifier, kernels
 from spartan.always_sparse import SparseConv2d, SparseLinear, convert
 from spartan.errors import BudgetError, NonFiniteError, SpartanError, StateError
 from spartan.methods import GSE, SET, RigL
-from tests.always_sparse.test_growth import DENSITY, STEPS, sgd, sparse_net, sparsify
 from tests.conftest import Net, batch, train_step
 from tests.kernels.test_products import SETS
+from tests.methods.test_growth_contract import DENSITY, STEPS, sgd, sparse_net, sparsify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no connection")
 
@@ -149,7 +149,10 @@ def test_loaded_in_inference_mode_it_can_still_train() -> None:
     layer, other = SparseLinear(30, 20, density=0.2), SparseLinear(30, 20, density=0.3)
     with torch.inference_mode():
         layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.values, other.values)
     layer(torch.randn(2, 30)).sum().backward()
+    assert layer.values.grad.shape == (180,)
+    assert bool(layer.values.grad.any())
 
 
 @pytest.mark.parametrize("harm", ["rounds", "order", "missing"])
@@ -158,7 +161,7 @@ def test_damaged_lists_of_pairs_change_nothing(harm: str) -> None:
     sparsifier = sparsify(model, sgd(model), GSE())
     state = copy.deepcopy(sparsifier.state_dict())
     state["step"] = 7
-    saved = state["sites"]["fc1.values"]
+    saved = state["weights"]["fc1.values"]
     if harm == "rounds":
         saved["rounds"] = saved["rounds"][:3]
     elif harm == "order":

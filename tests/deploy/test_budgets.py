@@ -164,10 +164,10 @@ def test_a_resumed_run_keeps_the_budget_it_began_with(monkeypatch: pytest.Monkey
         "spartan.deploy.latency.seconds_per_weight", lambda *args: [3e-8, 1e-8]
     )  # measured on a busier day
     second = pruned(other, Budget(latency_ms=wanted, example_input=x))
-    assert second.groups[0].share != first.groups[0].share
+    assert second.run.groups[0].budget != first.run.groups[0].budget
     second.load_state_dict(state)
-    assert second.groups[0].share == first.groups[0].share
-    for a, b in zip(first.sites, second.sites, strict=True):
+    assert second.run.groups[0].budget == first.run.groups[0].budget
+    for a, b in zip(first.weights, second.weights, strict=True):
         assert torch.equal(a.mask, b.mask)
         assert (a.cost, a.divisor) == pytest.approx((b.cost, b.divisor))
 

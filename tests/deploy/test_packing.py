@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import spartan
 from spartan.deploy.container import CODES
-from spartan.deploy.layouts import LAYOUTS, Layout, Shape, smallest, stored_bytes
+from spartan.deploy.layouts import LAYOUTS, Layout, MatrixShape, smallest, stored_bytes
 from spartan.deploy.packed import PackedTensors
 from spartan.deploy.sizes import Sizes, measure_sizes
 from spartan.errors import DeployError, FileError
@@ -44,7 +44,7 @@ def bits(tensor: Tensor) -> Tensor:
 @given(hnp.arrays(st.sampled_from(["u1", "u2", "u4"]), st.tuples(sides, sides),
                   elements=st.sampled_from([0, 0, 0, 0, 0, 1, 255])))  # fmt: skip
 def test_every_layout_is_exact(matrix: Any) -> None:
-    shape = Shape(matrix.shape)
+    shape = MatrixShape(matrix.shape)
     for layout in LAYOUTS:
         parts = layout.encode(matrix)
         if parts is not None:
@@ -61,7 +61,7 @@ def test_long_gaps(gap: int) -> None:
     gaps = next(layout for layout in LAYOUTS if layout.name == "gaps")
     parts = gaps.encode(matrix)
     assert parts is not None
-    assert np.array_equal(gaps.decode(parts, Shape(matrix.shape)), matrix)
+    assert np.array_equal(gaps.decode(parts, MatrixShape(matrix.shape)), matrix)
 
 
 @pytest.mark.parametrize("dtype", list(CODES))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spartan import NM, Block, Budget, Channel, Sparsifier, hard_topk, kernels
 from spartan.kernels import Dual, ScanRequest, Scores, scan, units
 from spartan.kernels.units import Grid
-from spartan.methods import DualAveraging, Magnitude, Method, Spartan
+from spartan.methods import DualAveraging, Magnitude, MaskingMethod, Spartan
 from spartan.selection.soft import DualSearch, solve_all
 from spartan.weights.patterns import Pattern, Unstructured
 
@@ -179,7 +179,7 @@ def test_broken_numbers_are_found_wherever_they_are(name: str) -> None:
                 assert not scan([ScanRequest(scores, 100.0)])[0].finite
 
 
-def train(method: Method, pattern: Pattern, allocation: str) -> dict[str, Tensor]:
+def train(method: MaskingMethod, pattern: Pattern, allocation: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ConvTranspose2d(8, 16, 3), nn.Linear(64, 32))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -189,15 +189,15 @@ def train(method: Method, pattern: Pattern, allocation: str) -> dict[str, Tensor
         for i, p in enumerate(model.parameters()):
             p.grad = torch.sin(torch.arange(p.numel()) * (i + step + 1.0)).view_as(p) * 0.1
         optimizer.step()
-    return {s.name: s.mask.clone() for s in sparsifier.sites} | {
-        f"{s.name} w": s.weight.parameter.detach().clone() for s in sparsifier.sites
+    return {s.name: s.mask.clone() for s in sparsifier.weights} | {
+        f"{s.name} w": s.prunable.parameter.detach().clone() for s in sparsifier.weights
     }
 
 
 @pytest.mark.parametrize("method", [Spartan(), DualAveraging(backward_density=0.6), Magnitude()])
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 8), Channel(), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_training_is_the_same(method: Method, pattern: Pattern, allocation: str) -> None:
+def test_training_is_the_same(method: MaskingMethod, pattern: Pattern, allocation: str) -> None:
     with kernels.using("torch"):
         expected = train(method, pattern, allocation)
     with kernels.using("native"):
@@ -260,7 +260,7 @@ def test_what_the_native_kernels_do_not_serve_falls_to_torch(make: Callable[[], 
 
 @pytest.mark.parametrize("method", [Spartan(), DualAveraging(backward_density=0.6), Magnitude()])
 def test_channels_last_weights_are_served_too(
-    method: Method, monkeypatch: pytest.MonkeyPatch
+    method: MaskingMethod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = []
     original = native.project
@@ -277,7 +277,7 @@ def test_channels_last_weights_are_served_too(
                 model(x.contiguous(memory_format=torch.channels_last)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        assert sparsifier.sites[0].mask.stride() == model.weight.stride()
+        assert sparsifier.weights[0].mask.stride() == model.weight.stride()
         sparsifier.finalize()
         assert int(model.weight.count_nonzero()) == round(0.3 * model.weight.numel())
         results.append(model.weight.detach())

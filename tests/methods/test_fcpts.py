@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from spartan import Budget, Sparsifier
 from spartan.errors import BudgetError, MethodError
 from spartan.methods import FCPTS, PublishedFCPTS
-from spartan.methods.masking.fcpts_published import slope
+from spartan.methods.masking.fcpts import LearnedRate
+from spartan.methods.masking.fcpts_published import LearnedThreshold, slope
 from tests.conftest import batch, train_step
 
 
@@ -21,8 +22,7 @@ def attach(model: nn.Module, method, density: float = 0.2, steps: int = 20, lr: 
 
 
 def rates(sparsifier: Sparsifier) -> dict[str, float]:
-    numbers = sparsifier.groups[0].numbers
-    return {k.removeprefix("rate "): v for k, v in numbers.items() if k.startswith("rate ")}
+    return {w.name: w.state_as(LearnedRate).rate for w in sparsifier.weights}
 
 
 def test_the_task_reaches_the_rates(make_net) -> None:
@@ -118,7 +118,7 @@ def test_the_kept_part_of_a_normalised_layer_has_no_gradient_along_itself(make_n
     weight = model.conv.weight
     along = (weight.grad * weight).sum().abs()
     assert along < 1e-5 * (weight.grad * weight).abs().sum()
-    theta = sparsifier.groups[0].sites[0].latent
+    theta = sparsifier.run.groups[0].weights[0].latent
     assert (weight.grad * theta).sum().abs() > 100 * along  # the pruned part has
 
 
@@ -167,9 +167,9 @@ def test_the_published_gradients_are_the_straight_through_ones(make_net) -> None
     model = make_net()
     method = PublishedFCPTS(penalty=0.0, momentum=0.0, lr=0.5)
     optimizer, sparsifier = attach(model, method, 0.3, 50, lr=0.0)
-    numbers = sparsifier.groups[0].numbers
-    site = next(s for s in sparsifier.groups[0].sites if s.name == "fc1.weight")
-    before, w = numbers["theta fc1.weight"], site.latent.clone()
+    weight = next(s for s in sparsifier.run.groups[0].weights if s.name == "fc1.weight")
+    state = weight.state_as(LearnedThreshold)
+    before, w = state.theta, weight.latent.clone()
     theta = torch.tensor(before, dtype=torch.float64, requires_grad=True)
     x, y = batch(0)
     model.zero_grad()
@@ -179,7 +179,7 @@ def test_the_published_gradients_are_the_straight_through_ones(make_net) -> None
     mask = 0.5 * z + ((z > 0).double() - 0.5 * z).detach()  # forward the step, backward 1/2
     (grad.double() * mask * w.double()).sum().backward()
     optimizer.step()
-    assert numbers["theta fc1.weight"] == pytest.approx(before - 0.5 * float(theta.grad), rel=1e-6)
+    assert state.theta == pytest.approx(before - 0.5 * float(theta.grad), rel=1e-6)
     wanted = grad * ((w.abs() > torch.sigmoid(torch.tensor(before))) + 0.5 * w.abs())
     torch.testing.assert_close(model.fc1.weight.grad, wanted)
 

@@ -16,11 +16,22 @@ from spartan import Budget, Sparsifier
 from spartan.always_sparse import convert
 from spartan.errors import BudgetError
 from spartan.methods import ConstrainedL0, RigL, Spartan
+from spartan.methods.masking.state import saved
 
 METHODS = {"constrained-l0": ConstrainedL0, "spartan": Spartan}
 STEPS = 12
 
 pytestmark = pytest.mark.filterwarnings("ignore:The gates of")
+
+
+def plain(state: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a group's state, flat."""
+    flat: dict[str, float] = {}
+    for name, value in state.items():
+        for i, number in enumerate(value if isinstance(value, list) else [value]):
+            if number is not None:
+                flat[f"{name} {i}"] = float(number)
+    return flat
 
 
 def train(method: str, rank: int, world: int) -> dict[str, Any]:
@@ -37,7 +48,7 @@ def train(method: str, rank: int, world: int) -> dict[str, Any]:
         model(x.chunk(world)[rank]).square().mean().backward()
         optimizer.step()
     sparsifier.finalize()
-    numbers = [dict(group.numbers) for group in sparsifier.groups]
+    numbers = [plain(saved(group.state)) for group in sparsifier.run.groups]
     return {"weights": net.state_dict(), "numbers": numbers}
 
 

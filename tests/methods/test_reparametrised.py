@@ -36,9 +36,9 @@ def test_powerpropagation(fact: dict[str, Any]) -> None:
     method = Powerpropagation(alpha=fact["alpha"])
     sparsifier = Sparsifier(layer, optimizer, method, Budget(density=1.0), 10)
     close = {"rtol": 0, "atol": 1e-12}
-    (site,) = sparsifier.sites
+    (weight,) = sparsifier.weights
     theta = torch.tensor([fact["theta"]], dtype=torch.float64)
-    torch.testing.assert_close(site.latent, theta, **close)
+    torch.testing.assert_close(weight.latent, theta, **close)
     torch.testing.assert_close(
         layer.weight.detach(), torch.tensor([fact["weight"]], dtype=torch.float64), **close
     )
@@ -46,8 +46,8 @@ def test_powerpropagation(fact: dict[str, Any]) -> None:
     optimizer.step()
     expected = torch.tensor([fact["grad_theta"]], dtype=torch.float64)
     torch.testing.assert_close(layer.weight.grad, expected, **close)
-    torch.testing.assert_close(site.latent, theta - expected, **close)
-    small = method.to_latent(site, torch.tensor([0.04], dtype=torch.float64))
+    torch.testing.assert_close(weight.latent, theta - expected, **close)
+    small = method.to_latent(weight, torch.tensor([0.04], dtype=torch.float64))
     assert float(small) == pytest.approx(fact["init_theta_from_dense_0p04"], abs=1e-12)
 
 
@@ -67,7 +67,7 @@ def test_powerpropagation_is_finite_at_zero(alpha: float, values: list[float]) -
         assert bool(torch.isfinite(layer.weight).all())
         assert bool(torch.isfinite(layer.weight.grad).all())
     sparsifier.finalize()
-    assert sparsifier.sites[0].kept == 3
+    assert sparsifier.weights[0].kept == 3
 
 
 def test_powerpropagation_ranks_units_by_weights_not_by_their_roots() -> None:
@@ -78,7 +78,7 @@ def test_powerpropagation_ranks_units_by_weights_not_by_their_roots() -> None:
         Powerpropagation(alpha=3.0, schedule="one-shot"), Budget(density=0.5), 4,
         pattern=Block(1, 2),
     )  # fmt: skip
-    assert sparsifier.sites[0].mask.flatten().tolist() == [True, False]
+    assert sparsifier.weights[0].mask.flatten().tolist() == [True, False]
 
 
 def test_weights_written_from_outside_become_the_latent_ones() -> None:
@@ -100,13 +100,13 @@ def test_dpf_one_step() -> None:
     sparsifier = Sparsifier(
         layer, optimizer, DPF(period=1, end=0.0), Budget(density=fact["density"]), 10
     )
-    (site,) = sparsifier.sites
-    assert site.mask.flatten().int().tolist() == fact["mask"]
+    (weight,) = sparsifier.weights
+    assert weight.mask.flatten().int().tolist() == fact["mask"]
     assert layer.weight.flatten().tolist() == fact["weights_used_in_forward"]
     layer.weight.grad = torch.tensor([fact["grad_at_masked_weights"]], dtype=torch.float64)
     optimizer.step()
-    assert site.latent.flatten().tolist() == pytest.approx(fact["dense_w_next"], abs=1e-12)
-    again = spartan.hard_topk(site.latent.abs(), fact["keep"])
+    assert weight.latent.flatten().tolist() == pytest.approx(fact["dense_w_next"], abs=1e-12)
+    again = spartan.hard_topk(weight.latent.abs(), fact["keep"])
     assert again.flatten().int().tolist() == fact["mask_recomputed"]
 
 
@@ -115,21 +115,21 @@ def test_dpf_moves_its_masks_every_period_and_lets_pruned_weights_return() -> No
     layer = nn.Linear(20, 20)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     sparsifier = Sparsifier(layer, optimizer, DPF(period=4, end=0.5), Budget(density=0.2), 40)
-    (site,) = sparsifier.sites
-    before, ever_pruned, returned = site.mask.clone(), torch.zeros(20, 20, dtype=torch.bool), 0
+    (weight,) = sparsifier.weights
+    before, ever_pruned, returned = weight.mask.clone(), torch.zeros(20, 20, dtype=torch.bool), 0
     for step in range(1, 41):
         optimizer.zero_grad()
         layer(torch.randn(16, 20)).sub(1.0).square().mean().backward()
         optimizer.step()
-        if not torch.equal(site.mask, before):
+        if not torch.equal(weight.mask, before):
             assert step % 4 == 0
             assert step <= 20
-        returned += int((site.mask & ever_pruned).sum())
-        ever_pruned |= ~site.mask
-        before = site.mask.clone()
+        returned += int((weight.mask & ever_pruned).sum())
+        ever_pruned |= ~weight.mask
+        before = weight.mask.clone()
     assert returned > 0
     error = sparsifier.monitor()["pruning_error"]
-    pruned = site.latent[~site.mask].square().sum() / site.latent.square().sum()
+    pruned = weight.latent[~weight.mask].square().sum() / weight.latent.square().sum()
     assert error == pytest.approx(float(pruned), rel=1e-5)
     sparsifier.finalize()
     assert int(layer.weight.count_nonzero()) == 80

@@ -13,8 +13,19 @@ from torch import Tensor, nn
 
 from spartan import Block, Budget, Sparsifier, Unstructured
 from spartan.errors import MethodError
-from spartan.methods import DualAveraging, Magnitude, Method, Spartan
+from spartan.methods import DualAveraging, Magnitude, MaskingMethod, Spartan
+from spartan.methods.masking.masked_weight import MaskedWeight
+from spartan.methods.masking.spartan import SoftMask
 from tests.conftest import VECTORS
+
+
+def soft_mask(weight: MaskedWeight) -> torch.Tensor:
+    """The soft mask of each unit, whether it is stored or follows from the dual variable."""
+    if weight.dual is not None:
+        return weight.dual.mask(weight.scores())
+    stored = weight.state_as(SoftMask).soft
+    assert stored is not None
+    return stored
 
 
 # The published run prunes its last layer away before it grows back.
@@ -68,19 +79,19 @@ def test_masked_layers_match_the_vectors(vectors: dict[str, Any]) -> None:
         # Plain gradient descent with lr 1 from θ to θ - gradient shows the gradient of θ.
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         beta = case["beta"]
-        method: Method = METHODS_OF_MODES[case["mode"]](beta)
+        method: MaskingMethod = METHODS_OF_MODES[case["mode"]](beta)
         pattern = Unstructured() if rows * cols == 1 else Block(rows, cols)
         units = sum(w.numel() for w in weights) // (rows * cols)
         budget = Budget(density=math.floor(case["budget"] / (rows * cols)) / units)
         sparsifier = Sparsifier(model, optimizer, method, budget, 100, pattern=pattern)
         close = {"rtol": 0, "atol": 1e-12}
-        for layer, expected, site in zip(
-            model.layers, case["layers"], sparsifier.sites, strict=True
+        for layer, expected, weight in zip(
+            model.layers, case["layers"], sparsifier.weights, strict=True
         ):
             forward = torch.tensor(expected["forward_weight"], dtype=torch.float64)
             torch.testing.assert_close(layer.weight.data, forward, **close)
             if case["mode"] == "spartan":
-                soft = site.soft_mask()
+                soft = soft_mask(weight)
                 expected_soft = torch.tensor(expected["soft_mask"], dtype=torch.float64)
                 torch.testing.assert_close(soft, expected_soft, **close)
             grad = torch.tensor(expected["grad_forward_weight"], dtype=torch.float64)
@@ -102,7 +113,7 @@ def test_relative_beta_does_not_depend_on_the_scale_of_the_weights() -> None:
         sparsifier = Sparsifier(
             model, optimizer, Spartan(warmup=0.0, beta=(35.0, 35.0)), Budget(density=0.1), 10
         )
-        masks.append(sparsifier.sites[0].soft_mask())
+        masks.append(soft_mask(sparsifier.weights[0]))
     torch.testing.assert_close(masks[0], masks[1], rtol=1e-3, atol=1e-5)
     assert 0.05 < float(masks[0].max()) < 1.0
 
@@ -112,7 +123,7 @@ def test_all_zero_weights_are_selected_by_position() -> None:
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = Sparsifier(model, optimizer, Spartan(warmup=0.0), Budget(density=0.2), 10)
-    assert sparsifier.sites[0].mask.flatten().nonzero().flatten().tolist() == list(range(20))
+    assert sparsifier.weights[0].mask.flatten().nonzero().flatten().tolist() == list(range(20))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spartan
-from spartan.budgets.group_budget import erk_densities
+from spartan.budgets.allocation import erk_densities
 from spartan.post_training import Distillation
 from spartan.post_training.curves import cheapest, interpolate
 

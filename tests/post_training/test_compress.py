@@ -8,7 +8,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from spartan.post_training.registry import METHODS
 from torch import Tensor, nn
 
 import spartan
@@ -22,7 +21,7 @@ from spartan.errors import (
     PrunableError,
     SpartanError,
 )
-from spartan.post_training import Distillation
+from spartan.post_training import METHODS, Distillation
 from spartan.post_training.allocation import ALLOCATIONS
 from spartan.weights.prunable import find_prunable
 from tests.conftest import Net

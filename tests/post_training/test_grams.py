@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
 from spartan.post_training.grams import GramBuilder, scout
-from spartan.post_training.layer_by_layer import Walk
+from spartan.post_training.layer_by_layer import LayerByLayer
 from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
-from spartan.post_training.weight_products import Catch, WeightProduct
+from spartan.post_training.weight_products import ProductRecorder, WeightProduct
 from spartan.weights.patterns import NM, Block, Unstructured
 from spartan.weights.prunable import find_prunable
 
@@ -50,7 +50,7 @@ LAYERS = {
 
 def caught(model: nn.Module, *inputs: Tensor) -> list[WeightProduct]:
     products: list[WeightProduct] = []
-    with torch.no_grad(), Catch(find_prunable(model), products.append):
+    with torch.no_grad(), ProductRecorder(find_prunable(model), products.append):
         model(*inputs)
     return products
 
@@ -156,7 +156,7 @@ def test_a_walk_shows_pruned_layers_to_the_next() -> None:
     weights, targets = find_prunable(net), find_prunable(other)
     batches = [torch.randn(3, 4), torch.randn(2, 4)]
     seen = {}
-    with Walk(net, other, batches, (weights, targets), [0, 1, 2]) as walk:
+    with LayerByLayer(net, other, batches, (weights, targets), [0, 1, 2]) as walk:
         for index, products in walk:
             seen[index] = [
                 [p.gather(torch.arange(p.positions))[0] for p in pair] for pair in products
@@ -177,7 +177,7 @@ def test_a_walk_that_is_left_ends_its_threads() -> None:
     before = threading.active_count()
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
     weights = find_prunable(net)
-    with Walk(net, net, [torch.randn(2, 4)] * 3, (weights, weights), [0, 1]) as walk:
+    with LayerByLayer(net, net, [torch.randn(2, 4)] * 3, (weights, weights), [0, 1]) as walk:
         next(iter(walk))
         assert threading.active_count() == before + 6
     assert threading.active_count() == before

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from spartan.post_training.registry import METHODS
 from torch import Tensor, nn
 
 import spartan
 from spartan import NM, Block
 from spartan.errors import CalibrationError, MethodError
 from spartan.methods.masking.fixed import Fixed
-from spartan.post_training import Distillation
+from spartan.post_training import METHODS, Distillation
 
 QUICK = Distillation(steps=10, batch_size=16)
 ALL = [name for name in METHODS if name != "fcpts-published"]

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spartan.post_training import OBS, Magnitude, SparseGPT, Wanda
+from spartan.post_training import OBS, MagnitudeSolver, SparseGPT, Wanda
 from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.obs import cut, trace
 from spartan.weights.patterns import NM, Block, Unstructured
 from tests.post_training.problems import make_problem, squared_error
 
-METHODS = [Magnitude(), Wanda(), SparseGPT(), SparseGPT(block=4), OBS()]
+METHODS = [MagnitudeSolver(), Wanda(), SparseGPT(), SparseGPT(block=4), OBS()]
 PATTERNS = [Unstructured(), Block(4, 1), Block(1, 4), Block(2, 3), Block(4, 4), NM(2, 4), NM(1, 3)]
 
 method_param = pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -71,7 +71,7 @@ def test_the_refit_is_the_least_squares_solution(
 
 def test_the_refit_beats_gradient_descent_on_the_same_mask() -> None:
     problem, dense, pruned = make_problem(8, 24, shift=0.3, damping=1e-9)
-    mask = Magnitude().prune(problem, problem.tiling.count // 3).units
+    mask = MagnitudeSolver().prune(problem, problem.tiling.count // 3).units
     exact = squared_error(problem, refit(problem, mask), dense, pruned)
     weight = (problem.dense * mask).clone().requires_grad_()
     optimizer = torch.optim.Adam([weight], lr=0.01)

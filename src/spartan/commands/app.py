@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tyro
 
@@ -29,6 +29,14 @@ class Command(Protocol):
         """Run the command and return the exit code."""
 
 
+@runtime_checkable
+class ResumableCommand(Command, Protocol):
+    """A command whose options may come from a file, by --config or --resume."""
+
+    def file_options(self) -> Any:
+        """Return the options of that file; None if none is named."""
+
+
 class World:
     """Learn which object influences which: train, evaluate, adapt, show; see world --help."""
 
@@ -37,7 +45,7 @@ class World:
         return run_command(["world", "--help"])
 
 
-COMMANDS: dict[str, type[Command]] = {
+COMMANDS: dict[str, Callable[..., Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "report": Report,
@@ -64,19 +72,16 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def _run(
-    commands: dict[str, type[Command]], prog: str, description: str, words: Sequence[str]
+    commands: dict[str, Callable[..., Command]], prog: str, description: str, words: Sequence[str]
 ) -> int:
     def parse(known: dict[str, Callable[..., Any]]) -> Any:
         return tyro.extras.subcommand_cli_from_dict(
             known, prog=prog, description=description, args=words
         )
 
-    command = parse({**commands})
-    if isinstance(command, Train) or hasattr(command, "file_options"):
-        # With --config or --resume, options that are not given are those of a file.
-        based_on = command.file_options()
-        if based_on is not None:
-            kind = functools.partial(type(command), options=based_on)
-            command = parse({**commands, words[0]: kind})
-    code: int = command.run()
-    return code
+    command: Command = parse({**commands})
+    if isinstance(command, ResumableCommand) and (found := command.file_options()) is not None:
+        # Options that are not given are those of the file: parsed once more, with these defaults.
+        kind = functools.partial(commands[words[0]], options=found)
+        command = parse({**commands, words[0]: kind})
+    return command.run()

@@ -16,7 +16,7 @@ from spartan.kernels.key_lists import is_in
 from spartan.methods.growth.contract import GrowingLayer, GrowthMethod, density_of, processes
 from spartan.weights.patterns import Pattern, Unstructured
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # 1: see `old_states`
 
 
 def check_request(
@@ -80,7 +80,7 @@ def check_state(
     state: Mapping[str, Any], settings: Mapping[str, Any], layers: Sequence[GrowingLayer]
 ) -> None:
     """Raise `StateError` unless a sparsifier with these settings can go on from a state."""
-    if state.get("version") != STATE_VERSION or "sites" not in state:
+    if state.get("version") != STATE_VERSION or "weights" not in state:
         raise StateError("The state is not one of a growth method, or of another version.")
     for key, value in settings.items():
         if state["settings"].get(key) != value:
@@ -89,11 +89,11 @@ def check_state(
                 f"has {key}={value}: resume with the settings the run was begun with."
             )
     names = {layer.name for layer in layers}
-    if set(state["sites"]) != names:
-        other = ", ".join(sorted(set(state["sites"]) ^ names))
+    if set(state["weights"]) != names:
+        other = ", ".join(sorted(set(state["weights"]) ^ names))
         raise StateError(f"The state is of another model; it differs in {other}.")
     for layer in layers:
-        saved = state["sites"][layer.name]
+        saved = state["weights"][layer.name]
         _check_tried(saved, layer.name)
         tried = saved["tried"].to(layer.tried.device)
         if not bool(is_in(layer.connections.keys(), tried).all()):

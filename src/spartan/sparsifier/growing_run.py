@@ -36,6 +36,7 @@ from spartan.sparsifier.growing_checks import (
     check_state,
 )
 from spartan.sparsifier.layer_summary import LayerSummary, named
+from spartan.sparsifier.old_states import upgraded_growth
 from spartan.sparsifier.optimizers import (
     check_optimizers,
     parameters_of,
@@ -162,21 +163,22 @@ class GrowingRun:
         self._stop_listening()
 
     def state_dict(self) -> dict[str, Any]:
-        layers = {s.name: {"tried": s.tried, "rounds": s.rounds} for s in self.weights}
+        """Return what a bit-for-bit resume needs beside the state dict of the model."""
         return {
             "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self.steps.done,
-            "sites": layers,
+            "weights": {s.name: {"tried": s.tried, "rounds": s.rounds} for s in self.weights},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; the model's own state, with the connections, is loaded before."""
+        state = upgraded_growth(state)
         check_state(state, self._settings(), self.weights)
         check_counts(self.budget, self._budgets, self.weights, self.method.moves)
         self.steps.done = int(state["step"])
         for layer in self.weights:
-            saved = state["sites"][layer.name]
+            saved = state["weights"][layer.name]
             device = layer.tried.device
             layer.tried = saved["tried"].to(device, copy=True)
             layer.rounds = saved["rounds"].to(device, copy=True)
@@ -219,7 +221,8 @@ class GrowingRun:
         if broken:
             raise NonFiniteError(
                 f"{', '.join(map(repr, broken))} became NaN or infinite in step "
-                f"{self.steps.done + 1}; connections are as before. Lower the learning rate or clip."
+                f"{self.steps.done + 1}; connections are as before. Lower the learning rate or "
+                "clip."
             )
         moves = list(self._moves(self.steps.done + 1))
         self.steps.done += 1
@@ -288,7 +291,8 @@ class GrowingRun:
         names = ", ".join(repr(layer.name) for layer in layers)
         warnings.warn(
             f"No gradient of {names} has come before step {self.steps.done + 1}, after which "
-            "connections were to move: nothing moves. If several optimizers step the model, give them all.",
+            "connections were to move: nothing moves. If several optimizers step the model, give "
+            "them all.",
             stacklevel=2,
         )
 

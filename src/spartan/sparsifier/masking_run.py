@@ -344,8 +344,8 @@ class MaskingRun:
         dead = [weight.name for weight in self.weights if not bool(weight.mask.any())]
         if dead:
             warnings.warn(
-                f"Nothing is kept of {', '.join(map(repr, dead))} at step {self.steps.done}. Weights "
-                "can come back while masks move; if these do not, spread the budget with "
+                f"Nothing is kept of {', '.join(map(repr, dead))} at step {self.steps.done}. "
+                "Weights can come back while masks move; if these do not, spread the budget with "
                 "allocation='erk' or 'uniform', or exclude them.",
                 stacklevel=2,
             )

@@ -8,7 +8,6 @@ from typing import Any
 
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
 
-_VERSION, _FIRST_OF_TODAY = 2, 3
 _RENAMED = {"gate": "fixed"}  # fields of weights
 
 
@@ -20,7 +19,7 @@ def upgraded(
     Version 2 kept the tensors of a weight beside its mask, and all numbers in its group, under keys
     like "threshold drift" (of the group) and "rate fc.weight" (of one weight).
     """
-    if state.get("version") != _VERSION or "sites" not in state or "groups" not in state:
+    if state.get("version") != 2 or "sites" not in state or "groups" not in state:
         return state
     weights: dict[str, dict[str, Any]] = {}
     for name, tensors in state["sites"].items():
@@ -39,7 +38,7 @@ def upgraded(
             _put(holder, kind, field, value, drift=whole != key)
         groups.append(own_group)
     rest = {k: v for k, v in state.items() if k not in ("sites", "groups", "version")}
-    return {**rest, "version": _FIRST_OF_TODAY, "weights": weights, "groups": groups}
+    return {**rest, "version": 3, "weights": weights, "groups": groups}
 
 
 def _put(
@@ -55,3 +54,11 @@ def _put(
         holder.setdefault(field, [None, None])[int(drift)] = value
     elif field in {one.name for one in dataclasses.fields(kind)}:
         holder[field] = bool(value) if isinstance(default, bool) else value
+
+
+def upgraded_growth(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state of growth of version 1 as one of version 2; others as they are."""
+    if state.get("version") != 1 or "sites" not in state:
+        return state
+    rest = {key: value for key, value in state.items() if key != "sites"}
+    return {**rest, "version": 2, "weights": state["sites"]}

@@ -29,7 +29,7 @@ _MAY_CHANGE = {"device", "workers", "out"}
 class Train:
     """Train a network to an exact budget."""
 
-    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()  # noqa: RUF009
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     """Every option of the run."""
     config: str | None = None
     """File with options (JSON, as in a run folder); options given here win."""

@@ -36,7 +36,7 @@ _MAY_CHANGE = {"device", "out"}
 class TrainWorld:
     """Train a world model under a budget, and those it is compared with."""
 
-    options: Annotated[WorldConfig, tyro.conf.arg(name="")] = WorldConfig()  # noqa: RUF009
+    options: Annotated[WorldConfig, tyro.conf.arg(name="")] = WorldConfig()
     """Every option of the run."""
     resume: str | None = None
     """Run folder to continue."""

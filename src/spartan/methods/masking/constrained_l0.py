@@ -2,9 +2,9 @@ r"""Constrained L0 (Gallego-Posada et al., NeurIPS 2022): density as a constrain
 
     minimise over θ, log α   L(θ, log α)   subject to   g(log α) <= ε
 
-with gates on units, g their expected density and ε the budget (see `gated`): one constraint for each
-group of weights that shares a budget, so one for the model, or one for each layer, in parameters,
-FLOPs or bytes. The Lagrangian
+with gates on units, g their expected density and ε the budget (see `gated`): one constraint for
+each group of weights that shares a budget, so one for the model, or one for each layer, in
+parameters, FLOPs or bytes. The Lagrangian
 
     L + λ (g - ε)
 

@@ -122,5 +122,5 @@ def restored(kind: type[_S], values: Mapping[str, Any], device: torch.device) ->
     return state
 
 
-def _saved_fields(kind: type[State]) -> list[dataclasses.Field[Any]]:
+def _saved_fields(kind: type[Any]) -> list[dataclasses.Field[Any]]:
     return [one for one in dataclasses.fields(kind) if one.metadata.get("saved", True)]

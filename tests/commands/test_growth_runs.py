@@ -17,7 +17,7 @@ from spartan.commands.runs.facts import read_facts
 from spartan.commands.runs.folder import Run
 from spartan.commands.runs.interrupt import InterruptedRunError
 from spartan.commands.train.trainer import Trainer
-from tests.test_cli import call
+from tests.commands.test_cli import call
 
 METHODS = ["gse", "set", "rigl", "dst-ee", "static"]
 

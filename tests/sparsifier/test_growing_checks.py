@@ -12,8 +12,8 @@ from spartan import Block, Budget, Sparsifier
 from spartan.always_sparse import convert
 from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, ScheduleError
 from spartan.methods import DSTEE, GSE, SET, RigL, Static
-from tests.always_sparse.test_growth import DENSITY, STEPS, sgd, sparse_net, sparsify
 from tests.conftest import Net
+from tests.methods.test_growth_contract import DENSITY, STEPS, sgd, sparse_net, sparsify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no connection")
 
@@ -69,18 +69,10 @@ def test_a_mapping_serves_conversion_and_growth() -> None:
     model = convert(Net(), None, allocation)
     optimizer = sgd(model)
     sparsifier = Sparsifier(model, optimizer, SET(), Budget(allocation=allocation), 10)
-    assert [share.kept for _, share in sparsifier.shares()] == [144, 205, 26]
+    assert [share.kept for _, share in sparsifier.budgets()] == [144, 205, 26]
 
 
 def test_rprop_is_refused() -> None:
     model = sparse_net()
     with pytest.raises(MethodError, match="Rprop"):
         sparsify(model, torch.optim.Rprop(model.parameters()), GSE())
-
-
-def test_own_sparsifiers_derive_from_a_kind() -> None:
-    class Mine(Sparsifier):
-        pass
-
-    with pytest.raises(TypeError, match="MaskingSparsifier"):
-        Mine(Net(), None, SET(), Budget(density=0.2), 10)

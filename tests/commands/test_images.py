@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from spartan.training import data
 
+from spartan.commands import images as data
 from spartan.commands.images import LazyImages, augment, batches, load_data, normalize
 from spartan.errors import DataError
 

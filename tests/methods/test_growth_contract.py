@@ -21,7 +21,7 @@ from spartan.errors import (
 from spartan.kernels.key_lists import is_in, merge
 from spartan.methods import DSTEE, GSE, SET, RigL, Static
 from spartan.methods.growth.contract import GrowthMethod, largest
-from spartan.sparsifier.growing_run import GrowingSparsifier
+from spartan.sparsifier.growing_run import GrowingRun
 from tests.conftest import Net, batch, train_step
 
 METHODS: list[GrowthMethod] = [
@@ -56,7 +56,7 @@ def sparsify(
     method: GrowthMethod,
     allocation: str = "global",
     steps: int = STEPS,
-) -> GrowingSparsifier:
+) -> Sparsifier:
     budget = Budget(density=DENSITY, allocation=allocation)
     return Sparsifier(model, optimizer, method, budget, steps)
 
@@ -67,17 +67,17 @@ def test_exact_at_every_step(method: GrowthMethod, allocation: str) -> None:
     model = sparse_net(allocation)
     optimizer = sgd(model)
     sparsifier = sparsify(model, optimizer, method, allocation)
-    assert isinstance(sparsifier, GrowingSparsifier)
-    total = sum(site.weight.numel for site in sparsifier.sites)
-    budget = sum(share.kept for _, share in sparsifier.shares())
+    assert isinstance(sparsifier.run, GrowingRun)
+    total = sum(weight.prunable.numel for weight in sparsifier.weights)
+    budget = sum(share.kept for _, share in sparsifier.budgets())
     assert abs(budget - DENSITY * total) <= 1.5
-    first = {site.name: site.connections.count for site in sparsifier.sites}
+    first = {weight.name: weight.connections.count for weight in sparsifier.weights}
     parameters = dict(model.named_parameters())
     moved = 0
     for step in range(STEPS):
         before = sparsifier.selected()
         train_step(model, optimizer, step)
-        now = {site.name: site.connections.count for site in sparsifier.sites}
+        now = {weight.name: weight.connections.count for weight in sparsifier.weights}
         assert sum(now.values()) == budget
         if allocation != "global":
             assert now == first
@@ -85,9 +85,9 @@ def test_exact_at_every_step(method: GrowthMethod, allocation: str) -> None:
             moved += sparsifier.churn(before) > 0
         else:
             assert sparsifier.churn(before) == 0
-        for site in sparsifier.sites:
-            assert site.weight.parameter.shape == (site.connections.count,)
-            assert bool(is_in(site.connections.keys(), site.tried).all())
+        for weight in sparsifier.weights:
+            assert weight.prunable.parameter.shape == (weight.connections.count,)
+            assert bool(is_in(weight.connections.keys(), weight.tried).all())
     assert moved >= 4 or isinstance(method, Static)
     assert {k: id(p) for k, p in model.named_parameters()} == {
         k: id(p) for k, p in parameters.items()
@@ -170,9 +170,9 @@ def test_state_follows_its_connection(method: GrowthMethod, kind: str, given: bo
     twins = dict(twin.named_parameters())
     train_step(twin, twin_optimizer, 7)
     grown = 0
-    for site in sparsifier.sites:
-        values, old = site.weight.parameter, twins[names[id(site.weight.parameter)]]
-        keys, old_keys = site.connections.keys(), before[site.name]
+    for weight in sparsifier.weights:
+        values, old = weight.prunable.parameter, twins[names[id(weight.prunable.parameter)]]
+        keys, old_keys = weight.connections.keys(), before[weight.name]
         new = ~is_in(keys, old_keys)
         places = torch.searchsorted(old_keys, keys[~new])
         grown += int(new.sum())
@@ -198,21 +198,23 @@ def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: Grow
     for step in range(method.period - 1):
         train_step(model, optimizer, step)
     moves: list[Any] = []
-    choose = sparsifier._moves
+    choose = sparsifier.run._moves
     before_move: dict[str, Tensor] = {}
     kept_least: list[float] = []
     pruned_most: list[float] = []
 
     def watched(step: int) -> Any:
-        before_move.update({s.name: s.weight.parameter.detach().clone() for s in sparsifier.sites})
+        before_move.update(
+            {s.name: s.prunable.parameter.detach().clone() for s in sparsifier.weights}
+        )
         moves.extend(choose(step))
         return iter(moves)
 
-    sparsifier._moves = watched  # type: ignore[method-assign]
-    count = sum(site.connections.count for site in sparsifier.sites)
-    keys = {site.name: site.connections.keys() for site in sparsifier.sites}
+    sparsifier.run._moves = watched  # type: ignore[method-assign]
+    count = sum(weight.connections.count for weight in sparsifier.weights)
+    keys = {weight.name: weight.connections.keys() for weight in sparsifier.weights}
     train_step(model, optimizer, 5)
-    assert [move.site for move in moves] == sparsifier.sites
+    assert [move.layer for move in moves] == sparsifier.weights
     grown = sum(move.grown.numel() for move in moves)
     pruned = sum(int((~move.kept).sum()) for move in moves)
     wanted = math.ceil(method.fraction_at(method.period, STEPS) * count)
@@ -220,10 +222,10 @@ def test_what_is_pruned_is_smallest_and_what_is_grown_was_not_there(method: Grow
     if not isinstance(method, GSE):
         assert grown == wanted
     for move in moves:
-        values = before_move[move.site.name].abs()
+        values = before_move[move.layer.name].abs()
         kept_least.append(float(values[move.kept].min()))
         pruned_most.append(float(values[~move.kept].max()) if not bool(move.kept.all()) else 0.0)
-        assert not bool(is_in(move.grown, keys[move.site.name]).any())
+        assert not bool(is_in(move.grown, keys[move.layer.name]).any())
         assert move.grown.tolist() == sorted(set(move.grown.tolist()))
     assert max(pruned_most) <= min(kept_least)  # one threshold for all layers
 
@@ -260,7 +262,7 @@ def test_layers_change_their_size_while_a_graph_is_alive(loss_kept: bool) -> Non
         if loss_kept:
             kept.append(loss)
         optimizer.step()
-    sizes = [site.connections.count for site in sparsifier.sites]
+    sizes = [weight.connections.count for weight in sparsifier.weights]
     assert sizes != [layer.values.numel() for layer in sparse_layers(sparse_net()).values()]
 
 
@@ -291,7 +293,7 @@ def test_skipped_steps_forget_their_passes() -> None:
     train_step(model, optimizer, 0)
     assert sparsifier.churn(before) == 0
     assert sparsifier.step == 0
-    assert not sparsifier.sites[0].passes
+    assert not sparsifier.weights[0].passes
     del optimizer.found_inf, optimizer.grad_scale
     train_step(model, optimizer, 0)
     assert sparsifier.step == 1
@@ -301,14 +303,14 @@ def test_passes_are_kept_for_updates_only_and_accumulate() -> None:
     model = sparse_net()
     optimizer = sgd(model)
     sparsifier = sparsify(model, optimizer, RigL(period=2, end=1.0))
-    site = sparsifier.sites[-1]
+    weight = sparsifier.weights[-1]
     train_step(model, optimizer, 0)
     for step in (1, 2):
         x, y = batch(step)
         nn.functional.cross_entropy(model(x), y).backward()
-    assert len(site.passes) == 2
+    assert len(weight.passes) == 2
     optimizer.step()
-    assert not site.passes
+    assert not weight.passes
     train_step(model, optimizer, 3)
 
 
@@ -338,7 +340,7 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(StateError, match="model's state dict first"):
         sparsify(other, sgd(other), GSE(period=1)).load_state_dict(state)
     with pytest.raises(StateError, match="another model"):
-        sparsifier.load_state_dict({**state, "sites": {}})
+        sparsifier.load_state_dict({**state, "weights": {}})
     with pytest.raises(StateError, match="another version"):
         sparsifier.load_state_dict({"version": 0})
     for step in range(STEPS):

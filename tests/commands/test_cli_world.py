@@ -149,7 +149,7 @@ def test_a_folder_of_an_earlier_version_takes_defaults(run: Path, tmp_path: Path
         del options[name]
     (old / "config.json").write_text(json.dumps(options))
     assert spartan("world", "show", old, "--steps", 2) == 0
-    for damaged in (options | {"colour": "red"}, {"command": "world", "env": "balls"}):
+    for damaged in (options | {"colour": "red"}, options | {"width": "wide"}):
         (old / "config.json").write_text(json.dumps(damaged))
         assert spartan("world", "show", old, "--steps", 2) == 2
 

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spartan import NM, Block, Budget, Channel, Unstructured
-from spartan.budgets.budget import Share, erk_densities
+from spartan.budgets.allocation import erk_densities
 from spartan.budgets.flops import trace_flops
+from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import BudgetError, PatternError
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import find_prunable
 from tests.conftest import Net
 
 
-def plan(model: nn.Module, budget: Budget, pattern: Pattern | None = None) -> list[Share]:
+def plan(model: nn.Module, budget: Budget, pattern: Pattern | None = None) -> list[GroupBudget]:
     return budget.plan(model, find_prunable(model), pattern or Unstructured())
 
 
@@ -142,7 +143,7 @@ def test_flops_of_convolution_attention_and_reuse() -> None:
 
 def test_flops_budget_is_not_exceeded(make_net: Callable[..., Net]) -> None:
     model = make_net()
-    budget = Budget(density=0.3, cost="flops", sample_input=torch.zeros(2, 4, 4, 4))
+    budget = Budget(density=0.3, cost="flops", example_input=torch.zeros(2, 4, 4, 4))
     (share,) = plan(model, budget)
     ratio = share.costs[0] / share.costs[1]
     assert ratio == pytest.approx(16.0)  # 4 x 4 positions against one row
@@ -151,7 +152,7 @@ def test_flops_budget_is_not_exceeded(make_net: Callable[..., Net]) -> None:
     unreached = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     unreached.forward = unreached["a"].forward  # type: ignore[method-assign]
     with pytest.raises(BudgetError, match="does not reach 'b.weight'"):
-        plan(unreached, Budget(density=0.5, cost="flops", sample_input=torch.zeros(1, 4)))
+        plan(unreached, Budget(density=0.5, cost="flops", example_input=torch.zeros(1, 4)))
 
 
 def test_cost_mapping(make_net: Callable[..., Net]) -> None:
@@ -175,7 +176,7 @@ def test_cost_mapping(make_net: Callable[..., Net]) -> None:
         ({"density": float("nan")}, r"must lie in \(0, 1\]"),
         ({"sparsity": 1.0}, r"must lie in \[0, 1\)"),
         ({"density": 0.1, "cost": "flop"}, "did you mean 'flops'"),
-        ({"density": 0.1, "cost": "flops"}, "sample_input"),
+        ({"density": 0.1, "cost": "flops"}, "example_input"),
         ({"density": 0.1, "allocation": "globl"}, "did you mean 'global'"),
         ({"density": 0.1, "count": "al"}, "did you mean 'all'"),
         ({"density": 0.1, "count": "all", "cost": {"a": 1.0}}, "count='all'"),

@@ -93,7 +93,7 @@ def test_weights_in_a_file_and_inputs_in_another(
 
     save_file({"x": torch.rand(200, 1, 8, 8)}, tmp_path / "inputs.safetensors")
     words += ["--calibration", tmp_path / "inputs.safetensors", "--out", tmp_path / "b"]
-    spartan(*words, "--model", "tests.test_cli_compress:digits_mlp")
+    spartan(*words, "--model", "tests.commands.test_cli_compress:digits_mlp")
     assert nonzeros(tmp_path / "b")[0] == nonzeros(tmp_path / "b")[1] // 2
     assert "accuracy" not in capsys.readouterr().out.rpartition("whole file")[2]
     assert "--model must say" in refused(capsys, *words[:-1], tmp_path / "c")

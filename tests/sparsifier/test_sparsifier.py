@@ -61,8 +61,8 @@ def test_three_lines_and_the_model_is_sparse(make_net: Make) -> None:
 def test_warmup_zero_applies_the_masks_at_once(make_net: Make) -> None:
     model = make_net()
     sparsifier = attach(model, sgd(model), method=Spartan(warmup=0.0))
-    total = sum(s.weight.parameter.numel() for s in sparsifier.sites)
-    nonzero = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
+    total = sum(s.prunable.parameter.numel() for s in sparsifier.weights)
+    nonzero = sum(int(s.prunable.parameter.count_nonzero()) for s in sparsifier.weights)
     assert nonzero == round(0.2 * total)
 
 
@@ -98,14 +98,14 @@ def test_clipping_acts_on_the_gradient_of_w(make_net: Make) -> None:
     model = make_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     sparsifier = attach(model, optimizer, method=DualAveraging(warmup=0.0))
-    theta = {site.name: site.latent.clone() for site in sparsifier.sites}
+    theta = {weight.name: weight.latent.clone() for weight in sparsifier.weights}
     x, y = batch(0)
     nn.functional.cross_entropy(model(x), y).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    clipped = {site.name: site.weight.parameter.grad.clone() for site in sparsifier.sites}
+    clipped = {weight.name: weight.prunable.parameter.grad.clone() for weight in sparsifier.weights}
     optimizer.step()
-    for site in sparsifier.sites:
-        torch.testing.assert_close(site.latent, theta[site.name] - 0.05 * clipped[site.name])
+    for weight in sparsifier.weights:
+        torch.testing.assert_close(weight.latent, theta[weight.name] - 0.05 * clipped[weight.name])
 
 
 def test_closure_sees_w_and_gives_the_same_run(make_net: Make) -> None:
@@ -118,7 +118,7 @@ def test_closure_sees_w_and_gives_the_same_run(make_net: Make) -> None:
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             optimizer.zero_grad()
-            seen.append(sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites))
+            seen.append(sum(int(s.prunable.parameter.count_nonzero()) for s in sparsifier.weights))
             loss = nn.functional.cross_entropy(model(x), y)
             loss.backward()
             return loss
@@ -126,7 +126,7 @@ def test_closure_sees_w_and_gives_the_same_run(make_net: Make) -> None:
         optimizer.step(closure) if step % 2 else optimizer.step(closure=closure)
     sparsifier.finalize()
     assert states_equal(model, plain_run(make_net))
-    assert seen[-1] == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+    assert seen[-1] == round(0.2 * sum(s.prunable.parameter.numel() for s in sparsifier.weights))
 
 
 def test_lbfgs_calls_the_closure_many_times(make_net: Make) -> None:
@@ -134,7 +134,7 @@ def test_lbfgs_calls_the_closure_many_times(make_net: Make) -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5)
     sparsifier = attach(model, optimizer, steps=4, method=Spartan(warmup=0.0))
     x, y = batch(0, size=64)
-    kept = round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+    kept = round(0.2 * sum(s.prunable.parameter.numel() for s in sparsifier.weights))
     losses: list[float] = []
 
     def closure() -> Tensor:
@@ -142,7 +142,7 @@ def test_lbfgs_calls_the_closure_many_times(make_net: Make) -> None:
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         losses.append(loss.item())
-        assert sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites) == kept
+        assert sum(int(s.prunable.parameter.count_nonzero()) for s in sparsifier.weights) == kept
         return loss
 
     for _ in range(4):
@@ -213,9 +213,10 @@ def test_scaler_skips_change_nothing(fused: bool, make_net: Make) -> None:
     after = sparsifier.state_dict()
     assert after["step"] == state["step"] == 1
     assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
-    for name, tensors in state["sites"].items():
-        kept = after["sites"][name]
+    for name, tensors in state["weights"].items():
+        kept = after["weights"][name]
         assert tensors.pop("dual") == kept.pop("dual")
+        assert tensors.pop("state") == kept.pop("state")
         assert all(torch.equal(v, kept[k]) for k, v in tensors.items() if k != "active")
     step(2, poison=False)
     assert sparsifier.step == 2
@@ -237,8 +238,8 @@ def test_autocast_with_a_scaler_stays_exact(make_net: Make) -> None:
         scaler.step(optimizer)
         scaler.update()
     sparsifier.finalize()
-    total = sum(s.weight.parameter.numel() for s in sparsifier.sites)
-    kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
+    total = sum(s.prunable.parameter.numel() for s in sparsifier.weights)
+    kept = sum(int(s.prunable.parameter.count_nonzero()) for s in sparsifier.weights)
     assert kept == round(0.2 * total)
 
 
@@ -266,19 +267,19 @@ def test_parameter_without_gradient_keeps_theta_and_mask(make_net: Make) -> None
     optimizer = sgd(model)
     sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
     train_step(model, optimizer, 0)
-    site = sparsifier.sites[0]
-    theta, mask, w = site.latent.clone(), site.mask.clone(), site.weight.parameter.clone()
-    total = sum(s.kept for s in sparsifier.sites)
+    weight = sparsifier.weights[0]
+    theta, mask, w = weight.latent.clone(), weight.mask.clone(), weight.prunable.parameter.clone()
+    total = sum(s.kept for s in sparsifier.weights)
     for step in range(1, 5):
         x, y = batch(step)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         model.conv.weight.grad = None
         optimizer.step()
-        assert torch.equal(site.latent, theta)
-        assert torch.equal(site.mask, mask)
-        assert torch.equal(site.weight.parameter, w)
-        assert sum(s.kept for s in sparsifier.sites) == total
+        assert torch.equal(weight.latent, theta)
+        assert torch.equal(weight.mask, mask)
+        assert torch.equal(weight.prunable.parameter, w)
+        assert sum(s.kept for s in sparsifier.weights) == total
 
 
 def test_tied_weights_count_once() -> None:
@@ -286,7 +287,7 @@ def test_tied_weights_count_once() -> None:
     model[2].weight = model[0].weight
     optimizer = sgd(model)
     sparsifier = attach(model, optimizer)
-    assert [s.name for s in sparsifier.sites] == ["0.weight"]
+    assert [s.name for s in sparsifier.weights] == ["0.weight"]
     for step in range(10):
         optimizer.zero_grad()
         model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).sum().backward()
@@ -304,8 +305,8 @@ def test_written_weights_are_adopted_with_a_warning(make_net: Make) -> None:
         model.fc2.weight.fill_(0.5)
     with pytest.warns(UserWarning, match="'fc2.weight' was written outside the optimizer"):
         train_step(model, optimizer, 0)
-    site = next(s for s in sparsifier.sites if s.name == "fc2.weight")
-    assert float((site.latent - 0.5).abs().max()) < 0.1
+    weight = next(s for s in sparsifier.weights if s.name == "fc2.weight")
+    assert float((weight.latent - 0.5).abs().max()) < 0.1
 
 
 def test_swapping_weights_and_back_is_silent(make_net: Make) -> None:
@@ -341,7 +342,7 @@ def test_attention_in_evaluation_uses_the_sparse_weights() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     optimizer = sgd(layer)
     sparsifier = attach(layer, optimizer, method=Spartan(warmup=0.0), allocation="uniform")
-    assert "self_attn.in_proj_weight" in [s.name for s in sparsifier.sites]
+    assert "self_attn.in_proj_weight" in [s.name for s in sparsifier.weights]
     x = torch.randn(2, 5, 16)
     expected = layer(x)
     layer.eval()
@@ -433,8 +434,17 @@ def test_state_survives_torch_save(make_net: Make, tmp_path: Any) -> None:
     optimizer = sgd(model)
     sparsifier = attach(model, optimizer)
     train_step(model, optimizer, 0)
-    torch.save(sparsifier.state_dict(), tmp_path / "state.pt")
-    sparsifier.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    torch.save((model.state_dict(), sparsifier.state_dict()), tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = make_net(seed=4)
+    resumed = attach(other, sgd(other))
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert resumed.step == 1
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    for ours, theirs in zip(sparsifier.weights, resumed.weights, strict=True):
+        assert torch.equal(ours.latent, theirs.latent)
+        assert torch.equal(ours.mask, theirs.mask)
 
 
 def test_arguments_are_checked_before_anything_changes(make_net: Make) -> None:
@@ -501,24 +511,24 @@ def test_parameter_groups_may_be_added_later(make_net: Make) -> None:
         sparsifier = attach(model, optimizer)
     train_step(model, optimizer, 0)
     optimizer.add_param_group({"params": [*model.conv.parameters(), *model.fc2.parameters()]})
-    before = sparsifier.sites[0].latent.clone()
+    before = sparsifier.weights[0].latent.clone()
     for step in range(1, 10):
         train_step(model, optimizer, step)
     sparsifier.finalize()
     assert not torch.equal(before, model.conv.weight)
-    kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
-    assert kept == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+    kept = sum(int(s.prunable.parameter.count_nonzero()) for s in sparsifier.weights)
+    assert kept == round(0.2 * sum(s.prunable.parameter.numel() for s in sparsifier.weights))
 
 
 def test_mixed_precisions_share_one_budget() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8).double()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
-    assert sum(site.kept for site in sparsifier.sites) == round(0.2 * 128)
+    assert sum(weight.kept for weight in sparsifier.weights) == round(0.2 * 128)
     for layer in model.values():
         layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
-    assert sum(site.kept for site in sparsifier.sites) == round(0.2 * 128)
+    assert sum(weight.kept for weight in sparsifier.weights) == round(0.2 * 128)
 
 
 def test_model_used_after_a_crash_is_sparse_again(make_net: Make) -> None:
@@ -567,7 +577,7 @@ def test_written_nan_is_refused(make_net: Make) -> None:
     model.fc1.weight.grad = torch.zeros_like(model.fc1.weight)
     with pytest.raises(NonFiniteError, match="was written into 'fc1.weight' after step 1"):
         optimizer.step()
-    assert bool(torch.isfinite(sparsifier.sites[1].latent).all())
+    assert bool(torch.isfinite(sparsifier.weights[1].latent).all())
 
 
 def test_optimizers_may_step_in_any_order(make_net: Make) -> None:
@@ -621,13 +631,13 @@ def test_weights_in_no_optimizer_keep_mask_and_values(make_net: Make) -> None:
     optimizer = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
     with pytest.warns(UserWarning, match="No optimizer steps 'conv.weight'"):
         sparsifier = attach(model, optimizer, method=Spartan(warmup=0.0))
-    mask = sparsifier.sites[0].mask.clone()
+    mask = sparsifier.weights[0].mask.clone()
     for step in range(10):
         train_step(model, optimizer, step)
-        assert torch.equal(sparsifier.sites[0].mask, mask)
+        assert torch.equal(sparsifier.weights[0].mask, mask)
     sparsifier.finalize()
-    kept = sum(int(s.weight.parameter.count_nonzero()) for s in sparsifier.sites)
-    assert kept == round(0.2 * sum(s.weight.parameter.numel() for s in sparsifier.sites))
+    kept = sum(int(s.prunable.parameter.count_nonzero()) for s in sparsifier.weights)
+    assert kept == round(0.2 * sum(s.prunable.parameter.numel() for s in sparsifier.weights))
 
 
 def test_a_state_is_loaded_in_place_of_a_broken_step(make_net: Make) -> None:
@@ -647,9 +657,9 @@ def test_a_state_is_loaded_in_place_of_a_broken_step(make_net: Make) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         train_step(model, optimizer, 0)
     sparsifier.load_state_dict(state)
-    for site in sparsifier.sites:
-        assert torch.equal(site.latent, state["sites"][site.name]["latent"])
-        assert torch.equal(site.weight.parameter, weights[site.name])
+    for weight in sparsifier.weights:
+        assert torch.equal(weight.latent, state["weights"][weight.name]["latent"])
+        assert torch.equal(weight.prunable.parameter, weights[weight.name])
 
 
 def test_a_run_goes_back_from_fixed_masks_to_moving_ones(make_net: Make) -> None:
@@ -674,15 +684,15 @@ def test_a_stored_soft_mask_of_another_shape_is_refused(make_net: Make) -> None:
     for step in range(9):
         train_step(model, optimizer, step)
     state = copy.deepcopy(sparsifier.state_dict())
-    state["sites"]["fc1.weight"]["soft"] = torch.ones(3)
+    state["weights"]["fc1.weight"]["state"]["soft"] = torch.ones(3)
     with pytest.raises(StateError, match=r"\(3,\) float32 as soft of 'fc1.weight'"):
         sparsifier.load_state_dict(state)
 
 
 def test_units_that_are_read_before_they_are_written_are_the_new_ones(make_net: Make) -> None:
     class Halved(Magnitude):
-        def materialize(self, site: Any) -> Tensor:
-            return torch.where(site.spread(site.mask), site.theta * 0.5, 0.0)
+        def materialize(self, weight: Any) -> Tensor:
+            return torch.where(weight.spread(weight.mask), weight.theta * 0.5, 0.0)
 
     model = make_net()
     optimizer = sgd(model)
@@ -690,8 +700,8 @@ def test_units_that_are_read_before_they_are_written_are_the_new_ones(make_net: 
     assert sparsifier.density == pytest.approx(0.2, abs=1e-3)
     train_step(model, optimizer, 0)
     sparsifier.finalize()
-    for site in sparsifier.sites:
-        assert int(site.weight.parameter.count_nonzero()) == site.kept
+    for weight in sparsifier.weights:
+        assert int(weight.prunable.parameter.count_nonzero()) == weight.kept
 
 
 def test_no_hook_is_left_after_closures_that_raise(make_net: Make) -> None:
@@ -718,7 +728,7 @@ def test_weights_of_two_precisions_share_a_budget_exactly() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         budget = Budget(density=0.3, cost={"0": 1.0, "1": 3.0})
         sparsifier = Sparsifier(model, optimizer, Spartan(warmup=0.0), budget, 10)
-        first, second = (site.kept for site in sparsifier.sites)
+        first, second = (weight.kept for weight in sparsifier.weights)
         assert 0.3 * 8000 - 3 < first + 3 * second <= 0.3 * 8000
 
 
@@ -737,9 +747,11 @@ def test_tiny_weights_stay_finite(make_net: Make) -> None:
     [
         (lambda state: state.pop("settings"), "no settings"),
         (lambda state: state["groups"].clear(), "0 groups"),
-        (lambda state: state["sites"]["fc1.weight"].update(mask=None), "None as mask"),
-        (lambda state: state["sites"]["fc1.weight"].update(dual=[1.0]), "three numbers"),
-        (lambda state: state["sites"]["fc1.weight"].pop("active"), "no active"),
+        (lambda state: state["weights"]["fc1.weight"].update(mask=None), "None as mask"),
+        (lambda state: state["weights"]["fc1.weight"].update(dual=[1.0]), "three numbers"),
+        (lambda state: state["weights"]["fc1.weight"].pop("active"), "no active"),
+        (lambda state: state["groups"][0].update(colour=1.0), "'colour'"),
+        (lambda state: state["weights"]["fc1.weight"]["state"].update(rate=1.0), "'rate'"),
     ],
 )
 def test_damaged_states_change_nothing(
@@ -755,8 +767,8 @@ def test_damaged_states_change_nothing(
     with pytest.raises(StateError, match=message):
         sparsifier.load_state_dict(state)
     assert sparsifier.step == 1
-    for site in sparsifier.sites:
-        assert torch.equal(site.latent, before["sites"][site.name]["latent"])
+    for weight in sparsifier.weights:
+        assert torch.equal(weight.latent, before["weights"][weight.name]["latent"])
 
 
 def test_an_interrupted_write_is_finished(make_net: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -771,11 +783,11 @@ def test_an_interrupted_write_is_finished(make_net: Make, monkeypatch: pytest.Mo
     write = Magnitude.write
     interrupts = iter([True])
 
-    def interrupted(self: Magnitude, sites: Any) -> None:
+    def interrupted(self: Magnitude, weights: Any) -> None:
         if next(interrupts, False):
-            write(self, sites[:1])
+            write(self, weights[:1])
             raise KeyboardInterrupt
-        write(self, sites)
+        write(self, weights)
 
     monkeypatch.setattr(Magnitude, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -789,7 +801,7 @@ def test_an_interrupted_write_is_finished(make_net: Make, monkeypatch: pytest.Mo
 def test_kept_counts_masks_that_are_edited_in_place(make_net: Make) -> None:
     model = make_net()
     sparsifier = attach(model, sgd(model))
-    site = sparsifier.sites[0]
-    assert site.kept > 0
-    site.mask.fill_(False)
-    assert site.kept == 0
+    weight = sparsifier.weights[0]
+    assert weight.kept > 0
+    weight.mask.fill_(False)
+    assert weight.kept == 0
