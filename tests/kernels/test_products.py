@@ -22,7 +22,7 @@ from tests.conftest import assert_rounded, examples
 
 SETS = ["torch"]
 if importlib.util.find_spec("spartan.kernels._native"):
-    SETS += importlib.import_module("spartan.kernels._native").instruction_sets()
+    SETS += importlib.import_module("spartan.kernels._native").Kernels.instruction_sets()
 
 each_set = pytest.mark.parametrize("name", SETS)
 ACTIVATE = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}

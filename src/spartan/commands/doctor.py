@@ -122,7 +122,7 @@ def _instruction_sets() -> list[str]:
         native = import_module("spartan.kernels._native")
     except ImportError:
         return []
-    names: list[str] = native.instruction_sets()
+    names: list[str] = native.Kernels.instruction_sets()
     return names
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spartan.kernels.connections import Connections
-from spartan.kernels.dispatch import native_for_any_order
+from spartan.kernels.dispatch import Native, native_for_any_order
 from spartan.kernels.scores import wide
 
 # Samples of a panel: so many are processed where they are, more are cut into panels.
@@ -53,13 +52,7 @@ def _gathered(x: Tensor) -> Tensor:
     if native is None or x.stride(1) != 1:
         return x.contiguous()
     gathered = _fresh(native, panels, features, samples)
-    native.connections_gather_samples(
-        [x.data_ptr(), x.stride(0), x.stride(2)],
-        [panels, samples],
-        features,
-        gathered.data_ptr(),
-        torch.get_num_threads(),
-    )
+    native.connections_gather_samples(x=x, out=gathered, threads=torch.get_num_threads())
     return gathered
 
 
@@ -93,13 +86,12 @@ def multiply(connections: Connections, values: Tensor, bias: Tensor | None, x: T
         return y if bias is None else y + bias[:, None]
     y = _fresh(native, x.shape[0], connections.outputs, x.shape[2])
     native.connections_forward(
-        connections.by_output.described(x.shape[2]),
-        [x.shape[0], x.shape[2]],
-        values.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        _panels(x),
-        _panels(y),
-        torch.get_num_threads(),
+        lines=connections.by_output.native(native, x.shape[2]),
+        values=values,
+        bias=bias,
+        x=x,
+        y=y,
+        threads=torch.get_num_threads(),
     )
     return y
 
@@ -126,15 +118,14 @@ def gradients(
         return _product(w, dy), at_pairs(connections, x, dy)
     dx, dvalues = _fresh(native, *x.shape), torch.empty_like(values)
     native.connections_backward(
-        connections.by_input.described(x.shape[2]),
-        [x.shape[0], x.shape[2]],
-        values.data_ptr(),
-        connections.order.data_ptr(),
-        _panels(x),
-        _panels(dy),
-        _panels(dx),
-        dvalues.data_ptr(),
-        torch.get_num_threads(),
+        lines=connections.by_input.native(native, x.shape[2]),
+        values=values,
+        order=connections.order,
+        x=x,
+        dy=dy,
+        dx=dx,
+        dvalues=dvalues,
+        threads=torch.get_num_threads(),
     )
     return dx, dvalues
 
@@ -161,31 +152,25 @@ def at_pairs(connections: Connections, x: Tensor, dy: Tensor) -> Tensor:
         return at_entries.to(x.dtype)
     dvalues = x.new_empty(connections.count)
     native.connections_pairs(
-        connections.by_output.described(x.shape[2]),
-        [x.shape[0], x.shape[2]],
-        _panels(dy),
-        _panels(x),
-        dvalues.data_ptr(),
-        torch.get_num_threads(),
+        lines=connections.by_output.native(native, x.shape[2]),
+        dy=dy,
+        x=x,
+        dvalues=dvalues,
+        threads=torch.get_num_threads(),
     )
     return dvalues
 
 
-def _native(x: Tensor, *given: Tensor) -> Any:
+def _native(x: Tensor, *given: Tensor) -> Native | None:
     return native_for_any_order(*given) if x.numel() else None
 
 
-def _panels(x: Tensor) -> list[int]:
-    return [x.data_ptr(), x.stride(0), x.stride(1)]
-
-
-def _fresh(native: Any, *shape: int) -> Tensor:
+def _fresh(native: Native, *shape: int) -> Tensor:
     """Return a tensor to be written, float32."""
     count = math.prod(shape)
     if count < _LENT:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
-    lent: Tensor = native.lend(count)
-    return lent.view(shape)
+    return native.lend(count).view(shape)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spartan.errors import KernelError
-from spartan.kernels.dispatch import native_module
+from spartan.kernels.dispatch import Native, native_module
+
+if TYPE_CHECKING:
+    from spartan.kernels._native import Kernels
 
 # Rows that are gathered stay in the second-level cache if they take up to so many bytes.
 _CACHE = 1 << 20
@@ -31,7 +35,7 @@ class Lines:
     starts: Tensor
     others: Tensor
     ends: int
-    _cuts: dict[int, Tensor] = field(default_factory=dict)
+    _made: dict[int, Kernels.ConnectionLines] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -45,22 +49,18 @@ class Lines:
         worth = per_line >= max(_FEW, blocks * _FEW_IN_BLOCK)
         return blocks if worth else 1
 
-    def described(self, lanes: int) -> list[int]:
-        """Return what the native loops are told: addresses of cuts and ends, lines, blocks."""
+    def native(self, module: Native, lanes: int) -> Kernels.ConnectionLines:
+        """Return what the native loops work on, for rows of so many samples; kept once made."""
         blocks = self.blocks(lanes)
-        if blocks not in self._cuts:
-            cuts = torch.empty(blocks + 1, self.count, dtype=torch.int32, device="cpu")
-            native_module().connections_cut(
-                self.starts.data_ptr(),
-                self.others.data_ptr(),
-                self.count,
-                blocks,
-                -(-self.ends // blocks),
-                cuts.data_ptr(),
-                torch.get_num_threads(),
+        if blocks not in self._made:
+            self._made[blocks] = module.ConnectionLines(
+                starts=self.starts,
+                others=self.others,
+                ends=self.ends,
+                blocks=blocks,
+                threads=torch.get_num_threads(),
             )
-            self._cuts[blocks] = cuts
-        return [self._cuts[blocks].data_ptr(), self.others.data_ptr(), self.count, blocks]
+        return self._made[blocks]
 
 
 class Connections:
@@ -143,9 +143,12 @@ class Connections:
             return Lines(starts, self.rows()[order].int(), outputs), order.int()
         starts = torch.empty(self.inputs + 1, dtype=torch.int32, device="cpu")
         rows, order = torch.empty_like(columns), torch.empty_like(columns)
-        addresses = [t.data_ptr() for t in (starts, rows, order)]
         native.connections_transpose(
-            self.starts.data_ptr(), columns.data_ptr(), outputs, self.inputs, *addresses
+            starts=self.starts,
+            others=columns,
+            column_starts=starts,
+            column_lines=rows,
+            order=order,
         )
         return Lines(starts, rows, outputs), order
 

@@ -9,13 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from spartan.errors import KernelError
 from spartan.kernels.memory import alike
+
+if TYPE_CHECKING:
+    from spartan.kernels._native import Kernels
+
+Native: TypeAlias = "type[Kernels]"
 
 VARIABLE = "SPARTAN_KERNELS"
 
@@ -63,7 +68,7 @@ def using(name: str) -> Iterator[None]:
             before[1].use_instruction_set(before[0].instructions)
 
 
-def native_for(*lists: Sequence[Tensor]) -> Any:
+def native_for(*lists: Sequence[Tensor]) -> Native | None:
     """Return the native module if it serves all these tensors, else None.
 
     Args:
@@ -75,12 +80,12 @@ def native_for(*lists: Sequence[Tensor]) -> Any:
     return native if all(map(alike, zip(*given, strict=True))) else None
 
 
-def native_module() -> Any:
+def native_module() -> Native | None:
     """Return the native module, or None if the torch versions run."""
     return _chosen()[1]
 
 
-def native_for_any_order(*tensors: Tensor) -> Any:
+def native_for_any_order(*tensors: Tensor) -> Native | None:
     """Return the native module if these are float32 tensors on the CPU, else None."""
     native = native_module()
     for tensor in tensors:
@@ -93,21 +98,21 @@ def native_for_any_order(*tensors: Tensor) -> Any:
     return native
 
 
-_choice: tuple[Backend, Any] | None = None
+_choice: tuple[Backend, Native | None] | None = None
 
 
-def _chosen() -> tuple[Backend, Any]:
+def _chosen() -> tuple[Backend, Native | None]:
     global _choice
     if _choice is None:
         _choice = _choose(os.environ.get(VARIABLE, ""))
     return _choice
 
 
-def _choose(wanted: str) -> tuple[Backend, Any]:
+def _choose(wanted: str) -> tuple[Backend, Native | None]:
     if wanted == "torch":
         return Backend("torch", reason="asked for"), None
     try:
-        native = importlib.import_module("spartan.kernels._native")
+        native: Native = importlib.import_module("spartan.kernels._native").Kernels
     except ModuleNotFoundError as error:
         if wanted:
             raise KernelError(

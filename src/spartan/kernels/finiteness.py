@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
-from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 
 
@@ -28,10 +27,7 @@ def native_finite(tensors: Sequence[Tensor]) -> list[bool] | None:
     native = native_for(tensors)
     if native is None:
         return None
-    found: list[bool] = native.finite(
-        addresses(tensors), [x.numel() for x in tensors], torch.get_num_threads()
-    )
-    return found
+    return native.finite(tensors=tensors, threads=torch.get_num_threads())
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:

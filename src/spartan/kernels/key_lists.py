@@ -16,8 +16,7 @@ def is_in(keys: Tensor, known: Tensor) -> Tensor:
     if native is not None:
         keys, known = keys.contiguous(), known.contiguous()
         found = torch.empty_like(keys, dtype=torch.bool)
-        sizes = keys.numel(), known.numel()
-        native.connections_members(keys.data_ptr(), known.data_ptr(), *sizes, found.data_ptr())
+        native.connections_members(keys=keys, known=known, found=found)
         return found
     place = torch.searchsorted(known, keys).clamp_(max=known.numel() - 1)
     return known[place] == keys
@@ -33,14 +32,7 @@ def merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     native = native_module() if first.device.type == "cpu" else None
     if native is not None:
         first, second, places = first.contiguous(), second.contiguous(), torch.empty_like(first)
-        native.connections_merge(
-            first.data_ptr(),
-            second.data_ptr(),
-            first.numel(),
-            second.numel(),
-            merged.data_ptr(),
-            places.data_ptr(),
-        )
+        native.connections_merge(first=first, second=second, merged=merged, places=places)
         return merged, places
     of_second = torch.searchsorted(first, second)
     of_second += torch.arange(second.numel(), device=second.device)

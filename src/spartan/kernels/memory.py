@@ -12,11 +12,6 @@ import torch
 from torch import Tensor
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Return where the entries of each tensor begin."""
-    return [x.data_ptr() for x in tensors]
-
-
 def is_dense(x: Tensor) -> bool:
     """Whether the entries fill one run of memory, in the usual order or channels last."""
     if x.is_contiguous():

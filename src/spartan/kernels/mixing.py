@@ -83,19 +83,15 @@ def _mix(of_parents: Tensor, of_children: Tensor, chosen: int, temperature: floa
 def _mix_natively(
     of_parents: Tensor, of_children: Tensor, chosen: int, temperature: float, native: Any
 ) -> Tensor:
-    positions, parents = of_parents.shape
     of_parents, of_children = of_parents.contiguous(), of_children.contiguous()
     weights = torch.empty_like(of_children)
     native.mix(
-        of_parents.data_ptr(),
-        of_children.data_ptr(),
-        positions,
-        parents,
-        of_children.shape[1] // parents,
-        chosen,
-        temperature,
-        weights.data_ptr(),
-        torch.get_num_threads(),
+        of_parents=of_parents,
+        of_children=of_children,
+        weights=weights,
+        chosen=chosen,
+        temperature=temperature,
+        threads=torch.get_num_threads(),
     )
     return weights
 

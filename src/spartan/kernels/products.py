@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,16 @@ from spartan.errors import KernelError
 from spartan.kernels.blocked_weights import (
     BlockedWeights,
     Geometry,
-    Slices,
     block_for_images,
     block_for_samples,
     lanes_for,
     slice_rows,
 )
-from spartan.kernels.dispatch import native_for_any_order
+from spartan.kernels.dispatch import Native, native_for_any_order
 from spartan.kernels.row_bundles import RowBundles
+
+if TYPE_CHECKING:
+    from spartan.kernels._native import Kernels as NativeKernels
 
 ACTIVATIONS = ("none", "relu", "gelu")
 # Above this many samples, lanes beat reading all weights once for each.
@@ -90,30 +92,33 @@ class Product:
         addend = _in_order_of(y, addend)
         lanes = lanes_for(samples, w.height)
         blocked = self._prepare(
-            ("linear", lanes), lambda: self._describe(block_for_samples(w, samples))
+            ("linear", lanes), lambda: self._blocked(native, block_for_samples(w, samples))
         )
         native.linear(
-            *blocked.numbers,
-            [w.inputs, samples, x.stride(1), x.stride(0)],
-            x.data_ptr(),
-            feature_major,
-            blocked.lanes,
-            *_ending(y, addend, activation),
+            weights=blocked.weights,
+            x=x,
+            y=y,
+            addend=addend,
+            inputs=w.inputs,
+            feature_major=feature_major,
+            lanes=blocked.lanes,
+            activation=ACTIVATIONS.index(activation),
+            threads=torch.get_num_threads(),
         )
         return y
 
-    def _few(self, native: Any, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
-        w = self.weights
-        slices, addresses = self._prepare("slices", self._describe_slices)
-        y = torch.empty(len(x), w.outputs)
+    def _few(self, native: Native, x: Tensor, addend: Tensor | None, activation: str) -> Tensor:
+        weights = self._prepare("slices", lambda: self._sliced(native))
+        y = torch.empty(len(x), self.weights.outputs)
         addend = None if addend is None else addend.contiguous()
         for i in range(len(x)):
             native.vector(
-                addresses,
-                slices.starts.numel() - 1,
-                w.outputs,
-                x[i].data_ptr(),
-                *_ending(y[i], None if addend is None else addend[i], activation),
+                weights=weights,
+                x=x[i],
+                y=y[i],
+                addend=None if addend is None else addend[i],
+                activation=ACTIVATIONS.index(activation),
+                threads=torch.get_num_threads(),
             )
         return y
 
@@ -149,24 +154,43 @@ class Product:
                 x = x.contiguous()
             y = torch.empty(g.images, w.outputs, g.out_rows, g.out_columns)
         addend = _in_order_of(y, addend)
-        blocked = self._prepare(g, lambda: self._describe(block_for_images(w, g)))
-        numbers = self._prepare((g, x.stride()), lambda: g.numbers(_strides(x), _strides(y)))
+        blocked = self._prepare(g, lambda: self._blocked(native, block_for_images(w, g)))
         native.convolution(
-            *blocked.numbers, numbers, x.data_ptr(), blocked.lanes, *_ending(y, addend, activation)
+            weights=blocked.weights,
+            sizes=self._prepare(("sizes", g), lambda: _native_sizes(native, g)),
+            x=x,
+            y=y,
+            addend=addend,
+            lanes=blocked.lanes,
+            activation=ACTIVATIONS.index(activation),
+            threads=torch.get_num_threads(),
         )
         return y
 
-    def _describe(self, blocked: BlockedWeights) -> _Described:
-        w = self.weights
-        addresses = _addresses(
-            blocked.values, blocked.offsets, blocked.starts, blocked.bases, self._padded_bias
+    def _blocked(self, native: Native, blocked: BlockedWeights) -> _Blocked:
+        weights = native.BlockedWeights(
+            values=blocked.values,
+            offsets=blocked.offsets,
+            starts=blocked.starts,
+            bases=blocked.bases,
+            bias=self._padded_bias,
+            bundles=self.weights.count,
+            outputs=self.weights.outputs,
+            height=self.weights.height,
         )
-        sizes = [blocked.bases.numel(), w.count, w.outputs, w.height]
-        return _Described(blocked, (addresses, sizes), blocked.lanes)
+        return _Blocked(weights, blocked.lanes)
 
-    def _describe_slices(self) -> tuple[Slices, list[int]]:
+    def _sliced(self, native: Native) -> NativeKernels.SlicedWeights:
         s = slice_rows(self.weights)
-        return s, _addresses(s.values, s.columns, s.starts, s.rows, self._padded_bias)
+        return native.SlicedWeights(
+            values=s.values,
+            columns=s.columns,
+            starts=s.starts,
+            rows=s.rows,
+            bias=self._padded_bias,
+            inputs=self.weights.inputs,
+            outputs=self.weights.outputs,
+        )
 
     def _prepare(self, key: Any, make: Callable[[], _T]) -> _T:
         found: _T | None = self._prepared.get(key)
@@ -222,27 +246,32 @@ def activate(y: Tensor, activation: str) -> Tensor:
     return F.relu(y) if activation == "relu" else F.gelu(y)
 
 
-def _native_for(x: Tensor, values: Tensor, addend: Tensor | None) -> Any:
+def _native_for(x: Tensor, values: Tensor, addend: Tensor | None) -> Native | None:
     return native_for_any_order(x, values, *(() if addend is None else (addend,)))
 
 
-def _ending(y: Tensor, addend: Tensor | None, activation: str) -> tuple[int, int, int, int]:
-    added = 0 if addend is None else addend.data_ptr()
-    return y.data_ptr(), added, ACTIVATIONS.index(activation), torch.get_num_threads()
-
-
 @dataclass(frozen=True)
-class _Described:
-    """Blocked weights, and what the native module is told of them."""
+class _Blocked:
+    """Blocked weights as the native kernels hold them, and the lanes to compute at a time."""
 
-    blocked: BlockedWeights
-    numbers: tuple[list[int], list[int]]
+    weights: NativeKernels.BlockedWeights
     lanes: int
 
 
-def _strides(images: Tensor) -> list[int]:
-    """Return the strides of channels, rows and images."""
-    return [images.stride(1), images.stride(2), images.stride(0)]
+def _native_sizes(native: Native, g: Geometry) -> NativeKernels.Convolution:
+    return native.Convolution(
+        channels=g.channels,
+        rows=g.rows,
+        images=g.images,
+        columns=g.columns,
+        out=(g.out_rows, g.out_columns),
+        kernel=g.kernel,
+        stride=g.stride,
+        padding=g.padding,
+        dilation=g.dilation,
+        group=g.group,
+        height=g.height,
+    )
 
 
 def _check(w: RowBundles) -> None:
@@ -269,7 +298,3 @@ def _in_order_of(y: Tensor, addend: Tensor | None) -> Tensor | None:
     if addend is None or addend.stride() == y.stride():
         return addend
     return torch.empty_strided(y.shape, y.stride()).copy_(addend)
-
-
-def _addresses(*tensors: Tensor) -> list[int]:
-    return [t.data_ptr() if t.numel() else 0 for t in tensors]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
-from spartan.kernels.memory import addresses, alike, flat, unflat
+from spartan.kernels.memory import alike, flat, unflat
 from spartan.kernels.scores import flat_pieces, wide
 from spartan.kernels.selection import kept
 from spartan.kernels.soft import Dual
@@ -39,16 +39,15 @@ def project(
         _project(thetas, latents, weights, masks, scales, cutoffs, duals)
         return
     native.project(
-        addresses(thetas),
-        addresses(latents),
-        addresses(weights),
-        addresses(masks),
-        [x.numel() for x in thetas],
-        scales,
-        [] if cutoffs is None else [threshold for threshold, _ in cutoffs],
-        [] if cutoffs is None else [tie_end for _, tie_end in cutoffs],
-        None if duals is None else [dual.astuple() for dual in duals],
-        torch.get_num_threads(),
+        thetas=thetas,
+        latents=latents,
+        weights=weights,
+        masks=masks,
+        scales=scales,
+        thresholds=None if cutoffs is None else [threshold for threshold, _ in cutoffs],
+        tie_ends=None if cutoffs is None else [tie_end for _, tie_end in cutoffs],
+        duals=None if duals is None else [dual.astuple() for dual in duals],
+        threads=torch.get_num_threads(),
     )
     for weight in weights:
         torch.autograd.graph.increment_version(weight)
@@ -62,8 +61,7 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
             for x, keep in flat_pieces(tensor, mask):
                 x.masked_fill_(~keep, 0.0)
         return
-    sizes = [x.numel() for x in tensors]
-    native.mask(addresses(tensors), addresses(masks), sizes, torch.get_num_threads())
+    native.mask(tensors=tensors, masks=masks, threads=torch.get_num_threads())
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
 

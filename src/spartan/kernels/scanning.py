@@ -15,7 +15,6 @@ from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
 from spartan.kernels.finiteness import finite, largest
-from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cutoff, boundary, tie_ends_of, trivial_cutoff
@@ -79,18 +78,17 @@ def _native(request: ScanRequest) -> ScanResult | None:
         mass = None if dual is None else native_mass(scores, dual, request.dropped)
         return ScanResult(all(finite(scores.tensors)), cutoff, mass)
     ok, threshold, tie_ends, sums = native.scan(
-        addresses(scores.tensors),
-        scores.numels,
-        scores.scales,
-        costs,
-        scores.absolute,
-        request.budget,
-        request.bracket,
-        None if dual is None else dual.astuple(),
-        request.dropped,
-        torch.get_num_threads(),
+        tensors=scores.tensors,
+        scales=scores.scales,
+        costs=costs,
+        absolute=scores.absolute,
+        budget=request.budget,
+        bracket=request.bracket,
+        dual=None if dual is None else dual.astuple(),
+        dropped=request.dropped,
+        threads=torch.get_num_threads(),
     )
-    return ScanResult(ok, Cutoff(threshold, tie_ends), None if dual is None else Mass(*sums))
+    return ScanResult(ok, Cutoff(threshold, list(tie_ends)), None if dual is None else Mass(*sums))
 
 
 def _on_device(request: ScanRequest) -> Tensor:

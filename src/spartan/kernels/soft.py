@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
-from spartan.kernels.memory import addresses
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, flat_pieces, wide
 
@@ -76,14 +75,13 @@ def native_mass(scores: Scores, dual: Dual, dropped: bool) -> Mass | None:
         return None
     return Mass(
         *native.mass(
-            addresses(scores.tensors),
-            scores.numels,
-            scores.scales,
-            costs,
-            scores.absolute,
-            dual.astuple(),
-            dropped,
-            torch.get_num_threads(),
+            tensors=scores.tensors,
+            scales=scores.scales,
+            costs=costs,
+            absolute=scores.absolute,
+            dual=dual.astuple(),
+            dropped=dropped,
+            threads=torch.get_num_threads(),
         )
     )
 
@@ -145,17 +143,21 @@ def pull_back(
     if native is None:
         _pull_back(grads, thetas, scales, costs, duals)
         return
-    fixed = (
-        addresses(grads),
-        addresses(thetas),
-        [x.numel() for x in thetas],
-        scales,
-        costs,
-        [dual.astuple() for dual in duals],
+    solved = [dual.astuple() for dual in duals]
+    threads = torch.get_num_threads()
+    earned, spread = native.earn(
+        grads=grads, thetas=thetas, scales=scales, costs=costs, duals=solved, threads=threads
     )
-    earned, spread = native.earn(*fixed, torch.get_num_threads())
     price = earned / spread if spread > 0 else 0.0
-    native.pull_back(*fixed, price if math.isfinite(price) else 0.0, torch.get_num_threads())
+    native.pull_back(
+        grads=grads,
+        thetas=thetas,
+        scales=scales,
+        costs=costs,
+        duals=solved,
+        price=price if math.isfinite(price) else 0.0,
+        threads=threads,
+    )
     for grad in grads:
         torch.autograd.graph.increment_version(grad)
 

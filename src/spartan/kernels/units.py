@@ -62,7 +62,8 @@ def pool_magnitudes(x: Tensor, grid: Grid, unit_shape: Sequence[int]) -> Tensor:
     if native is None:
         return _collect(torch.abs, grid, unit_shape, x)
     units = x.new_empty(tuple(unit_shape))
-    native.pool_units(grid.numbers(), x.data_ptr(), 0, units.data_ptr(), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    native.pool_units(grid=grid.numbers(), x=x, y=None, units=units, threads=threads)
     return units
 
 
@@ -73,7 +74,7 @@ def pool_products(x: Tensor, y: Tensor, grid: Grid, unit_shape: Sequence[int]) -
         return _collect(torch.mul, grid, unit_shape, x, y)
     units = x.new_empty(tuple(unit_shape))
     threads = torch.get_num_threads()
-    native.pool_units(grid.numbers(), x.data_ptr(), y.data_ptr(), units.data_ptr(), threads)
+    native.pool_units(grid=grid.numbers(), x=x, y=y, units=units, threads=threads)
     return units
 
 
@@ -98,14 +99,13 @@ def scale(
     contiguous = all(x.is_contiguous() for x in (theta, weight, *copies, factors))
     native = native_for([theta, weight, *copies, factors]) if contiguous else None
     if native is not None and factors.numel() == grid.count:
-        latent_address = 0 if latent is None else latent.data_ptr()
         native.scale_by_units(
-            grid.numbers(),
-            theta.data_ptr(),
-            factors.data_ptr(),
-            latent_address,
-            weight.data_ptr(),
-            torch.get_num_threads(),
+            grid=grid.numbers(),
+            theta=theta,
+            factors=factors,
+            latent=latent,
+            weight=weight,
+            threads=torch.get_num_threads(),
         )
         torch.autograd.graph.increment_version(weight)
         return
@@ -128,12 +128,12 @@ def pull_back_units(grad: Tensor, theta: Tensor, m: Tensor, terms: Tensor, grid:
     native = native_for([grad, theta, m, terms]) if contiguous else None
     if native is not None and m.numel() == terms.numel() == grid.count:
         native.pull_back_by_units(
-            grid.numbers(),
-            grad.data_ptr(),
-            theta.data_ptr(),
-            m.data_ptr(),
-            terms.data_ptr(),
-            torch.get_num_threads(),
+            grid=grid.numbers(),
+            grad=grad,
+            theta=theta,
+            m=m,
+            terms=terms,
+            threads=torch.get_num_threads(),
         )
         torch.autograd.graph.increment_version(grad)
         return

@@ -42,7 +42,8 @@ class Lender {
     const std::size_t size = (bytes + kPage - 1) / kPage * kPage;
     const std::lock_guard<std::mutex> lock(mutex_);
     ++lent_;
-    while (!idle_.empty() && lent_ - idle_.back().returned > kPatience) release(std::prev(idle_.end()));
+    while (!idle_.empty() && lent_ - idle_.back().returned > kPatience)
+      release(std::prev(idle_.end()));
     Blocks found;
     for (auto block = idle_.begin(); block != idle_.end(); ++block)
       if (block->size >= size && block->size <= size + size / 4) {
@@ -107,6 +108,8 @@ nb::ndarray<nb::pytorch, float, nb::ndim<1>> lend(std::size_t count) {
 
 }  // namespace
 
-void bind_buffers(nb::module_& m) { m.def("lend", &lend); }
+void bind_buffers(nb::class_<Kernels>& kernels) {
+  kernels.def_static("lend", &lend, nb::arg("count"));
+}
 
 }  // namespace spartan

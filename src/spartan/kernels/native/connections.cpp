@@ -107,8 +107,8 @@ void members(const std::int64_t* keys, const std::int64_t* known, std::int64_t c
   }
 }
 
-void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
-         std::int64_t blocks, std::int64_t per_block, std::int32_t* cuts, int threads) {
+void divide(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
+            std::int64_t blocks, std::int64_t per_block, std::int32_t* begins, int threads) {
   constexpr std::int64_t chunk = 4096;
   parallel((lines + chunk - 1) / chunk, threads, [&](int, std::int64_t task) {
     for (std::int64_t line = task * chunk; line < std::min(lines, (task + 1) * chunk); ++line) {
@@ -116,7 +116,7 @@ void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t li
       for (std::int64_t block = 0; block <= blocks; ++block) {
         const std::int64_t bound = block * per_block;
         while (e < starts[line + 1] && (block == blocks || others[e] < bound)) ++e;
-        cuts[block * lines + line] = e;
+        begins[block * lines + line] = e;
       }
     }
   });

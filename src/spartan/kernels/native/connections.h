@@ -1,7 +1,7 @@
 // Training through single connections: the products of a layer that stores nothing else.
 //
-// Activations are feature-major: a row for each feature, in which samples (lanes) are neighbours, so
-// that one connection is a few vector operations. Every sum has one order, whatever the threads.
+// Activations are feature-major: a row for each feature, in which samples (lanes) are neighbours,
+// so that one connection is a few vector operations. Every sum has one order, whatever the threads.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace spartan {
 // Connections sorted by one end, the line, and within a line by the other. A block is a range of
 // other ends whose rows stay in the cache while all lines are swept.
 struct Lines {
-  const std::int32_t* cuts;    // (blocks + 1, lines): where the line's part of each block begins
+  const std::int32_t* begins;  // (blocks + 1, lines): where the line's part of each block begins
   const std::int32_t* others;  // of each connection
   std::int64_t count, blocks;
 };
@@ -74,16 +74,16 @@ void pairs(const ConnectionLoops&, const Lines& by_output, const Batch&, Panels<
            Panels<const float> x, float* dvalues, int threads);
 
 // Makes samples neighbours: out[panel][feature][sample] = in[panel][sample][feature].
-void gather_samples(const ProductLoops&, Panels<const float> in, const Batch&, std::int64_t features,
-                    float* out, int threads);
+void gather_samples(const ProductLoops&, Panels<const float> in, const Batch&,
+                    std::int64_t features, float* out, int threads);
 
 // From connections sorted by (line, other) to the same sorted by (other, line).
 void transpose(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
                std::int64_t columns, std::int32_t* column_starts, std::int32_t* column_lines,
                std::int32_t* order);
 // Where the part of each block begins in each line.
-void cut(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
-         std::int64_t blocks, std::int64_t per_block, std::int32_t* cuts, int threads);
+void divide(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
+            std::int64_t blocks, std::int64_t per_block, std::int32_t* begins, int threads);
 
 // Merges two lists that rise and share nothing; says where the keys of the first one are.
 void merge(const std::int64_t* first, const std::int64_t* second, std::int64_t first_count,

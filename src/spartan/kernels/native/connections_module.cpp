@@ -1,109 +1,156 @@
 // The part of the Python module that serves layers which store single connections.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/vector.h>
+#include <nanobind/stl/optional.h>
 
-#include <stdexcept>
+#include <optional>
+#include <vector>
 
+#include "arguments.h"
 #include "connections.h"
 #include "instruction_sets.h"
-
-namespace nb = nanobind;
 
 namespace spartan {
 namespace {
 
-using Address = std::uintptr_t;
-using Numbers = std::vector<std::int64_t>;
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using namespace nb::literals;
+using Indices = Flat<std::int32_t>;
+using Keys = Flat<std::int64_t>;
 
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+// Connections sorted by one end, divided into blocks of other ends; made once for each graph.
+class ConnectionLines {
+ public:
+  ConnectionLines(Indices starts, Indices others, std::int64_t ends, std::int64_t blocks,
+                  int threads)
+      : ends(ends), others_(std::move(others)) {
+    starts.checked("starts");
+    others_.checked("others");
+    count = starts.size - 1;
+    require(count >= 0 && starts.data[0] == 0 && starts.data[count] == others_.size, "starts",
+            "must lead from 0 to the number of connections");
+    require(blocks > 0, "blocks", "must be at least 1");
+    begins_.resize((blocks + 1) * count);
+    divide(starts.data, others_.data, count, blocks, (ends + blocks - 1) / blocks, begins_.data(),
+           threads);
+    lines_ = {begins_.data(), others_.data, count, blocks};
+  }
 
-// Addresses of cuts and other ends, number of lines and of blocks.
-Lines lines_of(const Numbers& n) {
-  if (n.size() != 4) throw std::invalid_argument("lines are 4 numbers");
-  return {pointer<const std::int32_t>(n[0]), pointer<const std::int32_t>(n[1]), n[2], n[3]};
-}
+  const Lines& lines() const { return lines_; }
+  std::int64_t connections() const { return others_.size; }
 
-Batch batch_of(const Numbers& n) {
-  if (n.size() != 2) throw std::invalid_argument("a batch is 2 numbers");
-  return {n[0], n[1]};
-}
+  std::int64_t count, ends;
 
-// Address, floats from panel to panel and from row to row.
-template <class T>
-Panels<T> panels_of(const Numbers& n) {
-  if (n.size() != 3) throw std::invalid_argument("panels are 3 numbers");
-  return {pointer<T>(n[0]), n[1], n[2]};
-}
+ private:
+  Indices others_;
+  std::vector<std::int32_t> begins_;
+  Lines lines_;
+};
 
 const ConnectionLoops& loops() { return *current_set().connections; }
 
-void bound_forward(const Numbers& lines, const Numbers& batch, Address values, Address bias,
-                   const Numbers& z, const Numbers& y, int threads) {
-  forward(loops(), lines_of(lines), batch_of(batch), pointer<const float>(values),
-          pointer<const float>(bias), panels_of<const float>(z), panels_of<float>(y), threads);
+// Panels of (panels, features, samples), in which samples are neighbours.
+template <class T>
+Panels<T> panels_of(const View<float>& x, const char* name, const Sizes& shape) {
+  x.checked(name, shape);
+  require(x.strides[2] == 1 || shape[2] <= 1, name, "must have neighbouring samples");
+  return {x.data, x.strides[0], x.strides[1]};
 }
 
-void bound_backward(const Numbers& lines, const Numbers& batch, Address values, Address order,
-                    const Numbers& x, const Numbers& dy, const Numbers& dx, Address dvalues,
-                    int threads) {
-  backward(loops(), lines_of(lines), batch_of(batch), pointer<const float>(values),
-           pointer<const std::int32_t>(order), panels_of<const float>(x),
-           panels_of<const float>(dy), panels_of<float>(dx), pointer<float>(dvalues), threads);
+void bound_forward(const ConnectionLines& lines, const Flat<float>& values,
+                   const std::optional<Flat<float>>& bias, const View<float>& x,
+                   const View<float>& y, int threads) {
+  values.checked("values", lines.connections());
+  if (bias) bias->checked("bias", lines.count);
+  x.checked("x", 3);
+  const Batch batch = {x.shape[0], x.shape[2]};
+  forward(loops(), lines.lines(), batch, values.data, bias ? bias->data : nullptr,
+          panels_of<const float>(x, "x", {batch.panels, lines.ends, batch.lanes}),
+          panels_of<float>(y, "y", {batch.panels, lines.count, batch.lanes}), threads);
 }
 
-void bound_pairs(const Numbers& lines, const Numbers& batch, const Numbers& dy, const Numbers& x,
-                 Address dvalues, int threads) {
-  pairs(loops(), lines_of(lines), batch_of(batch), panels_of<const float>(dy),
-        panels_of<const float>(x), pointer<float>(dvalues), threads);
+void bound_backward(const ConnectionLines& lines, const Flat<float>& values, const Indices& order,
+                    const View<float>& x, const View<float>& dy, const View<float>& dx,
+                    const Flat<float>& dvalues, int threads) {
+  values.checked("values", lines.connections());
+  order.checked("order", lines.connections());
+  dvalues.checked("dvalues", lines.connections());
+  x.checked("x", 3);
+  const Batch batch = {x.shape[0], x.shape[2]};
+  const Sizes inputs = {batch.panels, lines.count, batch.lanes};
+  backward(loops(), lines.lines(), batch, values.data, order.data,
+           panels_of<const float>(x, "x", inputs),
+           panels_of<const float>(dy, "dy", {batch.panels, lines.ends, batch.lanes}),
+           panels_of<float>(dx, "dx", inputs), dvalues.data, threads);
 }
 
-void bound_gather_samples(const Numbers& in, const Numbers& batch, std::int64_t features,
-                          Address out, int threads) {
-  gather_samples(*current_set().products, panels_of<const float>(in), batch_of(batch), features,
-                 pointer<float>(out), threads);
+void bound_pairs(const ConnectionLines& lines, const View<float>& dy, const View<float>& x,
+                 const Flat<float>& dvalues, int threads) {
+  dvalues.checked("dvalues", lines.connections());
+  x.checked("x", 3);
+  const Batch batch = {x.shape[0], x.shape[2]};
+  pairs(loops(), lines.lines(), batch,
+        panels_of<const float>(dy, "dy", {batch.panels, lines.count, batch.lanes}),
+        panels_of<const float>(x, "x", {batch.panels, lines.ends, batch.lanes}), dvalues.data,
+        threads);
 }
 
-void bound_transpose(Address starts, Address others, std::int64_t lines, std::int64_t columns,
-                     Address column_starts, Address column_lines, Address order) {
-  transpose(pointer<const std::int32_t>(starts), pointer<const std::int32_t>(others), lines,
-            columns, pointer<std::int32_t>(column_starts), pointer<std::int32_t>(column_lines),
-            pointer<std::int32_t>(order));
+void bound_gather_samples(const View<float>& x, const Flat<float>& out, int threads) {
+  x.checked("x", 3);
+  require(x.strides[1] == 1, "x", "must have neighbouring features");
+  const Batch batch = {x.shape[0], x.shape[2]};
+  const std::int64_t features = x.shape[1];
+  out.checked("out", batch.panels * features * batch.lanes);
+  gather_samples(*current_set().products, {x.data, x.strides[0], x.strides[2]}, batch, features,
+                 out.data, threads);
 }
 
-void bound_merge(Address first, Address second, std::int64_t first_count,
-                 std::int64_t second_count, Address merged, Address places) {
-  merge(pointer<const std::int64_t>(first), pointer<const std::int64_t>(second), first_count,
-        second_count, pointer<std::int64_t>(merged), pointer<std::int64_t>(places));
+void bound_transpose(const Indices& starts, const Indices& others, const Indices& column_starts,
+                     const Indices& column_lines, const Indices& order) {
+  starts.checked("starts");
+  others.checked("others");
+  column_starts.checked("column_starts");
+  column_lines.checked("column_lines", others.size);
+  order.checked("order", others.size);
+  transpose(starts.data, others.data, starts.size - 1, column_starts.size - 1, column_starts.data,
+            column_lines.data, order.data);
 }
 
-void bound_members(Address keys, Address known, std::int64_t count, std::int64_t known_count,
-                   Address found) {
-  members(pointer<const std::int64_t>(keys), pointer<const std::int64_t>(known), count, known_count,
-          pointer<bool>(found));
+void bound_merge(const Keys& first, const Keys& second, const Keys& merged, const Keys& places) {
+  first.checked("first");
+  second.checked("second");
+  merged.checked("merged", first.size + second.size);
+  places.checked("places", first.size);
+  merge(first.data, second.data, first.size, second.size, merged.data, places.data);
 }
 
-void bound_cut(Address starts, Address others, std::int64_t lines, std::int64_t blocks,
-               std::int64_t per_block, Address cuts, int threads) {
-  cut(pointer<const std::int32_t>(starts), pointer<const std::int32_t>(others), lines, blocks,
-      per_block, pointer<std::int32_t>(cuts), threads);
+void bound_members(const Keys& keys, const Keys& known, const Flat<bool>& found) {
+  keys.checked("keys");
+  known.checked("known");
+  found.checked("found", keys.size);
+  members(keys.data, known.data, keys.size, known.size, found.data);
 }
 
 }  // namespace
 
-void bind_connections(nb::module_& m) {
-  m.def("connections_forward", &bound_forward, Release());
-  m.def("connections_backward", &bound_backward, Release());
-  m.def("connections_pairs", &bound_pairs, Release());
-  m.def("connections_gather_samples", &bound_gather_samples, Release());
-  m.def("connections_transpose", &bound_transpose, Release());
-  m.def("connections_merge", &bound_merge, Release());
-  m.def("connections_members", &bound_members, Release());
-  m.def("connections_cut", &bound_cut, Release());
+void bind_connections(nb::class_<Kernels>& kernels) {
+  const nb::kw_only named;
+  nb::class_<ConnectionLines>(kernels, "ConnectionLines")
+      .def(nb::init<Indices, Indices, std::int64_t, std::int64_t, int>(), named, "starts"_a,
+           "others"_a, "ends"_a, "blocks"_a, "threads"_a);
+  kernels.def_static("connections_forward", &bound_forward, Release(), named, "lines"_a, "values"_a,
+                     "bias"_a.none(), "x"_a, "y"_a, "threads"_a);
+  kernels.def_static("connections_backward", &bound_backward, Release(), named, "lines"_a,
+                     "values"_a, "order"_a, "x"_a, "dy"_a, "dx"_a, "dvalues"_a, "threads"_a);
+  kernels.def_static("connections_pairs", &bound_pairs, Release(), named, "lines"_a, "dy"_a, "x"_a,
+                     "dvalues"_a, "threads"_a);
+  kernels.def_static("connections_gather_samples", &bound_gather_samples, Release(), named, "x"_a,
+                     "out"_a, "threads"_a);
+  kernels.def_static("connections_transpose", &bound_transpose, Release(), named, "starts"_a,
+                     "others"_a, "column_starts"_a, "column_lines"_a, "order"_a);
+  kernels.def_static("connections_merge", &bound_merge, Release(), named, "first"_a, "second"_a,
+                     "merged"_a, "places"_a);
+  kernels.def_static("connections_members", &bound_members, Release(), named, "keys"_a, "known"_a,
+                     "found"_a);
 }
 
 }  // namespace spartan

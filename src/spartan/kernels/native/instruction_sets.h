@@ -25,9 +25,12 @@ const InstructionSet& current_set();
 std::vector<std::string> instruction_sets();
 void use_instruction_set(const std::string& name);
 
-void bind_layers(nanobind::module_&);
-void bind_connections(nanobind::module_&);
-void bind_mixing(nanobind::module_&);
-void bind_buffers(nanobind::module_&);
+// What Python calls: a class with nothing but static methods, so that its type can be named there.
+struct Kernels {};
+
+void bind_layers(nanobind::class_<Kernels>&);
+void bind_connections(nanobind::class_<Kernels>&);
+void bind_mixing(nanobind::class_<Kernels>&);
+void bind_buffers(nanobind::class_<Kernels>&);
 
 }  // namespace spartan

@@ -64,15 +64,16 @@ void each_item(std::int64_t items, std::int64_t runs, std::int64_t parts, std::i
   }
 }
 
-// Bundles to compute at a time: few enough that their sums stay in the second-level cache, and parts
-// enough for all threads.
+// Bundles to compute at a time: few enough that their sums stay in the second-level cache, and
+// parts enough for all threads.
 std::int64_t bundles_per_part(const Weights& w, int lanes, std::int64_t tasks, int threads) {
   const std::int64_t most = std::max<std::int64_t>(1, (1 << 18) / (4 * lanes * w.entries.height));
   const std::int64_t wanted = threads == 1 || tasks >= 4 * threads ? 1 : 4 * threads;
   return std::clamp<std::int64_t>(ceil_div(w.bundles, wanted), 1, most);
 }
 
-// Sums of the bundles [first, last) over all inputs; returns rows x lanes, unless there is an ending.
+// Sums of the bundles [first, last) over all inputs; returns rows x lanes, unless there is an
+// ending.
 float* sum_up(const ProductLoops& loops, const Weights& w, std::int64_t first, std::int64_t last,
               const float* z, int lanes, const Ending* ending) {
   const std::int64_t height = w.entries.height;
@@ -125,8 +126,7 @@ void linear(const ProductLoops& loops, const Weights& w, const Matrix& m, const 
     // z has rows of `lanes`, also where fewer are live.
     const std::int64_t feature_at = row * m.positions + position;
     const Ending ending = {out.y + feature_at, m.positions,
-                           out.addend ? out.addend + feature_at : nullptr,
-                           out.activation == kRelu};
+                           out.addend ? out.addend + feature_at : nullptr, out.activation == kRelu};
     const bool direct = feature_major && ends_directly(w, last, count, out);
     const float* sums = sum_up(loops, w, part * step, last, packed ? x : z, live_lanes(count),
                                direct ? &ending : nullptr);
@@ -156,8 +156,8 @@ class Packer {
   Packer(const ProductLoops& loops, const Convolution& c, const float* x)
       : loops_(loops), c_(c), x_(x) {
     // In a row of z the inputs of neighbouring images follow each other with the same stride.
-    even_ = c.group == 1 ||
-            (c.columns == c.column_stride * c.out_columns && c.x_image == c.columns);
+    even_ =
+        c.group == 1 || (c.columns == c.column_stride * c.out_columns && c.x_image == c.columns);
     size_ = (c.channels - 1) * c.x_channel + (c.rows - 1) * c.x_row + (c.images - 1) * c.x_image +
             c.columns;
     period_ = std::lcm(c.row_size(), kWidest);
@@ -208,9 +208,8 @@ class Packer {
       for (std::int64_t n = 0; n < images; ++n)
         for (std::int64_t i = 0; i < c_.out_columns; ++i)
           z[r * c_.row_size() + n * c_.out_columns + i] =
-              keep_[k * period_ + i]
-                  ? x_[begin + r * step + n * c_.x_image + i * c_.column_stride]
-                  : 0.0f;
+              keep_[k * period_ + i] ? x_[begin + r * step + n * c_.x_image + i * c_.column_stride]
+                                     : 0.0f;
   }
 
   const ProductLoops& loops_;
@@ -265,8 +264,7 @@ void convolution(const ProductLoops& loops, const Weights& w, const Convolution&
     const Ending ending = {out.y + at, c.y_channel, out.addend ? out.addend + at : nullptr,
                            out.activation == kRelu};
     const bool direct = whole && ends_directly(w, last, count, out);
-    const float* sums =
-        sum_up(loops, w, first, last, z + lane, live, direct ? &ending : nullptr);
+    const float* sums = sum_up(loops, w, first, last, z + lane, live, direct ? &ending : nullptr);
     if (direct) return;
     // Runs of positions that are neighbours in the output too.
     for (std::int64_t p = 0; p < count;) {
@@ -275,8 +273,7 @@ void convolution(const ProductLoops& loops, const Weights& w, const Convolution&
       const std::int64_t valid = item.images * c.out_columns - in_row;
       const std::int64_t n = whole ? left : std::min(left, valid);
       if (n > 0) {
-        const std::int64_t to =
-            base + (item.row + row) * c.y_row + item.image * c.y_image + in_row;
+        const std::int64_t to = base + (item.row + row) * c.y_row + item.image * c.y_image + in_row;
         loops.finish(sums + p, live, out.addend ? out.addend + to : nullptr, out.y + to,
                      c.y_channel, rows, n, out.activation);
       }

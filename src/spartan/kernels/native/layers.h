@@ -54,8 +54,8 @@ struct Convolution {
   std::int64_t plane() const { return phases() * phase_rows() * row_size(); }
 };
 
-void convolution(const ProductLoops&, const Weights&, const Convolution&, const float* x,
-                 int lanes, const Output&, int threads);
+void convolution(const ProductLoops&, const Weights&, const Convolution&, const float* x, int lanes,
+                 const Output&, int threads);
 
 // One sample: weights in slices of 16 rows (see products.h), or in bundles of 16 if `rows` is null.
 void vector(const ProductLoops&, const Entries&, const std::int32_t* rows, std::int64_t slices,

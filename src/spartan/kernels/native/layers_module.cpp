@@ -1,75 +1,203 @@
-// The part of the Python module that serves layers with sparse weights.
+// The part of the Python module that serves layers with sparse weights, for inference.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
+#include <optional>
 #include <stdexcept>
 
+#include "arguments.h"
 #include "instruction_sets.h"
 #include "layers.h"
-
-namespace nb = nanobind;
 
 namespace spartan {
 namespace {
 
-using Address = std::uintptr_t;
-using Numbers = std::vector<std::int64_t>;
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using namespace nb::literals;
 
 template <class T>
-const T* read(Address address) {
-  return reinterpret_cast<const T*>(address);
+void require_rising(const Flat<T>& starts, std::int64_t end, const char* name) {
+  bool sound = starts.size > 0 && starts.data[0] == 0 && starts.data[starts.size - 1] == end;
+  for (std::int64_t i = 1; sound && i < starts.size; ++i)
+    sound = starts.data[i - 1] <= starts.data[i];
+  require(sound, name, "must rise from 0 to the number of entries");
 }
 
-// Addresses: values, offsets, starts, bases, bias.
-Weights weights_of(const std::vector<Address>& w, const Numbers& sizes) {
-  if (w.size() != 5 || sizes.size() != 4) throw std::invalid_argument("weights: 5 and 4 numbers");
-  const Entries entries = {read<float>(w[0]), read<std::uint16_t>(w[1]), read<std::int32_t>(w[2]),
-                           static_cast<int>(sizes[3])};
-  return {entries, read<std::int64_t>(w[3]), read<float>(w[4]), sizes[0], sizes[1], sizes[2]};
+// Weights in blocks of inputs, as layers.h wants them; checked when made, then used at every call.
+class BlockedWeights {
+ public:
+  BlockedWeights(Flat<float> values, Flat<std::uint16_t> offsets, Flat<std::int32_t> starts,
+                 Flat<std::int64_t> bases, Flat<float> bias, std::int64_t bundles,
+                 std::int64_t outputs, int height)
+      : values_(std::move(values)),
+        offsets_(std::move(offsets)),
+        starts_(std::move(starts)),
+        bases_(std::move(bases)),
+        bias_(std::move(bias)) {
+    require(height == 1 || height == 4 || height == 8 || height == 16, "height",
+            "must be 1, 4, 8 or 16");
+    require(outputs <= bundles * height, "outputs", "must not be more than the bundles hold");
+    offsets_.checked("offsets");
+    bases_.checked("bases");
+    values_.checked("values", offsets_.size * height);
+    starts_.checked("starts", bases_.size * bundles + 1);
+    bias_.checked("bias", bundles * height);
+    require_rising(starts_, offsets_.size, "starts");
+    const Entries entries = {values_.data, offsets_.data, starts_.data, height};
+    weights_ = {entries, bases_.data, bias_.data, bases_.size, bundles, outputs};
+  }
+
+  const Weights& weights() const { return weights_; }
+
+ private:
+  Flat<float> values_;
+  Flat<std::uint16_t> offsets_;
+  Flat<std::int32_t> starts_;
+  Flat<std::int64_t> bases_;
+  Flat<float> bias_;
+  Weights weights_;
+};
+
+// Weights in slices of 16 rows, for one sample at a time; `rows` is empty if they are in order.
+class SlicedWeights {
+ public:
+  SlicedWeights(Flat<float> values, Flat<std::uint16_t> columns, Flat<std::int32_t> starts,
+                Flat<std::int32_t> rows, Flat<float> bias, std::int64_t inputs,
+                std::int64_t outputs)
+      : inputs(inputs),
+        outputs(outputs),
+        values_(std::move(values)),
+        columns_(std::move(columns)),
+        starts_(std::move(starts)),
+        rows_(std::move(rows)),
+        bias_(std::move(bias)) {
+    values_.checked("values");
+    columns_.checked("columns");
+    starts_.checked("starts");
+    rows_.checked("rows");
+    slices = starts_.size - 1;
+    const std::int64_t steps = values_.size / 16, own = rows_.size ? 16 * steps : steps;
+    require(columns_.size == own, "columns", "must be as many as the values, or one for each step");
+    require(!rows_.size || rows_.size == 16 * slices, "rows", "must be 16 for each slice");
+    bias_.checked("bias");
+    require(bias_.size >= outputs, "bias", "must have one entry for each output");
+    require_rising(starts_, steps, "starts");
+    for (std::int64_t i = 0; i < columns_.size; ++i)
+      require(columns_.data[i] < inputs, "columns", "must be inputs of the layer");
+    for (std::int64_t i = 0; i < rows_.size; ++i)
+      require(-1 <= rows_.data[i] && rows_.data[i] < outputs, "rows", "must be outputs, or -1");
+  }
+
+  Entries entries() const { return {values_.data, columns_.data, starts_.data, 16}; }
+  const std::int32_t* rows() const { return rows_.size ? rows_.data : nullptr; }
+  const float* bias() const { return bias_.data; }
+
+  std::int64_t inputs, outputs, slices;
+
+ private:
+  Flat<float> values_;
+  Flat<std::uint16_t> columns_;
+  Flat<std::int32_t> starts_;
+  Flat<std::int32_t> rows_;
+  Flat<float> bias_;
+};
+
+Activation activation_of(int number) {
+  require(kLinear <= number && number <= kGelu, "activation", "must be 0, 1 or 2");
+  return static_cast<Activation>(number);
 }
 
-Output output_of(Address y, Address addend, int activation) {
-  return {reinterpret_cast<float*>(y), read<float>(addend), static_cast<Activation>(activation)};
+using Addend = std::optional<View<float>>;
+
+Output output_of(const View<float>& y, const Addend& addend, int activation) {
+  if (addend) {
+    addend->checked("addend", y.shape);
+    require(addend->strides == y.strides, "addend", "must lie in memory as y does");
+  }
+  return {y.data, addend ? addend->data : nullptr, activation_of(activation)};
 }
 
-void bound_linear(const std::vector<Address>& weights, const Numbers& sizes, const Numbers& matrix,
-                  Address x, bool feature_major, int lanes, Address y, Address addend,
+void bound_linear(const BlockedWeights& weights, const View<float>& x, const View<float>& y,
+                  const Addend& addend, std::int64_t inputs, bool feature_major, int lanes,
                   int activation, int threads) {
-  const Matrix m = {matrix.at(0), matrix.at(1), matrix.at(2), matrix.at(3)};
-  linear(*current_set().products, weights_of(weights, sizes), m, read<float>(x), feature_major,
-         lanes, output_of(y, addend, activation), threads);
+  x.checked("x", 2);
+  const std::int64_t samples = x.shape[0], outputs = weights.weights().outputs;
+  require(x.shape[1] == inputs, "x", "must be (samples, inputs)");
+  require(x.strides[0] == 1 || x.strides[1] == 1, "x", "must have a stride of 1");
+  y.checked("y", Sizes{samples, outputs});
+  const Sizes order = feature_major ? Sizes{1, samples} : Sizes{outputs, 1};
+  require(y.strides == order || samples == 1 || outputs == 1, "y", "lies in another memory order");
+  const Matrix matrix = {inputs, samples, x.strides[1], x.strides[0]};
+  linear(*current_set().products, weights.weights(), matrix, x.data, feature_major, lanes,
+         output_of(y, addend, activation), threads);
 }
 
-void bound_convolution(const std::vector<Address>& weights, const Numbers& sizes, const Numbers& n,
-                       Address x, int lanes, Address y, Address addend, int activation,
-                       int threads) {
-  if (n.size() != 22) throw std::invalid_argument("a convolution has 22 numbers");
-  Convolution c;
-  static_assert(sizeof c == 22 * sizeof n[0]);
-  std::copy(n.begin(), n.end(), reinterpret_cast<std::int64_t*>(&c));
-  convolution(*current_set().products, weights_of(weights, sizes), c, read<float>(x), lanes,
+void bound_vector(const SlicedWeights& weights, const Flat<float>& x, const Flat<float>& y,
+                  const std::optional<Flat<float>>& addend, int activation, int threads) {
+  x.checked("x", weights.inputs);
+  y.checked("y", weights.outputs);
+  if (addend) addend->checked("addend", weights.outputs);
+  const Output output = {y.data, addend ? addend->data : nullptr, activation_of(activation)};
+  vector(*current_set().products, weights.entries(), weights.rows(), weights.slices, weights.bias(),
+         weights.outputs, x.data, output, threads);
+}
+
+// Sizes of a convolution on inputs of one size; strides of its tensors are added at each call.
+Convolution make_convolution(std::int64_t channels, std::int64_t rows, std::int64_t images,
+                             std::int64_t columns, const Sizes& out, const Sizes& kernel,
+                             const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                             std::int64_t group, std::int64_t height) {
+  for (const Sizes* pair : {&out, &kernel, &stride, &padding, &dilation})
+    require(pair->size() == 2, "a size", "must be two numbers");
+  Convolution c{};
+  c.channels = channels, c.rows = rows, c.images = images, c.columns = columns;
+  c.out_rows = out[0], c.out_columns = out[1];
+  c.kernel_rows = kernel[0], c.kernel_columns = kernel[1];
+  c.row_stride = stride[0], c.column_stride = stride[1];
+  c.row_padding = padding[0], c.column_padding = padding[1];
+  c.row_dilation = dilation[0], c.column_dilation = dilation[1];
+  c.group = group, c.height = height;
+  return c;
+}
+
+void bound_convolution(const BlockedWeights& weights, const Convolution& sizes,
+                       const View<float>& x, const View<float>& y, const Addend& addend, int lanes,
+                       int activation, int threads) {
+  Convolution c = sizes;
+  x.checked("x", Sizes{c.images, c.channels, c.rows, c.columns});
+  y.checked("y", Sizes{c.images, weights.weights().outputs, c.out_rows, c.out_columns});
+  require(x.strides[3] == 1 || c.columns == 1, "x", "must have neighbouring columns");
+  require(y.strides[3] == 1 || c.out_columns == 1, "y", "must have neighbouring columns");
+  c.x_channel = x.strides[1], c.x_row = x.strides[2], c.x_image = x.strides[0];
+  c.y_channel = y.strides[1], c.y_row = y.strides[2], c.y_image = y.strides[0];
+  convolution(*current_set().products, weights.weights(), c, x.data, lanes,
               output_of(y, addend, activation), threads);
-}
-
-// Addresses: values, offsets, starts, rows, bias.
-void bound_vector(const std::vector<Address>& w, std::int64_t slices, std::int64_t outputs,
-                  Address x, Address y, Address addend, int activation, int threads) {
-  if (w.size() != 5) throw std::invalid_argument("weights have 5 addresses");
-  const Entries entries = {read<float>(w[0]), read<std::uint16_t>(w[1]), read<std::int32_t>(w[2]),
-                           16};
-  vector(*current_set().products, entries, read<std::int32_t>(w[3]), slices, read<float>(w[4]),
-         outputs, read<float>(x), output_of(y, addend, activation), threads);
 }
 
 }  // namespace
 
-void bind_layers(nb::module_& m) {
-  m.def("linear", &bound_linear, Release());
-  m.def("convolution", &bound_convolution, Release());
-  m.def("vector", &bound_vector, Release());
+void bind_layers(nb::class_<Kernels>& kernels) {
+  const nb::kw_only named;
+  nb::class_<BlockedWeights>(kernels, "BlockedWeights")
+      .def(nb::init<Flat<float>, Flat<std::uint16_t>, Flat<std::int32_t>, Flat<std::int64_t>,
+                    Flat<float>, std::int64_t, std::int64_t, int>(),
+           named, "values"_a, "offsets"_a, "starts"_a, "bases"_a, "bias"_a, "bundles"_a,
+           "outputs"_a, "height"_a);
+  nb::class_<SlicedWeights>(kernels, "SlicedWeights")
+      .def(nb::init<Flat<float>, Flat<std::uint16_t>, Flat<std::int32_t>, Flat<std::int32_t>,
+                    Flat<float>, std::int64_t, std::int64_t>(),
+           named, "values"_a, "columns"_a, "starts"_a, "rows"_a, "bias"_a, "inputs"_a, "outputs"_a);
+  nb::class_<Convolution>(kernels, "Convolution")
+      .def(nb::new_(&make_convolution), named, "channels"_a, "rows"_a, "images"_a, "columns"_a,
+           "out"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "group"_a, "height"_a);
+  kernels.def_static("linear", &bound_linear, Release(), named, "weights"_a, "x"_a, "y"_a,
+                     "addend"_a.none(), "inputs"_a, "feature_major"_a, "lanes"_a, "activation"_a,
+                     "threads"_a);
+  kernels.def_static("vector", &bound_vector, Release(), named, "weights"_a, "x"_a, "y"_a,
+                     "addend"_a.none(), "activation"_a, "threads"_a);
+  kernels.def_static("convolution", &bound_convolution, Release(), named, "weights"_a, "sizes"_a,
+                     "x"_a, "y"_a, "addend"_a.none(), "lanes"_a, "activation"_a, "threads"_a);
 }
 
 }  // namespace spartan

@@ -20,9 +20,9 @@ struct Logits {
 
 // Room for what is computed about one position, in whole vectors of any instruction set.
 struct MixingRoom {
-  std::uint32_t* keys;    // of the parents
-  std::int64_t* places;   // of those chosen
-  float* terms;           // of those chosen, and of their children
+  std::uint32_t* keys;   // of the parents
+  std::int64_t* places;  // of those chosen
+  float* terms;          // of those chosen, and of their children
 };
 
 // Static, as all that is compiled for several instruction sets.

@@ -1,4 +1,4 @@
-// Binding of the loops that mix a memory's values.
+// The part of the Python module that mixes the values of a memory.
 
 #include <nanobind/nanobind.h>
 
@@ -6,41 +6,51 @@
 #include <cstdint>
 #include <vector>
 
+#include "arguments.h"
 #include "instruction_sets.h"
 #include "mixing.h"
 #include "parallel.h"
 
-namespace nb = nanobind;
-
 namespace spartan {
 namespace {
 
+using namespace nb::literals;
+
 constexpr std::int64_t kPositions = 64;  // that a thread takes at a time
 
-void bound_mix(std::uintptr_t of_parents, std::uintptr_t of_children, std::int64_t positions,
-               std::int64_t parents, std::int64_t children, std::int64_t chosen, float temperature,
-               std::uintptr_t weights, int threads) {
-  const Memory memory{parents, children, chosen, parents * children, temperature};
+void bound_mix(const View<float>& of_parents, const View<float>& of_children,
+               const View<float>& weights, std::int64_t chosen, float temperature, int threads) {
+  of_parents.checked("of_parents", 2);
+  of_children.checked("of_children", 2);
+  const std::int64_t positions = of_parents.shape[0], parents = of_parents.shape[1];
+  const std::int64_t values = of_children.shape[1];
+  require(of_children.shape[0] == positions && parents > 0 && values % parents == 0, "of_children",
+          "must be (positions, parents x children)");
+  require(of_parents.strides == Sizes{parents, 1} || positions < 2, "of_parents",
+          "must be contiguous");
+  require(of_children.strides == Sizes{values, 1} || positions < 2, "of_children",
+          "must be contiguous");
+  weights.checked("weights", of_children.shape);
+  require(weights.strides == of_children.strides, "weights", "must lie as of_children");
+  require(1 <= chosen && chosen <= parents, "chosen", "must be a number of parents");
+  const Memory memory{parents, values / parents, chosen, values, temperature};
   const MixingLoops& loops = *current_set().mixing;
-  const Logits from{reinterpret_cast<const float*>(of_parents),
-                    reinterpret_cast<const float*>(of_children)};
-  auto* to = reinterpret_cast<float*>(weights);
   parallel((positions + kPositions - 1) / kPositions, threads, [&](int, std::int64_t task) {
     const std::int64_t begin = task * kPositions;
     std::vector<std::uint32_t> keys(whole_vectors(parents));
     std::vector<std::int64_t> places(chosen);
-    std::vector<float> terms(whole_vectors(chosen * (1 + children)));
-    const Logits part{from.of_parents + begin * parents,
-                      from.of_children + begin * memory.values};
-    loops.mix(memory, part, std::min(kPositions, positions - begin), to + begin * memory.values,
+    std::vector<float> terms(whole_vectors(chosen * (1 + memory.children)));
+    const Logits part{of_parents.data + begin * parents, of_children.data + begin * values};
+    loops.mix(memory, part, std::min(kPositions, positions - begin), weights.data + begin * values,
               {keys.data(), places.data(), terms.data()});
   });
 }
 
 }  // namespace
 
-void bind_mixing(nb::module_& m) {
-  m.def("mix", &bound_mix, nb::call_guard<nb::gil_scoped_release>());
+void bind_mixing(nb::class_<Kernels>& kernels) {
+  kernels.def_static("mix", &bound_mix, Release(), nb::kw_only(), "of_parents"_a, "of_children"_a,
+                     "weights"_a, "chosen"_a, "temperature"_a, "threads"_a);
 }
 
 }  // namespace spartan

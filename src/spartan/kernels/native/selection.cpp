@@ -33,9 +33,14 @@ struct Boundary {
 
 class Search {
  public:
-  Search(const Loops& loops, const Request& request)
-      : loops_(loops), request_(request), slack_(kSlack * request.budget), costs_(request.costs),
-        chunks_(chunks_of(request.sizes)), finite_(chunks_.size()), masses_(chunks_.size()) {
+  Search(const Loops& loops, const ScanRequest& request)
+      : loops_(loops),
+        request_(request),
+        slack_(kSlack * request.budget),
+        costs_(request.costs),
+        chunks_(chunks_of(request.sizes)),
+        finite_(chunks_.size()),
+        masses_(chunks_.size()) {
     std::sort(costs_.begin(), costs_.end());
     costs_.erase(std::unique(costs_.begin(), costs_.end()), costs_.end());
     for (double cost : request.costs)
@@ -78,10 +83,10 @@ class Search {
   }
 
   // Distributes what is left over the entries at the boundary, by position.
-  std::vector<std::int64_t> stops(const Boundary& boundary) const {
+  std::vector<std::int64_t> tie_ends(const Boundary& boundary) const {
     if (boundary.ties <= boundary.left + slack_) return request_.sizes;
-    std::vector<std::int64_t> stops(request_.sizes.size(), 0);
-    if (boundary.number == 1) return stops;
+    std::vector<std::int64_t> tie_ends(request_.sizes.size(), 0);
+    if (boundary.number == 1) return tie_ends;
     std::vector<std::int64_t> counts(chunks_.size());
     parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
       counts[c] = loops_.count(data(c), chunks_[c].size, scores(c), boundary.key);
@@ -92,13 +97,13 @@ class Search {
       const double left = boundary.left - cost_of(taken) + slack_;
       const double fitting = std::max(std::floor(left / request_.costs[chunk.tensor]), 0.0);
       if (fitting < static_cast<double>(counts[c])) {
-        stops[chunk.tensor] = chunk.begin + position(c, boundary.key, fitting);
-        return stops;
+        tie_ends[chunk.tensor] = chunk.begin + position(c, boundary.key, fitting);
+        return tie_ends;
       }
       taken[kind(c)] += counts[c];
-      stops[chunk.tensor] = chunk.begin + chunk.size;
+      tie_ends[chunk.tensor] = chunk.begin + chunk.size;
     }
-    return stops;
+    return tie_ends;
   }
 
   bool finite() const {
@@ -124,9 +129,7 @@ class Search {
     for (std::size_t k = 0; k < costs_.size(); ++k) cost += costs_[k] * counts[k];
     return cost;
   }
-  bool reaches(const Counts& counts) const {
-    return cost_of(counts) >= request_.budget - slack_;
-  }
+  bool reaches(const Counts& counts) const { return cost_of(counts) >= request_.budget - slack_; }
 
   Boundary boundary_at(std::int32_t key, const Counts& above, const Counts& ties) const {
     const std::int64_t number = std::accumulate(ties.begin(), ties.end(), std::int64_t{0});
@@ -137,8 +140,8 @@ class Search {
   void visit(std::int64_t c) {
     finite_[c] = loops_.finite(data(c), chunks_[c].size);
     if (request_.dual)
-      masses_[c] = loops_.mass(data(c), chunks_[c].size, scores(c), *request_.dual,
-                               request_.dropped);
+      masses_[c] =
+          loops_.mass(data(c), chunks_[c].size, scores(c), *request_.dual, request_.dropped);
   }
 
   // Quickselect by cost: splits at the median until one key is left.
@@ -236,7 +239,7 @@ class Search {
   }
 
   const Loops& loops_;
-  const Request& request_;
+  const ScanRequest& request_;
   const double slack_;
   std::vector<double> costs_;      // distinct
   std::vector<std::size_t> kind_;  // of each tensor: the place of its cost among them
@@ -248,12 +251,12 @@ class Search {
 
 }  // namespace
 
-Cut find_cut(const Loops& loops, const Request& request) {
+Cutoff find_cutoff(const Loops& loops, const ScanRequest& request) {
   Search search(loops, request);
   Boundary boundary{};
   if (request.low >= request.high || !search.from_bracket(boundary))
     boundary = search.from_histograms();
-  return {search.finite(), score_of(boundary.key), search.stops(boundary), search.mass()};
+  return {search.finite(), score_of(boundary.key), search.tie_ends(boundary), search.mass()};
 }
 
 }  // namespace spartan

@@ -11,28 +11,28 @@
 
 namespace spartan {
 
-struct Request {
+struct ScanRequest {
   Pointers tensors;
   std::vector<std::int64_t> sizes;
   std::vector<float> scales;
   std::vector<double> costs;
   bool absolute;
   double budget;
-  float low, high;  // the threshold is expected between them, if low < high
+  float low, high;   // the threshold is expected between them, if low < high
   const Dual* dual;  // if given, its soft mass is summed on the way
   bool dropped;
   int threads;
 };
 
-struct Cut {
-  bool finite;                      // whether all entries are; nothing else means anything if not
-  float threshold;                  // entries above it are kept
-  std::vector<std::int64_t> stops;  // of those equal to it, the ones at positions before this
+struct Cutoff {
+  bool finite;      // whether all entries are; nothing else means anything if not
+  float threshold;  // entries above it are kept
+  std::vector<std::int64_t> tie_ends;  // of those equal to it, the ones at positions before this
   Mass mass;
 };
 
 // The budget must lie above 0 and below the total cost. A wrong bracket costs time only. The
 // entries in it are collected in less than 1/20 of the memory of the tensors.
-Cut find_cut(const Loops& loops, const Request& request);
+Cutoff find_cutoff(const Loops& loops, const ScanRequest& request);
 
 }  // namespace spartan
