@@ -30,23 +30,58 @@ from spartan.errors import WorldError
 from spartan.multipliers import Multiplicative
 from spartan.world_model.paths import Rows, count_paths, read_graph
 
-# What a path is worth at the start and at least, and at most: under an error budget in parts of the
-# error of predicting no change, which is about 1, and under an edge budget of one object's share
-# of it. Gates that are closed at any price stay closed.
-_CHEAPEST, _DEAREST = 2e-3, 0.01
-_WORTH, _WORTH_MOST = 4e-5, 0.1
-# Steps of ln λ. Under an error budget paths get dearer slowly: gates follow the price late, and a
-# price that runs ahead of them closes all.
-_CHEAPER, _DEARER = 0.02, 0.005
-_LESS_WORTH, _MORE_WORTH = 0.1, 0.01
-# Multiple of the error allowed at the time below which paths begin to cost anything.
-_NEAR = 2.0
-# By what the error allowed is raised while the steps are large.
-_RAISED = 0.03
-# The last part of the training, in which the rate falls to 0.
-_SETTLING = 0.6
-# Between these parts of the training an edge budget is narrowed.
-_BEGIN, _END = 0.2, 0.6
+
+@dataclass(frozen=True)
+class Settings:
+    """What was tuned, and what chose it.
+
+    All were tuned together on the four worlds of `benchmarks/world_model.py`, at its length of
+    training, by whether budgets were met and the edges learned were the true ones. Values that were
+    tried before are named; of the others no trial was kept, and what they are for is said instead.
+
+    Attributes:
+        least_path_weight: 1/λ of an error budget at the start, and at least, in parts of the error
+            of predicting no change, which is about 1. So little that no path that is of use closes
+            while the error is above what is allowed (1e-3 before gates became sharper).
+        most_path_weight: 1/λ at most. Gates that are closed at any price stay closed: with 0.5, and
+            then 0.1, budgets were met by graphs that had lost true edges.
+        least_edge_weight: λ of an edge budget at the start, and at least, in parts of one object's
+            share of the error.
+        most_edge_weight: λ at most, in the same parts; the ceiling of `most_path_weight`, for
+            budgets of far fewer edges than there are true ones.
+        cheaper: Step of ln λ by which paths get cheaper while an error budget is exceeded.
+        dearer: Step by which they get dearer while it is met. A quarter of `cheaper`: gates follow
+            the price late, and a price that runs ahead of them closes all (as fast as `cheaper`
+            did).
+        edges_cheaper: Step by which edges get cheaper while an edge budget is met. Edges are
+            counted with little noise; what falls below its limit is to be let go at once.
+        edges_dearer: Step by which they get dearer while it is exceeded; slow, as `dearer` is.
+        edges_smoothing: Of the moving average of an edge budget's violation: about ten batches.
+        near: Multiple of the error allowed at the time below which paths begin to cost anything.
+            Before, the dynamics are not known, and the least cost closes every path.
+        raised: By what the error allowed is raised while steps are large: about what large steps
+            cost the error of a model that has learned the dynamics (0.06 was more than they do).
+        settling: Last part of the training, in which the rate falls to 0 and `raised` with it.
+        narrowing: Parts of the training between which an edge budget is narrowed: it begins when
+            the dynamics are known, and ends when the rate still moves gates.
+    """
+
+    least_path_weight: float = 2e-3
+    most_path_weight: float = 0.01
+    least_edge_weight: float = 4e-5
+    most_edge_weight: float = 0.1
+    cheaper: float = 0.02
+    dearer: float = 0.005
+    edges_cheaper: float = 0.1
+    edges_dearer: float = 0.01
+    edges_smoothing: float = 0.9
+    near: float = 2.0
+    raised: float = 0.03
+    settling: float = 0.6
+    narrowing: tuple[float, float] = (0.2, 0.6)
+
+
+SETTINGS = Settings()
 
 
 def unsettled(progress: float) -> float:
@@ -55,7 +90,7 @@ def unsettled(progress: float) -> float:
     Args:
         progress: Part of the training that is over, in [0, 1].
     """
-    return min(1.0, (1 - progress) / _SETTLING)
+    return min(1.0, (1 - progress) / SETTINGS.settling)
 
 
 @dataclass(frozen=True)
@@ -125,10 +160,12 @@ class Constraint:
         self.objects = objects
         self.most_edges = float(objects * (objects - 1))
         if isinstance(budget, ErrorBudget):
-            self.minimum, self.maximum = 1 / _DEAREST, 1 / _CHEAPEST
+            self.minimum = 1 / SETTINGS.most_path_weight
+            self.maximum = 1 / SETTINGS.least_path_weight
             self.multiplier = self.maximum
         else:
-            self.minimum, self.maximum = _WORTH / objects, _WORTH_MOST / objects
+            self.minimum = SETTINGS.least_edge_weight / objects
+            self.maximum = SETTINGS.most_edge_weight / objects
             self.multiplier = self.minimum
         self.memory: float | None = None
         self.presses = False
@@ -136,8 +173,9 @@ class Constraint:
     def limit_at(self, progress: float) -> float:
         """Return what is allowed after a part of the training."""
         if isinstance(self.budget, ErrorBudget):
-            return self.budget.limit + _RAISED * unsettled(progress)
-        left = 1 - min(1.0, max(0.0, (progress - _BEGIN) / (_END - _BEGIN)))
+            return self.budget.limit + SETTINGS.raised * unsettled(progress)
+        begin, end = SETTINGS.narrowing
+        left = 1 - min(1.0, max(0.0, (progress - begin) / (end - begin)))
         return self.budget.limit + max(0.0, self.most_edges - self.budget.limit) * left**3
 
     def loss(
@@ -171,15 +209,17 @@ class Constraint:
             "violation": violation,
         }
         self.multiplier, self.memory = self._rule().update(multiplier, violation, self.memory)
-        near = 1 + self.memory < _NEAR
-        self.presses |= near if by_error else progress >= _BEGIN
+        near = 1 + self.memory < SETTINGS.near
+        self.presses |= near if by_error else progress >= SETTINGS.narrowing[0]
         return loss, row
 
     def _rule(self) -> Multiplicative:
+        s = SETTINGS
         if isinstance(self.budget, ErrorBudget):
-            return Multiplicative(_CHEAPER, _DEARER, self.maximum, self.minimum)
-        # Edges are counted with little noise; what falls below its limit is to be let go at once.
-        return Multiplicative(_MORE_WORTH, _LESS_WORTH, self.maximum, self.minimum, smoothing=0.9)
+            return Multiplicative(s.cheaper, s.dearer, self.maximum, self.minimum)
+        return Multiplicative(
+            s.edges_dearer, s.edges_cheaper, self.maximum, self.minimum, smoothing=s.edges_smoothing
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue."""
