@@ -1,4 +1,4 @@
-"""What β means: relative (the default) against absolute (as published), with and without norms.
+"""Accuracy with relative β (the default) and absolute β (published), with and without norms.
 
     python benchmarks/beta_scale.py
 

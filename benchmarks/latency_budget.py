@@ -1,4 +1,4 @@
-"""Times asked for with Budget(latency_ms=…) against what the delivered model takes.
+"""Requested against measured time of models pruned with `Budget(latency_ms=…)`.
 
     python benchmarks/latency_budget.py --threads 1
 

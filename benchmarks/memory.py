@@ -1,4 +1,4 @@
-"""The sparse memory against other adapters: accuracy, time, size; and its forms.
+"""SPARTAN memory against other adapters: accuracy, time, size; and its three read forms.
 
     python benchmarks/memory.py --model PATH [--part accuracy timing forms] [--seeds 5]
 
@@ -35,7 +35,7 @@ from spartan.adapters import (
     get_adapter_model,
 )
 from spartan.adapters.reading import fastest, fused, gathered, masked
-from spartan.commands.adapt.job import adapt, open_adapt_job
+from spartan.commands.adapt.job import open_adapt_job, train_adapter
 from spartan.commands.options.adapt import AdaptConfig
 
 # Name, adapter, options.
@@ -72,7 +72,7 @@ def accuracy(model: str, seeds: int) -> None:
             )  # fmt: skip
             job = open_adapt_job(config)
             with tempfile.TemporaryDirectory() as folder:
-                one = adapt(config, job, adapter, Path(folder), lambda *_: None)
+                one = train_adapter(config, job, adapter, Path(folder), lambda *_: None)
             found[name].append(100 * one.accuracy)
             sizes[name] = one.parameters - one.head_parameters, one.bytes
             print(f"seed {seed}, {name}: {100 * one.accuracy:.2f} %", flush=True)

@@ -1,4 +1,4 @@
-"""One training run in a folder that is thrown away; what the accuracy benchmarks share."""
+"""Helpers of the accuracy benchmarks: one training run in a temporary folder."""
 
 from __future__ import annotations
 

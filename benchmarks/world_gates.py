@@ -1,4 +1,4 @@
-"""Why a sparse world model reads what has no influence: what it costs, and what gates can do.
+"""False edges of a sparse world model: what their gates cost, and what elimination leaves.
 
     python benchmarks/world_gates.py FOLDER
 

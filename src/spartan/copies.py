@@ -1,4 +1,4 @@
-"""Deep copies of models, and one sentence where there can be none."""
+"""`copy_model`: a deep copy of a model, or one sentence why there can be none."""
 
 from __future__ import annotations
 

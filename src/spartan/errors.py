@@ -1,4 +1,4 @@
-"""What can go wrong, by name.
+"""The exceptions of spartan, all subclasses of `SpartanError`.
 
 Every message says what was given, what is possible and what to do about it. All errors derive
 from `SpartanError`; the command line prints their message and exits with code 2.

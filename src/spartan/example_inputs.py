@@ -1,4 +1,4 @@
-"""Sample inputs: a tensor, a tuple of positional or a dict of keyword arguments; and outputs."""
+"""Runs a model on an example input, and collects the tensors of its output."""
 
 from __future__ import annotations
 

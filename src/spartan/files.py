@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and states as safetensors + JSON, without pickle."""
+"""Atomic file writes; nested states as safetensors + JSON, without pickle."""
 
 from __future__ import annotations
 

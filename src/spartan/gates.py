@@ -1,4 +1,4 @@
-r"""Random gates, closed with some probability: hard-concrete in [0, 1], and Bernoulli in {0, 1}.
+r"""Stochastic gates: hard-concrete in [0, 1] (L0 regularisation), Bernoulli in {0, 1}.
 
 A hard-concrete gate z has one parameter, log α. With u uniform on (0, 1), temperature T and
 stretch (γ, ζ),
@@ -105,11 +105,11 @@ def bernoulli(logits: Tensor, noise: Tensor | None = None, temperature: float = 
         temperature: T, of the gradient only.
     """
     noisy = logits if noise is None else logits + noise
-    gates: Tensor = _Step.apply(noisy, temperature)  # type: ignore[no-untyped-call]
+    gates: Tensor = _StraightThrough.apply(noisy, temperature)  # type: ignore[no-untyped-call]
     return gates
 
 
-class _Step(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, noisy: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(noisy)

@@ -1,4 +1,4 @@
-r"""Lagrange multipliers of inequality constraints, and how they follow the violation.
+r"""Update rules of Lagrange multipliers: ascent with restarts, νPI, multiplicative (GECO).
 
     minimise f(x)  subject to  g(x) <= 0,      L(x, λ) = f(x) + λ g(x),  λ >= 0
 

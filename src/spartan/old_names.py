@@ -1,4 +1,4 @@
-"""Modules and classes under the names they had in version 0.1, for scripts and pickled models."""
+"""Modules and classes by their names of version 0.1, for old scripts and pickled models."""
 
 from __future__ import annotations
 

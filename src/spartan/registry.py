@@ -1,4 +1,4 @@
-"""What can be chosen by name: when to choose it, its settings, and making it from its name."""
+"""`Registered` and `make`: base class of what is chosen by name, with its settings."""
 
 from __future__ import annotations
 

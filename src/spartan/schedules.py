@@ -1,4 +1,4 @@
-"""How density and sharpness move over the steps of a run."""
+"""Schedules of density and sharpness over a run: linear, cosine, cubic."""
 
 from __future__ import annotations
 

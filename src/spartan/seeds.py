@@ -1,4 +1,4 @@
-"""Independent seeds from one: for each purpose and step its own."""
+"""`derive_seed`: an independent random seed for each purpose and step, from one seed."""
 
 from __future__ import annotations
 

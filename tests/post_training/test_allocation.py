@@ -14,7 +14,7 @@ from torch import nn
 import spartan
 from spartan.budgets.allocation import erk_densities
 from spartan.post_training import Distillation
-from spartan.post_training.curves import cheapest, interpolate
+from spartan.post_training.curves import cheapest, interpolate_losses
 
 
 def compress(model: nn.Module, inputs: torch.Tensor, **options) -> spartan.CompressionReport:
@@ -110,7 +110,7 @@ def test_the_program_keeps_to_the_least_densities() -> None:
 def test_curves_are_monotone_and_pass_through_what_was_measured() -> None:
     grid = np.geomspace(1.0, 1e-3, 200)
     curve = {1.0: 0.02, 0.5: 0.1, 0.2: 0.09, 0.1: 1.0, 0.05: 3.0}  # noise at 0.2
-    values = interpolate(curve, grid)
+    values = interpolate_losses(curve, grid)
     assert values[0] == pytest.approx(0.02)
     assert (np.diff(values) >= -1e-12).all()
     for density, loss in ((0.5, 0.1), (0.2, 0.1), (0.1, 1.0), (0.05, 3.0)):

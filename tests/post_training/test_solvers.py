@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spartan.post_training import OBS, MagnitudeSolver, SparseGPT, Wanda
 from spartan.post_training.least_squares import refit, unconstrained
-from spartan.post_training.obs import cut, trace
+from spartan.post_training.obs import cut, removal_order
 from spartan.weights.patterns import NM, Block, Unstructured
 from tests.post_training.problems import make_problem, squared_error
 
@@ -125,7 +125,7 @@ def test_dead_inputs_and_too_few_samples_do_not_break_the_solution() -> None:
 @pytest.mark.parametrize("inputs", [6, 12])
 def test_costs_of_a_trace_add_up_to_the_outputs(pattern, inputs: int) -> None:
     problem, dense, pruned = make_problem(8, inputs, pattern, damping=1e-10, shift=0.3)
-    found = trace(problem)
+    found = removal_order(problem)
     start = squared_error(problem, unconstrained(problem), dense, pruned)
     total = float(found.costs.sum())
     assert start + total == pytest.approx(float(problem.gram.target.sum()), rel=1e-6)
@@ -135,7 +135,7 @@ def test_costs_of_a_trace_add_up_to_the_outputs(pattern, inputs: int) -> None:
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(2, 1), Block(1, 3)], ids=str)
 def test_every_removal_costs_what_the_trace_says(pattern) -> None:
     problem, dense, pruned = make_problem(4, 9, pattern, damping=1e-10, shift=0.3)
-    found = trace(problem)
+    found = removal_order(problem)
     before = squared_error(problem, unconstrained(problem), dense, pruned)
     units = torch.ones(problem.tiling.units, dtype=torch.bool)
     for step in range(found.order.shape[1] - 1):
@@ -149,7 +149,7 @@ def test_every_removal_costs_what_the_trace_says(pattern) -> None:
 
 def test_each_removal_is_the_cheapest() -> None:
     problem, dense, pruned = make_problem(1, 7, damping=1e-10)
-    found = trace(problem)
+    found = removal_order(problem)
     mask = torch.ones(1, 7, dtype=torch.bool)
     for step in range(6):
         errors = {}
@@ -164,7 +164,7 @@ def test_each_removal_is_the_cheapest() -> None:
 
 def test_masks_of_a_trace_are_nested_and_cut_at_one_height() -> None:
     problem, *_ = make_problem(6, 10)
-    found = trace(problem)
+    found = removal_order(problem)
     before = torch.zeros(6, 10, dtype=torch.bool)
     for kept in range(1, 61):
         units = cut(found, kept, problem.tiling)

@@ -1,4 +1,4 @@
-"""One adapter: the modules it trains and ships."""
+"""`Adapter`: the modules that one adapter trains, saves and merges."""
 
 from __future__ import annotations
 

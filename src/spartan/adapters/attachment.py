@@ -1,4 +1,4 @@
-"""How an adapter is put on a backbone, and taken off again without a trace."""
+"""Attaches adapter modules to a frozen backbone with hooks, and removes them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter is: modules added to a frozen backbone, and modules trained as copies."""
+"""`AdapterConfig` and `AddOn`: base classes of adapters on a frozen backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of a transformer, and their parts, whatever library built it.
+"""Finds a transformer's layers, attention outputs and feed-forward outputs, in any library.
 
 A layer is known by its parts: what projects the attention's output, and what projects the output of
 the feed-forward network. That finds BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa, MPNet, ViT, GPT-2,

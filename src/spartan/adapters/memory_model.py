@@ -1,4 +1,4 @@
-"""A backbone with memories: what they are read for, and the loss that balances it."""
+"""`MemoryModel`: a frozen transformer with SPARTAN memories, their usage and balance loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three ways to read a memory, with equal outputs and gradients.
+"""Three implementations of the SPARTAN memory read, equal in outputs and gradients.
 
 Every position h picks k of N parents and mixes the C children of each one it picked:
 

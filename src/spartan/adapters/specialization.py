@@ -1,4 +1,4 @@
-"""Whether parents of a memory stand for classes."""
+"""Mutual information of memory parents and classes, with a permutation test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines that add nothing: they train modules of the backbone, as copies."""
+"""Baselines without added modules: norm tuning, linear probe and full fine-tuning."""
 
 from __future__ import annotations
 

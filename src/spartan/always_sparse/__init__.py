@@ -1,4 +1,4 @@
-"""Layers that store only their nonzeros, in training too."""
+"""Always-sparse layers: linear and convolution layers that store only nonzeros in training."""
 
 from spartan.always_sparse.conversion import convert, density, sparse_layers, to_dense
 from spartan.always_sparse.convolution import SparseConv2d

@@ -1,4 +1,4 @@
-"""Replacing the dense layers of a model by sparse ones, and back."""
+"""Converts the Linear and Conv2d layers of a model to always-sparse ones, and back."""
 
 from __future__ import annotations
 

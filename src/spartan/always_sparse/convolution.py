@@ -1,4 +1,4 @@
-"""A convolution that stores only its nonzeros."""
+"""`SparseConv2d`: a 2-D convolution that stores only its nonzeros, in training too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers that store only their nonzeros have in common."""
+"""`SparseLayer`: base of always-sparse layers; nonzero values and int32 CSR structure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear layer that stores only its nonzeros."""
+"""`SparseLinear`: a linear layer that stores only its nonzeros, in training too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""The product of a layer that stores single connections, as an autograd function.
+r"""Autograd function for the sparse-dense product of an always-sparse layer.
 
     y = W x + b
     dx = Wᵀ dy,    dθ_i = dy_b · x_a  for each connection i = (b, a),    db = Σ dy
@@ -63,7 +63,7 @@ class _Pass(NamedTuple):
     version: int  # of x
 
 
-class _Product(torch.autograd.Function):
+class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -131,7 +131,7 @@ def product(
         (samples, outputs), in which samples are neighbours in memory, or (images, outputs,
         samples).
     """
-    y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = _SparseProduct.apply(  # type: ignore[no-untyped-call]
         x, values, bias, connections, passes
     )
     return y

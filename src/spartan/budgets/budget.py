@@ -1,4 +1,4 @@
-"""From "keep 5 %" to integers: how much every group of units may keep."""
+"""`Budget`: a density, FLOP, byte or latency target, turned into kept units for each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs that each weight costs, traced on a example input."""
+"""FLOPs per forward pass of each prunable weight, traced on an example input."""
 
 from __future__ import annotations
 

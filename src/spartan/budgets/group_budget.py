@@ -1,4 +1,4 @@
-"""What one group of weights may keep together, as a number of units or of cost."""
+"""`GroupBudget`: the units, or the cost, that a group of weights may keep; N:M by rows."""
 
 from __future__ import annotations
 

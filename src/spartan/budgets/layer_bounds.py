@@ -1,4 +1,4 @@
-"""Bounds of what layers may keep, and counts of units that fit a budget within them exactly."""
+"""`LayerBounds`: densities a layer may have, and unit counts within them that fit a budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of a packed file as a budget of units."""
+"""Byte budgets: what a tensor takes in a packed file, and how many units fit a size."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The commands of the shell."""
+"""The `spartan` command line: one folder or file for each command."""

@@ -1,4 +1,4 @@
-"""The accuracy of a model on images, and the device to measure it on."""
+"""Accuracy of a model on images, and the choice of its device."""
 
 from __future__ import annotations
 

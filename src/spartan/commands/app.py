@@ -1,4 +1,4 @@
-"""The command line: finds the command that words name, parses its options and runs it."""
+"""The `spartan` command: finds the command that was typed, parses its options and runs it."""
 
 from __future__ import annotations
 

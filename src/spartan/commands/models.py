@@ -1,4 +1,4 @@
-"""Built-in models, and models from elsewhere by name."""
+"""Built-in models (MLP, ResNet-20, ViT), and models of timm or a factory by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that commands are pointed at: of a run folder, or by name, with weights from a file."""
+"""`open_model`: loads a model for a command, from a run folder or by name and weights file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model with zeros to a smaller file and a faster model."""
+"""Deployment of sparse models: packed files, sparse inference, channel removal, ONNX."""
 
 from spartan.deploy.accelerating import accelerate
 from spartan.deploy.packing import load, save

@@ -1,4 +1,4 @@
-"""How channels run through a network: which are one and the same, and which are constant.
+"""Channel dataflow of a traced model: which layers share channels, which are constant.
 
 A layer that mixes its inputs (a convolution, a Linear) writes a new *space* of channels. What works
 on each channel by itself (activations, pools, batch norms, depthwise convolutions) stays in the

@@ -1,4 +1,4 @@
-"""Whether what became of a model still computes the same: copies, runs, relative errors."""
+"""Compares a changed model with its original: copies, runs on an example, relative errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
     return to_dense(copy_model(model, DeployError))
 
 
-def run(model: nn.Module, sample: Any, what: str = "model") -> Any:
+def run_on_example(model: nn.Module, sample: Any, what: str = "model") -> Any:
     """Return a model's output on a sample input, which stays as it is.
 
     Raises:

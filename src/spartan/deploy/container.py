@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, and the checks before one is believed.
+"""Writes safetensors files tensor by tensor; dtype codes and memory checks for reading.
 
 The safetensors library writes a file from tensors that are all in memory. The format is an 8-byte
 length, a JSON header and the data, so a file can be written as it is encoded.

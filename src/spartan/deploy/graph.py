@@ -1,4 +1,4 @@
-"""What follows what in a model: folding batch norms, and fusing what comes after sparse layers."""
+"""torch.fx graphs: tracing, folding batch norms, fusing additions and activations."""
 
 from __future__ import annotations
 

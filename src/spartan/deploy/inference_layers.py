@@ -1,4 +1,4 @@
-"""Layers for inference whose weights are stored sparsely and multiplied by sparse kernels."""
+"""`InferenceLinear` and `InferenceConv2d`: layers with sparse weights, for inference only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A time on this machine, as a budget: what each weight costs in seconds, measured.
+"""Latency budgets: measured seconds per weight, and the density that meets a time.
 
 The time of a layer is close to a line over its density, while a sparse kernel runs it. The slopes
 of these lines are the costs of the selection. How much may be kept is then searched for with the

@@ -1,4 +1,4 @@
-"""How one sparse tensor is stored: as a few ordinary arrays.
+"""Storage layouts of sparse tensors in files: bitmask, gaps, CSR columns, blocks, 2:4.
 
 A tensor is seen as a matrix of (first dimension, all others) and as bits: what is kept is what has
 any bit set, so that the round trip is exact for every dtype. Each layout writes `compressed`, the

@@ -1,4 +1,4 @@
-"""ONNX files, for runtimes that take dense models."""
+"""ONNX export of a pruned model, checked against ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading packed files, with every check before anything is believed."""
+"""`PackedTensors`: reads packed safetensors files, and validates every index first."""
 
 from __future__ import annotations
 

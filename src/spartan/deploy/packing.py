@@ -1,4 +1,4 @@
-"""Models in files that are smaller because weights are zero.
+"""`save` and `load`: safetensors files with each sparse tensor in its smallest layout.
 
 A packed file is a safetensors file. A tensor `w` that is smaller when stored sparsely is replaced
 by the arrays of its layout, `w.compressed`, `w.bitmask`, … and `w.shape` (see `layouts`); every

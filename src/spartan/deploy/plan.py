@@ -1,4 +1,4 @@
-"""Which layers run sparse: what was measured, and what was chosen."""
+"""`Plan`: which layers `accelerate` runs sparse, with the times that were measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removing channels that carry nothing, so that what is left is a smaller dense model.
+"""`purge`: removes zero and constant channels, which leaves a smaller dense model.
 
 A channel goes where every layer that mixes it in either has zero weights for it, or finds a
 constant in it: the constant moves into that layer's bias. A padded convolution sees a constant
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
-from spartan.deploy.comparison import dense_copy, relative_error, run
+from spartan.deploy.comparison import dense_copy, relative_error, run_on_example
 from spartan.deploy.graph import simplify, trace
 from spartan.errors import DeployError
 from spartan.example_inputs import tensors_of
@@ -83,8 +83,8 @@ def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
 
 def _refuse_difference(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
     with torch.inference_mode():
-        expected = run(dense_copy(model).eval(), example_input)
-        error = relative_error(run(purged, example_input, "purged model"), expected)
+        expected = run_on_example(dense_copy(model).eval(), example_input)
+        error = relative_error(run_on_example(purged, example_input, "purged model"), expected)
     # Half precision cannot agree to more than it resolves.
     resolved = [torch.finfo(x.dtype).eps for x in tensors_of(expected) if x.is_floating_point()]
     if not error <= max([_TOLERANCE, *(4 * eps for eps in resolved)]):

@@ -1,4 +1,4 @@
-"""Bytes before and after packing, beside what a general compressor makes of the zeros."""
+"""File sizes of a model: dense, packed, and dense compressed with zstd."""
 
 from __future__ import annotations
 

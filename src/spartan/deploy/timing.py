@@ -1,4 +1,4 @@
-"""Timing side by side, on a machine that may be busy."""
+"""Interleaved timing of several functions, and a warning when the machine is busy."""
 
 from __future__ import annotations
 

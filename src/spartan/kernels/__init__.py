@@ -1,4 +1,4 @@
-"""The few hot loops of a mask update, native on the CPU, with an equal torch version beside each.
+"""Native CPU kernels for mask updates and sparse products, each with an equal torch version.
 
 The native kernels serve contiguous float32 tensors on the CPU. Everything else (CUDA, other dtypes,
 machines without a compiler) runs the torch version: the same hard masks bit for bit, the same soft

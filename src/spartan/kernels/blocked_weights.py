@@ -1,4 +1,4 @@
-"""Cutting sparse weights to the shape of an input, for the native layers.
+"""`BlockedWeights`: sparse weights split by input into cache-sized blocks, for inference.
 
 The native layers read activations as z: rows of lanes, one lane per output position. Entries hold
 how far, in floats, their input lies behind the first one of its block; a block is as many inputs as

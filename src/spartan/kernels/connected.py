@@ -1,4 +1,4 @@
-"""Products of single connections with activations, and their gradients.
+"""Sparse-dense products of always-sparse layers and their gradients, native or in torch.
 
 Activations are batches of panels, (panels, features, samples of a panel), in which samples are
 neighbours: one connection is a vector operation, and rows of samples that are gathered stay in the

@@ -1,4 +1,4 @@
-"""Which inputs and outputs of a layer are connected, in the orders that its products need."""
+"""`Connections`: the CSR index of an always-sparse layer, sorted by output and by input."""
 
 from __future__ import annotations
 

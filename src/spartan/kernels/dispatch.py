@@ -1,4 +1,4 @@
-"""Which kernels run: the native ones, or their torch versions."""
+"""Chooses native kernels or their torch versions; `SPARTAN_KERNELS` forces one."""
 
 from __future__ import annotations
 

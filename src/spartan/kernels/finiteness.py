@@ -1,4 +1,4 @@
-"""Whether tensors hold NaN or infinity."""
+"""Checks tensors for NaN and infinity, with at most one device synchronisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def finite(tensors: Sequence[Tensor]) -> list[bool]:
         return []
     found = native_finite(tensors)
     if found is None:
-        found = [math.isfinite(row[0]) for row in read_back([largest([x]) for x in tensors])]
+        found = [math.isfinite(row[0]) for row in read_back([max_magnitude([x]) for x in tensors])]
     return found
 
 
@@ -30,7 +30,7 @@ def native_finite(tensors: Sequence[Tensor]) -> list[bool] | None:
     return native.finite(tensors=tensors, threads=torch.get_num_threads())
 
 
-def largest(tensors: Sequence[Tensor]) -> Tensor:
+def max_magnitude(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude in all tensors, NaN if there is one; nothing is read back.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rising lists of int64 keys: which are in both, and one made of two."""
+"""Membership and merging of sorted int64 key lists, as of the pairs of a layer."""
 
 from __future__ import annotations
 

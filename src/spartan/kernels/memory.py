@@ -1,4 +1,4 @@
-"""Tensors in the order of their memory.
+"""Flat views of contiguous and channels-last tensors, in memory order.
 
 Elementwise kernels work on any dense tensor, contiguous or channels-last, as one flat run; the
 position of an entry is its place in memory.

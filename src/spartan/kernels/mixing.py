@@ -1,4 +1,4 @@
-"""How a memory mixes its values: parents chosen hard, the children of each one softly.
+"""Kernel of the SPARTAN memory: top-k over parents, softmax over each one's children.
 
 From logits of parents l and of their children s, for each position,
 

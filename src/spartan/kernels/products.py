@@ -1,4 +1,4 @@
-"""Sparse weights times dense activations: linear and convolution layers for inference."""
+"""`Product`: sparse weights times dense activations, for inference (linear, convolution)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New θ in; latent copy, mask and projected weight out."""
+"""Writes masked weights: latent copy, mask and parameter in one pass over memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers from devices to Python, waiting once for each device."""
+"""Copies small tensors to Python numbers, with one synchronisation per device."""
 
 from __future__ import annotations
 

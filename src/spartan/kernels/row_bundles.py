@@ -1,4 +1,4 @@
-"""Sparse matrices as bundles of rows that share their columns.
+"""`RowBundles`: a CSR variant in which 1, 4, 8 or 16 rows share their column indices.
 
 With bundles of one row this is CSR. Weights pruned in blocks fill higher bundles, and every input
 that is read then serves several outputs.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
-from spartan.kernels.finiteness import finite, largest
+from spartan.kernels.finiteness import finite, max_magnitude
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cutoff, boundary, tie_ends_of, trivial_cutoff
@@ -95,7 +95,7 @@ def _on_device(request: ScanRequest) -> Tensor:
     """Return everything as one row of numbers."""
     scores = request.scores
     row = torch.zeros(8, dtype=torch.float64, device=scores.device)
-    row[0] = largest(scores.tensors).amax()
+    row[0] = max_magnitude(scores.tensors).amax()
     if trivial_cutoff(scores, request.budget) is None:
         row[1:5] = boundary(scores, request.budget)
     if request.dual is not None:

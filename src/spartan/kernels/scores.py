@@ -1,4 +1,4 @@
-"""Scores that are never formed as tensors of their own."""
+"""`Scores`: pruning scores of tensors that share a budget, computed chunk by chunk."""
 
 from __future__ import annotations
 

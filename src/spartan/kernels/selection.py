@@ -1,4 +1,4 @@
-"""Exact selection without a sort: where, in the order of the scores, a budget is used up.
+"""`Cutoff`: exact top-k over many tensors by radix histograms, without a sort.
 
 Two histograms find the score at the boundary: one of the upper halves of the scores' bits, which
 order like the scores, one of the lower halves of those that share the boundary's upper half. The

@@ -1,4 +1,4 @@
-r"""Sums over soft masks, and the gradient through one.
+r"""Soft top-k masks from a dual variable: their sums, and the gradient through them.
 
 With a dual variable solved (see `spartan.selection.soft`), an entry of score u has the mask
 m = sigmoid(β (u - reference) + μ), and the gradient G of w = θ · m comes back as

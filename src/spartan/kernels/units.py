@@ -1,4 +1,4 @@
-"""Units of several weights: pooling over them, and spreading their values.
+"""Pruning units of several weights: pooling weights over units, spreading values back.
 
 Sums are taken in double precision and rounded to a float once, so that the order of summation
 practically never shows: scores, and with them masks, come out the same from both versions.

@@ -1,4 +1,4 @@
-"""The methods, one file each: `masking` for dense weights, `growth` for always-sparse layers."""
+"""All methods, one file each: `masking` for dense weights, `growth` for always-sparse ones."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every method that a sparsifier takes, by name: those that mask weights, and those that grow."""
+"""`create`, `available`: every method that a sparsifier takes, by name."""
 
 from __future__ import annotations
 

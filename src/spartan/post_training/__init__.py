@@ -1,4 +1,4 @@
-"""Compression of trained networks, with a few hundred unlabelled samples, in minutes."""
+"""Post-training pruning: compresses a trained network with unlabelled samples."""
 
 from typing import Any
 

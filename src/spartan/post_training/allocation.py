@@ -1,4 +1,4 @@
-"""How a budget spreads over layers, before any of them is pruned.
+"""Allocation of sparsity to layers: global, uniform, ERK, learned or measured curves.
 
 `global` lets the weights of all layers compete by magnitude, `uniform` gives every layer the same
 density, `erk` more to small ones (Evci et al., 2020), `learned` lets the network learn thresholds

@@ -1,4 +1,4 @@
-"""From a trained network and a few hundred samples to one at an exact sparsity."""
+"""`compress`: prunes a trained network to an exact sparsity with calibration samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spartan.post_training.network import (
     evaluating_copy,
     require_dense,
 )
-from spartan.post_training.phases import Clock, Outcome, run
+from spartan.post_training.phases import Clock, Outcome, run_phases
 from spartan.post_training.report import CompressionReport, LayerReport
 from spartan.post_training.solver import LayerSolver
 from spartan.weights.patterns import Pattern, Unstructured
@@ -142,7 +142,7 @@ def compress(
             )  # fmt: skip
         outcome = Outcome(plan)
         if network.budget.fraction != 1:
-            outcome = run(network, plan, clock)
+            outcome = run_phases(network, plan, clock)
         return _finish(model, network, outcome, missed, clock, inplace)
 
 

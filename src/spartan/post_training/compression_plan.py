@@ -1,4 +1,4 @@
-"""What a compression will do: method, allocation and reconstruction, checked and filled in."""
+"""`CompressionPlan`: method, allocation and reconstruction of a compression, checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Allocation from measured curves: what does it cost the network to prune each layer so far?
+r"""Sparsity allocation from the measured loss curve of each layer, by dynamic programming.
 
 The network is first pruned to a starting allocation (largest weights, refitted by least squares).
 Then one layer at a time is pruned to each of a number of densities instead, and the divergence from
@@ -44,7 +44,7 @@ def curve_densities(network: Network, how: Distillation, start: Sequence[int]) -
     """
     losses = measure_curves(network, how, start)
     grid = np.geomspace(1.0, 1e-3, _GRID)
-    tables = [interpolate(curve, grid) for curve in losses]
+    tables = [interpolate_losses(curve, grid) for curve in losses]
     bounds = network.bounds
     wholes = [n * c for n, c in zip(bounds.units, bounds.costs, strict=True)]
     least = [k / n for k, n in zip(bounds.least, bounds.units, strict=True)]
@@ -85,7 +85,7 @@ def _pruned(problem: LayerProblem, kept: int) -> torch.Tensor:
     return refit(problem, tiling.spread(units))
 
 
-def interpolate(curve: dict[float, float], grid: Array) -> Array:
+def interpolate_losses(curve: dict[float, float], grid: Array) -> Array:
     """Return losses on a grid of densities, from measured ones made monotone."""
     densities = sorted(curve)
     losses = np.maximum.accumulate([curve[d] for d in reversed(densities)])[::-1]

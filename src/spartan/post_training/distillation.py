@@ -1,4 +1,4 @@
-r"""Network-wise reconstruction: the pruned network learns what the dense one answers.
+r"""Network-wise reconstruction: distils the dense network's outputs into the pruned one.
 
     L = T² KL(softmax(z₀ / T) ‖ softmax(z / T))     logits z of the pruned, z₀ of the dense one
 

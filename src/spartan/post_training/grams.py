@@ -1,4 +1,4 @@
-r"""What a layer's inputs say about its weights: Gram matrices of calibration data.
+r"""Gram matrices X Xᵀ of calibration inputs, and the pruning problem of each layer.
 
 For a layer Y = W X, with the dense weight W₀ on the dense network's inputs X₀ as the target and the
 pruned network's inputs X as what it is to be computed from,

@@ -1,4 +1,4 @@
-"""Layer by layer: Gram matrices and solutions, each with what the layers before it give."""
+"""Prunes layers in forward order, each on the inputs that the pruned layers before it give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Exact least squares on the weights that are kept.
+r"""Refits the kept weights of a layer by exact (ridge) least squares.
 
 Row by row of the weight, with S the inputs that it keeps and r the ridge,
 

@@ -1,4 +1,4 @@
-"""Weights seen as matrices of (outputs, inputs), and patterns on them.
+"""Weights as (outputs, inputs) matrices, and sparsity patterns as tiles on them.
 
 A convolution's inputs are ordered by kernel position first, channel second: what a pattern groups
 (blocks, and rows of N:M) then lies side by side in a row of the matrix.

@@ -1,4 +1,4 @@
-"""A network that is being compressed: the dense one, its copy, and what both are measured on."""
+"""`Network`: dense model, pruned copy, calibration samples and budget of a compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Optimal brain surgeon on each layer: remove what costs least, let the others answer, repeat.
+r"""Optimal brain surgeon (OBS) per layer: remove the cheapest unit, update the rest, repeat.
 
 For one output row w with H its inputs' Gram matrix and P the inputs it still has, removing the
 tile B of inputs and refitting the rest raises the squared error by
@@ -44,11 +44,11 @@ class OBS(LayerSolver):
         if tiling.kept_of is None and kept == tiling.count:
             units = torch.ones(tiling.units, dtype=torch.bool, device=problem.dense.device)
         else:
-            units = cut(trace(problem), kept, tiling)
+            units = cut(removal_order(problem), kept, tiling)
         return Solution(units, refit(problem, tiling.spread(units)))
 
 
-def trace(problem: LayerProblem) -> Trace:
+def removal_order(problem: LayerProblem) -> Trace:
     """Remove the tiles of each band of rows one by one, each time the cheapest.
 
     For N:M patterns the removal ends where n of every m are left.

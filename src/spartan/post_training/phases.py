@@ -1,4 +1,4 @@
-"""The phases of a compression (allocation, layers, distillation), and the time each takes."""
+"""Runs a compression: allocation, layer pruning, distillation; times each phase."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def steps_within(
     return max(1, int((_RESERVE * seconds - spent) / each))
 
 
-def run(network: Network, plan: CompressionPlan, clock: Clock) -> Outcome:
+def run_phases(network: Network, plan: CompressionPlan, clock: Clock) -> Outcome:
     """Allocate, prune and reconstruct: the copy in `network` is compressed then."""
     if plan.method is None:
         plan = _settle(network, plan, clock)

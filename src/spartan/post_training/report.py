@@ -1,4 +1,4 @@
-"""What a compression did."""
+"""`CompressionReport`: kept weights, errors, loss and times of a compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""SparseGPT: columns are pruned from left to right, and what they did is made up for on the right.
+r"""SparseGPT: prunes columns from left to right, and corrects each error in those after it.
 
 With U the upper Cholesky factor of (H + r I)⁻¹, Uᵀ U = (H + r I)⁻¹, the error of removing w_j when
 the columns before j are fixed is w_j² / U_jj², and the best answer of the columns after j to it

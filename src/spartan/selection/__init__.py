@@ -1,4 +1,4 @@
-"""Score + cost + budget → hard mask or soft mask. Knows nothing of modules or optimizers."""
+"""Hard and soft top-k: masks from scores, costs and a budget; no modules or optimizers."""
 
 from spartan.selection.hard import hard_topk
 from spartan.selection.soft import soft_topk

@@ -27,7 +27,7 @@ def hard_topk(values: Tensor, budget: float, costs: Tensor | None = None) -> Ten
     Raises:
         BudgetError: The budget or a cost is out of range, or a value is not finite.
     """
-    check_request(values, budget, costs)
+    check_topk_arguments(values, budget, costs)
     scores = unit_scores(values.detach(), costs)
     return masks_of(scores, find_cutoff(scores, budget))[0]
 
@@ -59,7 +59,7 @@ def unit_scores(values: Tensor, costs: Tensor | None) -> Scores:
     return Scores([u / costs.to(u.dtype)], [1.0], [costs], absolute=False)
 
 
-def check_request(values: Tensor, budget: float, costs: Tensor | None) -> None:
+def check_topk_arguments(values: Tensor, budget: float, costs: Tensor | None) -> None:
     """Raise `BudgetError` unless the arguments of a top-k make sense."""
     if not values.is_floating_point() or values.numel() == 0:
         raise BudgetError("values must be a floating-point tensor with at least one entry.")

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from spartan.errors import BudgetError
 from spartan.kernels import Dual, Mass, Scores, masses
-from spartan.selection.hard import check_request, find_cutoff, unit_scores
+from spartan.selection.hard import check_topk_arguments, find_cutoff, unit_scores
 
 _MAX_PASSES = 200
 # Bisection alone would bring the widest bracket of a row to float32 precision in these.
@@ -61,7 +61,7 @@ def soft_topk(values: Tensor, budget: float, costs: Tensor | None = None, *, bet
     Source: Tai, Tian, Lim, "Spartan: Differentiable Sparsity via Regularized Transportation",
     NeurIPS 2022.
     """
-    check_request(values, budget, costs)
+    check_topk_arguments(values, budget, costs)
     if not (math.isfinite(beta) and beta > 0):
         raise BudgetError(f"beta={beta} must be positive and finite.")
     mask: Tensor = _SoftTopK.apply(values, float(budget), costs, float(beta))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What keeps a model at its budget while an optimizer trains it."""
+"""`Sparsifier`: keeps a model at its budget while an optimizer trains it."""
 
 from spartan.sparsifier.freezing import freeze
 from spartan.sparsifier.layer_summary import LayerSummary

@@ -1,4 +1,4 @@
-"""The arguments of a sparsifier, brought into one form; what is wrong gets one sentence."""
+"""Checks and converts the arguments of `Sparsifier(...)`; one sentence for each mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moving connections of a layer, with the optimizer state of those that survive."""
+"""Prunes and grows a layer's connections; survivors keep values and optimizer state."""
 
 from __future__ import annotations
 

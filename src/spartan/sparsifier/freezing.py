@@ -1,4 +1,4 @@
-"""Fine-tuning an already sparse model without losing its zeros."""
+"""`freeze`: fine-tunes an already sparse model without losing its zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a growing run refuses before it begins, or goes on: requests, counts, saved states."""
+"""Checks before a growth method starts or resumes: budget, pattern, optimizer, saved state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spartan.weights.patterns import Pattern, Unstructured
 STATE_VERSION = 2  # 1: see `old_states`
 
 
-def check_request(
+def check_growth_support(
     method: GrowthMethod,
     budget: Budget,
     pattern: Pattern,
@@ -76,7 +76,7 @@ def check_counts(
             )
 
 
-def check_state(
+def check_growth_state(
     state: Mapping[str, Any], settings: Mapping[str, Any], layers: Sequence[GrowingLayer]
 ) -> None:
     """Raise `StateError` unless a sparsifier with these settings can go on from a state."""

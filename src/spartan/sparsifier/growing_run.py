@@ -1,4 +1,4 @@
-"""The run of a growth method: connections of always-sparse layers move, nothing is ever dense."""
+"""`GrowingRun`: run of a growth method: prunes and grows connections, never dense."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from spartan.sparsifier.connection_moves import Move, apply
 from spartan.sparsifier.growing_checks import (
     STATE_VERSION,
     check_counts,
-    check_request,
-    check_state,
+    check_growth_state,
+    check_growth_support,
 )
 from spartan.sparsifier.layer_summary import LayerSummary, named
 from spartan.sparsifier.old_states import upgraded_growth
@@ -84,7 +84,7 @@ class GrowingRun:
             raise PrunableError(
                 "Growth governs all always-sparse layers: name layers in always_sparse.convert."
             )
-        check_request(method, budget, pattern, optimizers, layers)
+        check_growth_support(method, budget, pattern, optimizers, layers)
         values = [_values_of(name, layer) for name, layer in layers.items()]
         self._budgets = _by_values(budget).plan(model, values, pattern)
         check_optimizers(optimizers, values, "neither trained nor grown.")
@@ -174,7 +174,7 @@ class GrowingRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; the model's own state, with the connections, is loaded before."""
         state = upgraded_growth(state)
-        check_state(state, self._settings(), self.weights)
+        check_growth_state(state, self._settings(), self.weights)
         check_counts(self.budget, self._budgets, self.weights, self.method.moves)
         self.steps.done = int(state["step"])
         for layer in self.weights:

@@ -1,4 +1,4 @@
-"""What each layer of a model keeps, counted in its masks."""
+"""`LayerSummary`: what each layer keeps, counted in its mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States that version 0.1 saved, in the form of today."""
+"""Upgrades sparsifier states that version 0.1 saved to the form of today."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about torch optimizers: their parameters, closures, loss scales and skipped steps."""
+"""What is read from torch optimizers: parameters, closures, loss scales, skipped steps."""
 
 from __future__ import annotations
 

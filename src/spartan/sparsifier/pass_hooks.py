@@ -1,4 +1,4 @@
-"""Hooks on a model that say whether a training pass begins, for methods with random weights."""
+"""`PassHook`: notices when a training or evaluation pass of the model begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The saved state of a masking run: of its weights, and whether one fits."""
+"""Saves and restores the state of a masking run, and checks first whether it fits."""
 
 from __future__ import annotations
 

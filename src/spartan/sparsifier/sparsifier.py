@@ -1,4 +1,4 @@
-"""The sparsifier: keeps a model at an exact budget while its optimizer trains it."""
+"""`Sparsifier`: keeps a model at an exact budget while its optimizer trains it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer steps of a run: which are watched, the hooks around them, and their count."""
+"""`OptimizerSteps`: hooks around the optimizer steps of a run, and their count."""
 
 from __future__ import annotations
 

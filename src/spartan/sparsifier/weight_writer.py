@@ -1,4 +1,4 @@
-"""Writing w into the parameters of a model, and noticing what others wrote there since."""
+"""Writes w into the parameters of a model, and detects what other code wrote there since."""
 
 from __future__ import annotations
 

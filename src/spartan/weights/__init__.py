@@ -1,4 +1,4 @@
-"""Which parameters are prunable, and the patterns that divide them into units."""
+"""Prunable weights of a model, and the sparsity patterns that divide them into units."""
 
 from spartan.weights.patterns import NM, Block, Channel, Pattern, Unstructured
 from spartan.weights.prunable import Prunable, find_prunable

@@ -1,4 +1,4 @@
-"""Which parameters a budget speaks of.
+"""Finds a model's prunable weights: default layers, `include=` and `exclude=`.
 
 By default: every floating-point `weight` with at least two dimensions of Linear and convolution
 layers, the projections of multi-head attention (also the fused `in_proj_weight`) and Hugging Face

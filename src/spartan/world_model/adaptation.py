@@ -1,4 +1,4 @@
-r"""Fitting the one token of an unknown intervention to a few trajectories.
+r"""Adapts to an unknown intervention: fits its token to a few trajectories.
 
     T_adapt = argmin_T  E MSE(f(x, T), x')          all weights of f as they are
 

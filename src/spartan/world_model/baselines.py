@@ -1,4 +1,4 @@
-r"""What the learned local graphs are compared with.
+r"""Baseline graphs: global graph, nearest objects, thresholded attention, constant graph.
 
 * One graph for all states: a learned Bernoulli adjacency, and a perceptron for each object on what
   the adjacency lets through. After the factored world models of Huang et al., "AdaRL", ICLR 2022.

@@ -1,4 +1,4 @@
-r"""The two budgets of a world model, and the loss that keeps each.
+r"""Error and edge budgets of a world model, and the Lagrangian loss of each.
 
     error budget (as published)     min E|Ā|        s.t.  E MSE ≤ τ        L = (MSE - τ) + |Ā| / λ
     edge budget                     min E MSE       s.t.  E edges ≤ k      L = MSE + λ Σ_i≠j Ā_ij

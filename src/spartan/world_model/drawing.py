@@ -1,4 +1,4 @@
-"""Pictures of worlds with their graphs: what was found, what is true."""
+"""Draws world states with found and true graphs, as images and GIF animations."""
 
 from __future__ import annotations
 

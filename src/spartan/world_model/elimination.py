@@ -1,4 +1,4 @@
-r"""Which open gates a state can do without: backward elimination, state by state.
+r"""Backward elimination of open attention gates, state by state.
 
     worth of a gate  =  error of the state with the gate closed  -  error with it open
     while the gate that is worth least is worth less than a price: close it

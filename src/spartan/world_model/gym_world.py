@@ -1,4 +1,4 @@
-"""A world as a Gymnasium environment."""
+"""`GymWorld`: a simulated world as a Gymnasium environment."""
 
 from __future__ import annotations
 

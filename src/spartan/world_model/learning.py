@@ -1,4 +1,4 @@
-"""Fitting a transition model, step by step; with a budget, its graph too."""
+"""`Learner`: trains a transition model, and its graph under an error or edge budget."""
 
 from __future__ import annotations
 

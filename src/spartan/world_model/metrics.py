@@ -1,4 +1,4 @@
-r"""How good graphs and predictions are.
+r"""Metrics of world models: graph SHD, precision and recall, rollout and removal error.
 
     SHD       = Σ_{i≠j} |G_ij - G*_ij|          mean over transitions; also with the column of the
                                                  intervention

@@ -214,7 +214,7 @@ class TransitionModel(WorldModel):
             nn.Linear(config.hidden, config.width),
         )
         self.codebook = make_codebook(config)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_TransformerBlock(config) for _ in range(config.layers))
         self.decoder = nn.Linear(config.width, config.changing)
 
     def forward(
@@ -321,7 +321,7 @@ class Waves(nn.Module):
         return torch.cat((features, phases.sin(), phases.cos()), -1)
 
 
-class _Block(nn.Module):
+class _TransformerBlock(nn.Module):
     """What s ← MLP(h + s) is computed by; the perceptron has three linear layers."""
 
     def __init__(self, config: TransitionConfig) -> None:

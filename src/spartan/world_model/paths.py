@@ -1,4 +1,4 @@
-r"""Which token can have reached which output: paths through the layers, and the graph they form.
+r"""Path counts through gated attention layers, and the local causal graph they give.
 
     Ā = (A^L + I) ⋯ (A^2 + I)(A^1 + I)         layer 1 is the right-most factor
 

@@ -1,4 +1,4 @@
-r"""Gates that learn which of them each state needs, from what backward elimination left.
+r"""`Refiner`: trains gates further on labels from backward elimination.
 
     L   =  MSE  +  Σ_i≠j c_ij softplus(±K g_ij) / K          + where the gate is to be closed
     c   =  1                                                  where it is closed, or was eliminated

@@ -1,4 +1,4 @@
-r"""The gradient of hard gates, by opening and closing them.
+r"""Local expectation gradient of hard gates: predicts again with single gates flipped.
 
     ∂ E[error] / ∂ P(A_ij = 1)  =  E[error with A_ij = 1  -  error with A_ij = 0]
 

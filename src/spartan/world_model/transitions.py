@@ -1,4 +1,4 @@
-"""Transitions: states, what came next, and, from a simulator, what influenced what."""
+"""`Transitions`: states, next states, and the true influence graph from a simulator."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from spartan.commands.adapt.job import Adapted, adapt, open_adapt_job
+from spartan.commands.adapt.job import Adapted, open_adapt_job, train_adapter
 from spartan.commands.adapt.page import write_adapting_page
 from spartan.commands.adapt.printing import print_adapted
 from spartan.commands.options.adapt import AdaptConfig
@@ -48,7 +48,7 @@ class Adapt:
         adapted: list[Adapted] = []
         with Phases(console) as phases:
             for name in options.adapter:
-                adapted.append(adapt(options, job, name, folder / name, phases.tick))
+                adapted.append(train_adapter(options, job, name, folder / name, phases.tick))
                 _write(folder, options, adapted, job.data.classes)
         print_adapted(console, adapted)
         console.print(

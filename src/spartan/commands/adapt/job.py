@@ -1,4 +1,4 @@
-"""The job of `spartan adapt`: open a pretrained model, train adapters, test and save them."""
+"""`AdaptJob`: opens a pretrained model, trains adapters one by one, tests and saves them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ def open_adapt_job(config: AdaptConfig) -> AdaptJob:
     return AdaptJob(model.to(device), head, tokenizer, data, device)
 
 
-def adapt(config: AdaptConfig, job: AdaptJob, name: str, folder: Path, tick: Tick) -> Adapted:
+def train_adapter(
+    config: AdaptConfig, job: AdaptJob, name: str, folder: Path, tick: Tick
+) -> Adapted:
     """Train one adapter on the backbone, test it, save it, and take it off again.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Texts and labels: tables of them, and the documentation of installed packages."""
+"""Labelled texts for `spartan adapt`: tables, or docstrings of installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Language models of transformers, and text to calibrate them with."""
+"""Hugging Face causal language models for `spartan compress`, and calibration text."""
 
 from __future__ import annotations
 

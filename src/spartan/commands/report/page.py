@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one run or several."""
+"""HTML report of one or several training or compression runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run trains."""
+"""Progress bars and result lines in the terminal while a run trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: an ordinary one, with a sparsifier on its optimizer.
+"""`Trainer`: the training loop of `spartan train`, with sparsifier and checkpoints.
 
 All randomness of a step is a function of the seed and the step, and of an epoch's order a function
 of the seed and the epoch. A checkpoint therefore needs no generator state to resume exactly.

@@ -107,7 +107,9 @@ class WorldJob:
         self.config = config
         self.environment = make_environment(config.env)
         self.device = pick_device(config.device)
-        self.held_out = draw(self.environment, _HELD_OUT, config.seed, "held out").to(self.device)
+        self.held_out = sample_transitions(self.environment, _HELD_OUT, config.seed, "held out").to(
+            self.device
+        )
         self.names = ["dense", "identity"]
         self.names += ["unrefined", "sparse"] if config.refine_steps else ["sparse"]
         self.names += ["nearest", "global"] if config.baselines else []
@@ -115,7 +117,9 @@ class WorldJob:
     @cached_property
     def data(self) -> Transitions:
         """Transitions for training; none are simulated to score a finished run."""
-        data = draw(self.environment, self.config.transitions, self.config.seed, "train")
+        data = sample_transitions(
+            self.environment, self.config.transitions, self.config.seed, "train"
+        )
         return data.to(self.device)
 
     def fit(self, world: WorldRun, tick: Tick, say: Callable[[str], None]) -> None:
@@ -232,7 +236,9 @@ class WorldJob:
         learner.finish()
 
 
-def draw(environment: Environment, count: int, seed: int, purpose: str) -> Transitions:
+def sample_transitions(
+    environment: Environment, count: int, seed: int, purpose: str
+) -> Transitions:
     """Simulate transitions of the interventions for training, half of them with events."""
     generator = torch.Generator().manual_seed(derive_seed(seed, f"world/{purpose}", 0))
     natural = draw_natural(environment, _POOL * count, generator)

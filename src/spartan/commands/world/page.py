@@ -1,4 +1,4 @@
-"""The HTML page of a world model: what its graphs are worth, and how they came about."""
+"""HTML report and animation of a world model: graph scores, errors, curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of how the graphs of a world compare with the truth."""
+"""Terminal table of world models: how their graphs compare with the true ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the models of a world reached, side by side, on data none of them has seen."""
+"""Held-out scores of the models of a world run: error, rollout, graphs, influence."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-// Memory that is lent for large tensors and taken back, instead of being asked from the system and
-// given back to it at every step: the first touch of fresh pages costs as much as a sparse product.
+// Recycling allocator of large float32 tensors: memory of freed ones serves the next step.
+//
+// The first touch of fresh pages costs as much as a sparse product.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>

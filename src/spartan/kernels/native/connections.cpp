@@ -1,3 +1,5 @@
+// Threads and cache blocks around the loops of connections.h; transposing and merging.
+
 #include "connections.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Training through single connections: the products of a layer that stores nothing else.
+// Sparse-dense products of always-sparse layers, forward and backward.
 //
 // Activations are feature-major: a row for each feature, in which samples (lanes) are neighbours,
 // so that one connection is a few vector operations. Every sum has one order, whatever the threads.

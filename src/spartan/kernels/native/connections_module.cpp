@@ -1,4 +1,4 @@
-// The part of the Python module that serves layers which store single connections.
+// Python bindings of connections.h: products of always-sparse layers.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>

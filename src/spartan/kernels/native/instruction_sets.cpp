@@ -1,3 +1,5 @@
+// Detects the instruction sets of the processor, and switches between their loops.
+
 #include "instruction_sets.h"
 
 #include <stdexcept>

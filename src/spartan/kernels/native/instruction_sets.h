@@ -1,4 +1,4 @@
-// The loops of each instruction set this machine has, and those that run.
+// Which instruction sets this machine has (baseline, AVX2, AVX-512), and which one runs.
 
 #pragma once
 

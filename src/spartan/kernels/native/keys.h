@@ -1,4 +1,4 @@
-// Scores as integers in the same order; the order of the keys of loops.inc.
+// Order-preserving map of float scores to int32 keys; the same as in loops.inc.
 
 #pragma once
 

@@ -1,3 +1,5 @@
+// Inference layers: packs inputs into cache-sized rows, then multiplies the sparse weights.
+
 #include "layers.h"
 
 #include <algorithm>

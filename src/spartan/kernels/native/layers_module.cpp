@@ -1,4 +1,4 @@
-// The part of the Python module that serves layers with sparse weights, for inference.
+// Python bindings of layers.h: sparse linear and convolution layers for inference.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>

@@ -1,5 +1,4 @@
-// The inner loops: each works on one chunk that fits a core's cache. They exist once per
-// instruction set (see loops.inc) and are called through this table.
+// Table of the mask-update loops: one cache-sized chunk each, once per instruction set (loops.inc).
 
 #pragma once
 

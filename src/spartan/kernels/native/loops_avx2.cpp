@@ -1,3 +1,5 @@
+// All inner loops, compiled for AVX2.
+
 #define SPARTAN_SET avx2
 #include "loops.inc"
 #include "products.inc"

@@ -1,3 +1,5 @@
+// All inner loops, compiled for any processor of the architecture.
+
 #define SPARTAN_SET baseline
 #include "loops.inc"
 #include "products.inc"

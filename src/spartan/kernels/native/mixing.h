@@ -1,4 +1,4 @@
-// How a memory mixes its values: parents chosen hard, the children of each one softly.
+// Attention weights of the SPARTAN memory: top-k over parents, softmax over children.
 
 #pragma once
 

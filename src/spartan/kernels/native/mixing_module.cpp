@@ -1,4 +1,4 @@
-// The part of the Python module that mixes the values of a memory.
+// Python binding of mixing.h: attention weights of the SPARTAN memory.
 
 #include <nanobind/nanobind.h>
 

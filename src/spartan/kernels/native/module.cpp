@@ -1,4 +1,4 @@
-// The Python module: selection, soft masks and projections over lists of tensors.
+// Python bindings of the mask-update kernels, over lists of tensors.
 //
 // Every argument has a name and is given by it, tensors are checked by `arguments.h`, and the
 // interpreter's lock is released while the loops run.

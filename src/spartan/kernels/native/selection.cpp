@@ -1,3 +1,5 @@
+// Finds the top-k threshold: among entries near the last one first, then by histograms.
+
 #include "selection.h"
 
 #include <algorithm>

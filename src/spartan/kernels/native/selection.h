@@ -1,5 +1,7 @@
-// Exact selection without a sort: the entry, in order of decreasing score and then of position, at
-// which a budget is used up. The same pass over the memory checks and sums the entries.
+// Exact top-k threshold of many tensors with costs, without a sort.
+//
+// Found is the entry, in order of decreasing score and then of position, at which a budget is used
+// up. The same pass over the memory checks and sums the entries.
 
 #pragma once
 

@@ -1,5 +1,6 @@
-// Lists of tensors, cut into chunks that fit a core's cache. The cut depends on the sizes only, so
-// sums come out the same with any number of threads.
+// Lists of tensors, divided into cache-sized chunks.
+//
+// The chunks depend on the sizes only, so sums come out the same with any number of threads.
 
 #pragma once
 

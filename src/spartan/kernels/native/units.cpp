@@ -1,3 +1,5 @@
+// Pools weights over pruning units, and scales weights by unit values, band by band.
+
 #include "units.h"
 
 #include <algorithm>

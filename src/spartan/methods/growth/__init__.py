@@ -1,4 +1,4 @@
-"""What an author of a growth method needs: the contract, what it is given, and common parts."""
+"""What an author of a growth method imports: contract, layers and what can be measured on them."""
 
 from spartan.kernels.key_lists import is_in
 from spartan.methods.growth.contract import (

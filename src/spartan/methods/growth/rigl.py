@@ -1,4 +1,4 @@
-"""The rigged lottery, RigL (Evci et al., 2020).
+"""RigL, the rigged lottery: grow connections of largest gradient (Evci et al., ICML 2020).
 
     G ← the k unconnected pairs with the largest |∇_ba|
 

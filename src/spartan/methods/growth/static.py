@@ -1,4 +1,4 @@
-"""A random graph that never changes."""
+"""Static sparse training: a random graph that never changes; the growth methods' baseline."""
 
 from __future__ import annotations
 

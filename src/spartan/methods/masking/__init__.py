@@ -1,4 +1,4 @@
-"""What an author of a masking method needs: the contract, what it is given, and common parts.
+"""What an author of a masking method imports: contract, state, selection, schedules.
 
 A method is one file in this folder, one line in `spartan.methods.registry`, and one row in the
 contract test; see "Add a method" in the docs.

@@ -1,4 +1,4 @@
-r"""FCPTS (Gong et al., AAAI 2024): each layer learns its rate, under one global budget.
+r"""FCPTS (Gong et al., AAAI 2024): learned layer sparsities under one global budget.
 
 A layer l with n_l units keeps those whose score (mean |θ|) exceeds its threshold t_l. A bridge
 makes its density d_l a function of the threshold, whose slope is the density of units there,

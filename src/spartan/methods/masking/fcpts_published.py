@@ -1,4 +1,4 @@
-r"""FCPTS as published (Gong et al., AAAI 2024), for comparison; see `fcpts` for what is repaired.
+r"""FCPTS as published (Gong et al., AAAI 2024), a baseline; `fcpts` says what it repairs.
 
     t_l = σ(θ_l),  m = 1[|w| > t_l],  ŵ = m ⊙ w            thresholds and masks
     S_l(t) = #{i : |w_i| < t} / n_l,   dS_l/dt = p_l(t) + p_l(-t)      the bridge

@@ -1,4 +1,4 @@
-"""Fixed masks: the zeros that are there stay, and the rest trains."""
+"""Fixed masks: weights that are zero at the start stay zero, the others train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings about gates that cannot learn, and the refusal of budgets too small for them."""
+"""Warnings for L0 gates that cannot learn, and refusal of budgets too small for them."""
 
 from __future__ import annotations
 

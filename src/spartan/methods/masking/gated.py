@@ -1,4 +1,4 @@
-r"""Gates on units: what the penalised and the constrained L0 methods share.
+r"""`Gated`: base of the L0 methods, with one hard-concrete gate for each pruning unit.
 
 Each unit j has a hard-concrete gate z_j (see `spartan.gates`) and computes with
 

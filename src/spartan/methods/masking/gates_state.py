@@ -1,4 +1,4 @@
-"""What the methods with gates keep of each weight and of each group during a run."""
+"""State that L0 methods keep for each weight and each group: gate parameters, multipliers."""
 
 from __future__ import annotations
 

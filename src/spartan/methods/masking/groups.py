@@ -1,4 +1,4 @@
-"""The weights that share one budget, and how their units compete for it."""
+"""`BudgetGroup` and `Competition`: weights that share a budget, and top-k among them."""
 
 from __future__ import annotations
 

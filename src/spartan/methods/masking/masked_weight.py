@@ -1,4 +1,4 @@
-"""One prunable weight during a run that masks it: θ, its mask, and what a step does to them."""
+"""`MaskedWeight`: one prunable weight during a run: θ, its mask, its gradient, its state."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ from spartan.methods.masking.groups import (
 )
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
-from spartan.methods.masking.writing import project, write_kept, write_scaled
+from spartan.methods.masking.writing import write_kept, write_masked, write_scaled
 from spartan.schedules import check_annealing, check_fraction, check_order, interpolate, progress
 from spartan.selection import soft
 from spartan.selection.soft import DualSearch
@@ -242,7 +242,7 @@ class Spartan(MaskingMethod):
         if _stored(weight) is None:
             weight.apply_pending()
             w = torch.empty_like(weight.latent)
-            project([weight], [w])
+            write_masked([weight], [w])
             return w
         kept = torch.where(weight.mask, _soft_mask(weight), 0.0)
         # Adding zero turns the -0.0 of pruned negative weights into +0.0.

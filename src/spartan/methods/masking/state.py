@@ -1,4 +1,4 @@
-"""What a method keeps during a run: small dataclasses that are saved and restored with it.
+"""Typed state of a method during a run: small dataclasses that are saved and restored.
 
 Fields hold None, booleans, numbers, tensors or a `Forecast`; those made with `unsaved()` live
 within a step only.

@@ -1,4 +1,4 @@
-"""Writing w into the parameters: θ, latent copies and masks of many weights in one pass."""
+"""Computes w = θ · mask into parameters, for many masked weights in one pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spartan.methods.masking.masked_weight import MaskedWeight
 def write_kept(weights: Sequence[MaskedWeight]) -> None:
     """Write w = θ, or θ · m for weights with a dual variable, where the mask keeps it."""
     for alike in _alike([weight for weight in weights if weight.elementwise]):
-        for weight, dual in zip(alike, project(alike), strict=True):
+        for weight, dual in zip(alike, write_masked(alike), strict=True):
             weight.stepping = False
             if weight.pending is not None:
                 weight.note_applied(dual)
@@ -45,7 +45,7 @@ def write_given(
         weight.stepping = False
 
 
-def project(
+def write_masked(
     weights: Sequence[MaskedWeight], into: Sequence[Tensor] | None = None
 ) -> Sequence[Dual | None]:
     """Write the weights of elementwise weights that are alike in what they have.

@@ -1,4 +1,4 @@
-"""Simulated worlds that tell, in every step, what influenced what."""
+"""Simulated worlds that return the true influence graph of every step."""
 
 from spartan.errors import WorldError, did_you_mean
 from spartan.world_model.environments.balls import BouncingBalls

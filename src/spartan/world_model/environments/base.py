@@ -1,4 +1,4 @@
-"""The contract of a simulated world, and data gathered from it."""
+"""`Environment`: base class of simulated worlds, and collection of transitions from one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Balls among ladders, a cannon and walls; how many there are of each changes.
+r"""`CreateLite`: balls among ladders, a cannon and walls, in changing numbers.
 
 A ball in the unit square goes through the first of these that applies:
 

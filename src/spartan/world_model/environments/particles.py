@@ -1,4 +1,4 @@
-r"""Particles that push each other when they are near.
+r"""`GatedParticles`: particles that push each other within a radius.
 
     active_ij = |x_i - x_j| < 0.3,  i ≠ j
     v'_i = ½ (v_i + 0.08 Σ_j active_ij c_j (x_i - x_j) / |x_i - x_j| + wind_i)
