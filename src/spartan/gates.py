@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The stretch of the hard-concrete distribution: as published (Louizos et al., 2018, section 4).
 GAMMA, ZETA = -0.1, 1.1
 TEMPERATURE = 2 / 3
 KAPPA = -TEMPERATURE * math.log(-GAMMA / ZETA)

@@ -28,7 +28,7 @@ from spartan.kernels.scores import wide
 # value), in rows of a product of matrices: measured on a CPU (benchmarks/memory.py --part forms),
 # without and with gradients. Without them, products of many positions are cheaper still.
 _COSTS = {False: (10.0, 150.0), True: (4.5, 100.0)}
-_MANY = 256
+_MANY = 256  # positions
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 

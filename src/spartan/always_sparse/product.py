@@ -22,7 +22,9 @@ from spartan.kernels.connections import Connections
 class Passes:
     """What backward passes went through a layer since its gradient was last cleared.
 
-    Gradients at pairs that are not connected come from here.
+    Gradients at pairs that are not connected come from here. A backward pass adds to the running
+    ones; `finish`, when its gradient has arrived, makes them done, and forgets those done before if
+    the gradient had been cleared meanwhile. What is done at the step is what its gradient sums.
     """
 
     def __init__(self) -> None:

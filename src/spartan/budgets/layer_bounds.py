@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from spartan.errors import BudgetError
 
-_SMALLEST = 1e-15  # density that logits tell from 0
+_SMALLEST = 1e-15  # density that float64 logits tell from 0, and 1 minus it from 1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from spartan.kernels.blocked_weights import Geometry
 from spartan.kernels.products import Product, activate
 from spartan.kernels.row_bundles import RowBundles, bundle
 
-_GEOMETRIES_KEPT = 16
+_GEOMETRIES_KEPT = 16  # sizes of inputs: those a server meets in turn
 
 
 class InferenceLayer(nn.Module):

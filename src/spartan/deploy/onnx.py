@@ -18,6 +18,8 @@ from spartan.deploy.purging import purge_channels
 from spartan.errors import DeployError, MissingExtraError
 from spartan.files import write_atomically
 
+# Relative error at which the file is refused. Ten times what our own kernels are allowed: other
+# runtimes fuse layers and approximate GELU and exp.
 _TOLERANCE = 1e-4
 
 

@@ -20,6 +20,7 @@ KEY = "spartan.packed"  # of the metadata
 VERSION = 1
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
+# Of a tensor in a file. No model has so many; headers that claim more are damaged.
 _MOST_DIMENSIONS = 16
 
 

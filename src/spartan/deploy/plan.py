@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spartan.deploy.timing import Timing
 
+# N:M patterns that are told from zeros. The first that fits is named: 2:4 is not called 4:8.
 _RATIOS = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 8), (2, 16), (1, 16))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-BUSY = 0.15  # share of all cores that others may use before timings are in doubt
+BUSY = 0.15  # fraction of all cores that others may use before timings are in doubt
 
 
 @dataclass(frozen=True)

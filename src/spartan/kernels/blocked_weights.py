@@ -20,8 +20,9 @@ from spartan.kernels.row_bundles import RowBundles
 # Floats of z that may be in use at a time: 64 KiB. The sums of wide rows hide what misses the
 # first-level cache; those of narrow ones do not.
 _CACHE, _CACHE_OF_NARROW = 1 << 14, 1 << 13
-_NARROW = 16  # lanes
-_WORTH = 32  # entries of a bundle in a block
+_NARROW = 16  # lanes: one vector of AVX-512
+# Entries of a bundle that a block must hold: each block costs one more pass over the sums.
+_WORTH = 32
 _REACH = 1 << 16  # what 16 bits can address
 SLICE = 16
 

@@ -18,9 +18,11 @@ from spartan.kernels.connections import Connections
 from spartan.kernels.dispatch import Native, native_for_any_order
 from spartan.kernels.scores import wide
 
-# Samples of a panel: so many are processed where they are, more are cut into panels.
+# Samples of a panel: so many are processed where they are, more are divided into panels. 128 floats
+# are eight vectors of AVX-512, the sums that the inner loop holds in registers (connections.inc).
 _WHOLE, _PANEL = 256, 128
-# Results of more floats are written to memory that is kept between steps.
+# Results of at least so many floats (1 MiB) are written to memory that is kept between steps; below
+# malloc does the same.
 _LENT = 1 << 18
 
 

@@ -98,6 +98,8 @@ def native_for_any_order(*tensors: Tensor) -> Native | None:
     return native
 
 
+# Made at the first question, from the environment, and kept. `using` replaces it, and sets back the
+# instruction set too, which is one for the whole process in the native module.
 _choice: tuple[Backend, Native | None] | None = None
 
 

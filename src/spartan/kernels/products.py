@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("none", "relu", "gelu")
 # Above this many samples, lanes beat reading all weights once for each.
 _FEW = 2
-_PREPARED_KEPT = 16
+_PREPARED_KEPT = 16  # sizes of inputs: those a server meets in turn; the oldest goes first
 
 _T = TypeVar("_T")
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Those that products.h has loops for. The highest that is full enough reads inputs least often.
 HEIGHTS = (16, 8, 4, 1)
-# Share of explicit zeros at which higher bundles still beat single rows.
+# Smallest fraction of nonzeros among the entries of bundles (the rest are stored zeros) at which
+# higher bundles still beat single rows.
 _FULL_ENOUGH = 0.8
 
 

@@ -17,6 +17,7 @@ from spartan.kernels.memory import flat, unflat
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, chunk_size
 
+# Two digits make a float32 key, four a float64 one; the bins of a digit are 512 KiB of int64.
 _DIGIT = 16
 _BINS = 1 << _DIGIT
 # Kept costs are compared with this slack, relative to the budget, so that 3 x 0.1 still fits 0.3.

@@ -30,8 +30,11 @@ from spartan.sparsifier.sparsifier import Sparsifier
 
 Augment = Callable[[Any, torch.Generator], Any]
 
-_KEPT_BYTES = 1 << 28  # of answers of the dense network
-_CHECKS = 8  # looks at the held-out samples while the budget holds
+# Of outputs of the dense network, 256 MiB: larger ones (tokens x vocabulary) are computed again.
+_KEPT_BYTES = 1 << 28
+# Intervals between evaluations on the held-out samples, from the first step at the budget to the
+# last: nine evaluations, each of which costs a pass and may find a better snapshot.
+_CHECKS = 8
 
 
 @dataclass(frozen=True)

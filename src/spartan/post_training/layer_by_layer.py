@@ -35,6 +35,10 @@ class _StoppedError(BaseException):
 class PausedPass:
     """One forward pass; it stands before `product`, or is through when that is None.
 
+    The pass runs in a thread, and one of the two waits at all times: `_resume` is released by the
+    caller, `_arrived` by the thread, when it stands before a product or is through. Who stops a
+    pass releases `_resume` until the thread has ended, as each further product would wait again.
+
     Args:
         model: In evaluation mode.
         batch: Its input.

@@ -19,8 +19,10 @@ from spartan.post_training.solver import LayerSolver
 from spartan.post_training.weight_products import WeightProduct
 from spartan.weights.prunable import Prunable
 
-DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal
-_SCARCE = 8  # inputs of a layer for each position that it was calibrated with, at most
+DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal, as in the released code of SparseGPT
+# Inputs of a layer for each position that it was calibrated with, at most: with fewer positions the
+# damping, not the data, decides what most weights are.
+_SCARCE = 8
 
 
 @dataclass

@@ -24,7 +24,7 @@ from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.matrices import Tiling
 from spartan.post_training.solver import LayerSolver, Solution
 
-_CHUNK = 1 << 22  # entries of the factors that are worked on at a time
+_CHUNK = 1 << 22  # entries of the factors that are worked on at a time: 32 MiB of float64
 
 
 @dataclass(frozen=True)

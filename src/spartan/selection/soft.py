@@ -33,7 +33,7 @@ from spartan.errors import BudgetError
 from spartan.kernels import Dual, Mass, Scores, masses
 from spartan.selection.hard import check_topk_arguments, find_cutoff, unit_scores
 
-_MAX_PASSES = 200
+_MAX_PASSES = 200  # a guard: bisection from any bracket of float64 numbers ends earlier
 # Bisection alone would bring the widest bracket of a row to float32 precision in these.
 _ROW_PASSES = 40
 

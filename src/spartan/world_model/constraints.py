@@ -168,7 +168,7 @@ class Constraint:
             self.maximum = SETTINGS.most_edge_weight / objects
             self.multiplier = self.minimum
         self.memory: float | None = None
-        self.presses = False
+        self.presses = False  # once true, for good: the error may rise again while paths close
 
     def limit_at(self, progress: float) -> float:
         """Return what is allowed after a part of the training."""

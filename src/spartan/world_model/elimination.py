@@ -20,7 +20,8 @@ from spartan.world_model.model import WorldModel
 from spartan.world_model.toggling import squared_errors
 from spartan.world_model.transitions import Transitions
 
-_STATES, _ROWS = 1000, 4096  # at a time, and how many of them with other gates
+# States at a time, and how many of them with other gates: memory only, results do not depend on it.
+_STATES, _ROWS = 1000, 4096
 
 
 @torch.no_grad()

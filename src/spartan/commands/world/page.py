@@ -23,6 +23,7 @@ from spartan.world_model.metrics import found_graphs
 from spartan.world_model.model import WorldModel
 from spartan.world_model.transitions import Transitions
 
+# Steps of the animation, and states shown with their graphs: the page stays small enough to mail.
 _FRAMES = 60
 _STATES = 6
 _TITLES = {

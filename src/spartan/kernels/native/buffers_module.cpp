@@ -37,6 +37,8 @@ struct Block {
 // Of one block, so that blocks move from list to list without an allocation.
 using Blocks = std::list<Block>;
 
+// Memory is in use, idle, or freed. What is idle never makes the total larger than the most that
+// was in use at a time, and is freed once kPatience blocks were lent without it.
 class Lender {
  public:
   Blocks lend(std::size_t bytes) {

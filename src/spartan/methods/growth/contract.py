@@ -32,7 +32,9 @@ from spartan.schedules import check_fraction
 from spartan.seeds import derive_seed
 from spartan.weights.prunable import Prunable
 
-TINY = 1e-37  # no gradient that is not zero is smaller
+# Ties among zero gradients get scores of at most this, drawn at random: it lies above the smallest
+# normal float32 (1.2e-38), with room for the random factor. Gradients below it count as zero.
+TINY = 1e-37
 
 
 @dataclass(frozen=True, eq=False)

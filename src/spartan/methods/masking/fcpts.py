@@ -66,7 +66,7 @@ from spartan.methods.masking.state import Forecast, WeightState
 from spartan.schedules import check_fraction, progress
 
 _FARTHEST = 8.0  # logits of rates: a layer that is all but dense can come down again
-_SMALLEST = 1e-30  # threshold
+_SMALLEST = 1e-30  # threshold, which is divided by: 0 where a layer keeps everything
 
 
 @dataclass

@@ -35,8 +35,8 @@ from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import Forecast, WeightState
 from spartan.selection.hard import find_cutoff
 
-_BINS = 100
-_LOWEST = -30.0  # θ of a layer that keeps everything
+_BINS = 100  # of the histogram, as in the released code
+_LOWEST = -30.0  # θ of a layer that keeps everything: σ(-30) is below every weight that is not 0
 
 
 @dataclass

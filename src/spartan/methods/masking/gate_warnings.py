@@ -14,7 +14,9 @@ from spartan.methods.masking.masked_weight import MaskedWeight
 # The loss does not depend on a gate where the sum of G · θ is so much smaller than that of
 # |G · θ|: it is what rounding leaves of a zero.
 _NO_EFFECT = 1e-3
-_MISS = 0.05  # densities that are further apart are worth a warning
+# Densities that are further apart are worth a warning: what exact selection then adds or takes
+# changes the network that was trained.
+_MISS = 0.05
 
 
 def warn_without_effect(weights: Sequence[MaskedWeight]) -> None:

@@ -57,19 +57,30 @@ from spartan.selection.hard import find_cutoff
 
 # log α starts here, give or take a hundredth: nearly all gates open, as published for large nets.
 _START, _SPREAD = math.log(0.95 / 0.05), 0.01
-# Gates stay where they can still move: open with at most this probability, closed with at least
-# this share of the target density.
+# Gates stay where they can still move. P(open) at most: the published clamp log α <= ln 100, beyond
+# which the gradient, of the order of P (1 - P), is too small to come back. P(open) at least: this
+# fraction of the target density, and never more than 0.05; a fixed floor (the published one is
+# 0.047) would put targets below it out of reach.
 _CEILING, _FLOOR_SHARE = 0.998, 0.1
-# A longer memory of the first moment would carry gates past the target.
+# Of Adam. A longer memory of the first moment would carry gates past the target; that of the second
+# is 100 steps, in which the scale of gradients changes as gates close.
 _BETAS = (0.5, 0.99)
-_FOLLOW = 0.02  # how fast the unit of λ follows the pull of the loss
-_LAST = -1e3  # ranks behind every log α
-_CHECKED_STEP = 5  # at which gates are checked for whether the loss hears them
+# How fast the unit of λ follows the gradient of the loss: 50 steps outlast the noise of batches.
+_FOLLOW = 0.02
+_LAST = -1e3  # ranks behind every log α: those are clamped to a few units around 0
+# Step at which it is checked whether the loss depends on the gates: every layer has had a gradient,
+# and little time is lost.
+_CHECKED_STEP = 5
 
 
 @dataclass(frozen=True)
 class Gated(MaskingMethod):
     """Base of the methods with gates.
+
+    Until the last update, each step draws gates (`write_sample`, at the first training pass of the
+    step; further passes see the same), takes their gradient (`pull_back`), and moves log α
+    (`select`), which ends the draw. A draw without a gradient stays. At the last update the exact
+    selection replaces all gates by fixed ones, and the kept weights train on.
 
     Attributes:
         gate_lr: How far log α of a gate travels if it goes one way during the whole run. From open

@@ -46,8 +46,10 @@ class BudgetGroup:
     def competition(self, progress: float) -> Competition:
         """Return the weights whose masks may move now, and the budget they compete for.
 
-        Once the target density is reached, a weight without a gradient keeps its mask, and the
-        others share what it leaves; before, the budget shrinks every step and all take part.
+        There are three phases. While the budget shrinks, all weights take part. At the first
+        selection at the target all take part once more, also those without a gradient: they would
+        keep what they had when the budget was larger. After it (`settled`), a weight without a
+        gradient keeps its mask, and the others compete for what it leaves.
         """
         idle = [weight for weight in self.weights if not weight.active]
         at_target = progress >= 1.0
