@@ -22,8 +22,8 @@ class WeightWriter:
 
     def __init__(self, method: MaskingMethod, weights: Sequence[MaskedWeight]) -> None:
         self._method = method
-        # Autograd counts the in-place writes to a tensor: a count other than the one noted after our
-        # own write means that of others. Values are compared then: some writes change nothing.
+        # Autograd counts the in-place writes to a tensor: a count other than the one noted after
+        # our own write is that of others. Values are compared then: some writes change nothing.
         self._versions = {id(weight): -1 for weight in weights}
         self._warned = False
 
