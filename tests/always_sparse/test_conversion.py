@@ -200,7 +200,8 @@ def test_wide_graphs_need_no_square_memory() -> None:
 def test_no_warning_where_every_unit_is_connected() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        convert(Net(), 0.1, every_unit=True)
+        model = convert(Net(), 0.1, every_unit=True)
+    assert all(int(layer.connections.fan_in.min()) >= 1 for layer in sparse_layers(model).values())
 
 
 def test_accelerated_and_purged_like_any_sparse_model() -> None:

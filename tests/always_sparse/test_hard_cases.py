@@ -150,6 +150,7 @@ def test_loaded_in_inference_mode_it_can_still_train() -> None:
     with torch.inference_mode():
         layer.load_state_dict(other.state_dict())
     assert torch.equal(layer.values, other.values)
+    assert not layer.values.is_inference()
     layer(torch.randn(2, 30)).sum().backward()
     assert layer.values.grad.shape == (180,)
     assert bool(layer.values.grad.any())

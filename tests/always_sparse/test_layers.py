@@ -19,7 +19,7 @@ from spartan.always_sparse import SparseConv2d, SparseLayer, SparseLinear, conve
 from spartan.always_sparse.product import product
 from spartan.errors import BudgetError, StateError
 from spartan.kernels.connections import Connections
-from tests.conftest import ROOT
+from tests.conftest import ROOT, assert_rounded
 from tests.kernels.test_products import SETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no connection")
@@ -27,22 +27,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*have no connection")
 each_backend = pytest.mark.parametrize("name", ["torch", SETS[-1]])
 
 
-def compare(layer: SparseLayer, x: Tensor, tolerance: float = 1e-4) -> None:
-    """Compare outputs and all gradients with those of the dense layer."""
+def compare(layer: SparseLayer, x: Tensor) -> None:
+    """Compare outputs and all gradients with those of the dense layer, computed in float64."""
     twin = layer.to_dense()
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found, wanted = layer(a), twin(b)
-    assert found.shape == wanted.shape
-    assert found.dtype == wanted.dtype
-    close = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close(found, wanted, **close)
-    gradient = torch.randn_like(wanted)
+    exact, sums = copy.deepcopy(twin).double(), copy.deepcopy(twin).double()
+    for parameter in sums.parameters():
+        parameter.data.abs_()
+    a = x.clone().requires_grad_()
+    found = layer(a)
+    gradient = torch.randn(found.shape).to(x.dtype)
     found.backward(gradient)
-    wanted.backward(gradient)
-    torch.testing.assert_close(a.grad, b.grad, **close)
-    dense = twin.weight.grad.flatten()[layer.connections.keys()]
-    torch.testing.assert_close(layer.values.grad, dense, rtol=tolerance, atol=20 * tolerance)
-    torch.testing.assert_close(layer.bias.grad, twin.bias.grad, rtol=tolerance, atol=1e-3)
+    pairs = layer.connections.keys()
+    results = []
+    for net, sign in ((exact, torch.Tensor.clone), (sums, torch.abs)):
+        b = sign(x.double()).requires_grad_()
+        y = net(b)
+        y.backward(sign(gradient.double()))
+        results.append((y.detach(), b.grad, net.weight.grad.flatten()[pairs], net.bias.grad))
+    ours = found.detach(), a.grad, layer.values.grad, layer.bias.grad
+    terms = gradient.numel() + twin.weight[0].numel() + 1  # no sum has more products
+    for own, wanted, size in zip(ours, *results, strict=True):
+        assert own.dtype == x.dtype
+        assert_rounded(own, wanted, size, terms)
 
 
 @each_backend
@@ -53,12 +59,13 @@ def compare(layer: SparseLayer, x: Tensor, tolerance: float = 1e-4) -> None:
 def test_linear_like_dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     layer = SparseLinear(30, 20, density=0.2, dtype=dtype)
     with kernels.using(name):
-        compare(layer, torch.randn(shape, dtype=dtype), 0.05 if dtype == torch.bfloat16 else 1e-4)
+        compare(layer, torch.randn(shape, dtype=dtype))
 
 
 def test_linear_takes_any_memory_order() -> None:
-    layer = SparseLinear(30, 20, density=0.2)
-    for x in (torch.randn(30, 7).t(), torch.randn(14, 60)[::2, ::2], torch.randn(30).expand(5, 30)):
+    layer = SparseLinear(30, 20, density=0.2, dtype=torch.float64)
+    wide = torch.randn(14, 60, dtype=torch.float64)
+    for x in (wide[:, :30].t().contiguous().t(), wide[::2, ::2], wide[0, :30].expand(5, 30)):
         torch.testing.assert_close(layer(x), layer.to_dense()(x))
 
 
@@ -71,7 +78,7 @@ def test_linear_takes_any_memory_order() -> None:
 def test_convolution_like_dense(name: str, size: Any, kernel: Any, settings: Any) -> None:
     layer = SparseConv2d(4, 6, kernel, density=0.3, **settings)
     with kernels.using(name):
-        compare(layer, torch.randn(size), 1e-3)
+        compare(layer, torch.randn(size))
 
 
 def test_gradcheck() -> None:
@@ -94,10 +101,10 @@ def test_samples_are_neighbours_between_layers_and_rows_are_kept_elsewhere() -> 
 
 
 def test_twice_in_a_graph_and_accumulated() -> None:
-    layer = SparseLinear(12, 12, density=0.3)
+    layer = SparseLinear(12, 12, density=0.3, dtype=torch.float64)
     twin = layer.to_dense()
     for _ in range(2):
-        x = torch.randn(5, 12)
+        x = torch.randn(5, 12, dtype=torch.float64)
         layer(torch.relu(layer(x))).square().sum().backward()
         twin(torch.relu(twin(x))).square().sum().backward()
     dense = twin.weight.grad.flatten()[layer.connections.keys()]
@@ -105,9 +112,9 @@ def test_twice_in_a_graph_and_accumulated() -> None:
 
 
 def test_frozen_parts_get_no_gradient() -> None:
-    layer = SparseLinear(12, 12, density=0.3)
+    layer = SparseLinear(12, 12, density=0.3, dtype=torch.float64)
     layer.values.requires_grad_(False)
-    x = torch.randn(5, 12, requires_grad=True)
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     layer(x).sum().backward()
     assert layer.values.grad is None
     torch.testing.assert_close(x.grad, layer.to_dense().weight.sum(0).expand(5, 12))

@@ -14,6 +14,7 @@ from spartan import kernels
 from spartan.errors import KernelError
 from spartan.kernels import connected
 from spartan.kernels.connections import Connections
+from tests.conftest import assert_rounded
 from tests.kernels.test_products import SETS, each_set
 
 SIZES = st.integers(1, 40)
@@ -31,11 +32,6 @@ def dense(connections: Connections, values: Tensor) -> Tensor:
     return w.view(connections.outputs, connections.inputs)
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    # Sums of some hundred products of normal numbers, which may cancel.
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
-
-
 def check(c: Connections, panels: int, samples: int, bias: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(c.count, generator=generator)
@@ -43,13 +39,21 @@ def check(c: Connections, panels: int, samples: int, bias: bool, seed: int) -> N
     dy = torch.randn(panels, c.outputs, samples, generator=generator)
     b = torch.randn(c.outputs, generator=generator) if bias else None
     w = dense(c, values)
-    wanted = w @ x.double() + (0 if b is None else b.double()[:, None])
-    assert_close(connected.multiply(c, values, b, x), wanted)
+    wanted, sums = exact(w, b, x), exact(w.abs(), None if b is None else b.abs(), x.abs())
+    assert_rounded(connected.multiply(c, values, b, x), wanted, sums, c.inputs + 1)
     dx, dvalues = connected.gradients(c, values, x, dy)
-    assert_close(dx, w.t() @ dy.double())
-    dw = (dy.double() @ x.double().transpose(1, 2)).sum(0).flatten()[c.keys()]
-    assert_close(dvalues, dw)
-    assert_close(connected.at_pairs(c, x, dy), dw)
+    assert_rounded(dx, exact(w.t(), None, dy), exact(w.t().abs(), None, dy.abs()), c.outputs)
+    dw, sums = at_pairs(c, x, dy), at_pairs(c, x.abs(), dy.abs())
+    assert_rounded(dvalues, dw, sums, panels * samples)
+    assert_rounded(connected.at_pairs(c, x, dy), dw, sums, panels * samples)
+
+
+def exact(w: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return w @ x.double() + (0 if bias is None else bias.double()[:, None])
+
+
+def at_pairs(c: Connections, x: Tensor, dy: Tensor) -> Tensor:
+    return (dy.double() @ x.double().transpose(1, 2)).sum(0).flatten()[c.keys()]
 
 
 @each_set

@@ -42,7 +42,8 @@ def test_native_and_torch_agree(
         grads = torch.autograd.grad(weights, own, factors)
         results.append((weights, *grads))
     for ours, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        # Weights and factors are at most 1, logits about 15, which rounds in their difference.
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=3e-5)
     assert torch.equal(results[0][0] > 0, results[1][0] > 0)
 
 

@@ -312,14 +312,19 @@ def test_written_weights_are_adopted_with_a_warning(make_net: Make) -> None:
 def test_swapping_weights_and_back_is_silent(make_net: Make) -> None:
     model = make_net()
     optimizer = sgd(model)
-    attach(model, optimizer)
+    sparsifier = attach(model, optimizer)
     train_step(model, optimizer, 0)
     saved = copy.deepcopy(model.state_dict())
+    latent = [weight.latent.clone() for weight in sparsifier.weights]
     model.load_state_dict(make_net(seed=5).state_dict())
     model.load_state_dict(saved)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        sparsifier.run._writer.adopt(sparsifier.weights, 1)
+        for weight, theta in zip(sparsifier.weights, latent, strict=True):
+            assert torch.equal(weight.latent, theta)
         train_step(model, optimizer, 1)
+    assert sparsifier.step == 2
 
 
 def test_compiled_model_trains_the_same(make_net: Make) -> None:
@@ -462,10 +467,10 @@ def test_arguments_are_checked_before_anything_changes(make_net: Make) -> None:
         broken.fc1.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"'fc1.weight' holds NaN"):
         attach(broken, sgd(broken))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.warns(UserWarning, match=r"No optimizer steps 'conv.weight'"):
         attach(model, torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.1))
     assert not optimizer._optimizer_step_pre_hooks
-    del before
 
 
 @pytest.mark.parametrize("explicit", [True, False])
