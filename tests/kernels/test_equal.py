@@ -116,7 +116,9 @@ def test_soft_masks_agree_to_1e_6(name: str, seed: int, density: float, beta: fl
         )
         assert abs(mass - budget) <= 1e-5 * budget + 1e-3
     for expected, mask in zip(masks["torch"], masks[name], strict=True):
-        torch.testing.assert_close(mask, expected, rtol=0, atol=1e-6)
+        # The search leaves 1e-6; w = θ m and w / θ round once each.
+        bound = 1e-6 + 2 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(mask, expected, rtol=0, atol=bound)
 
 
 def projected(soft: bool, cut: bool, latent: bool) -> dict[str, list[Tensor]]:
@@ -146,8 +148,8 @@ def test_projections_agree(name: str, soft: bool, cut: bool) -> None:
         assert torch.equal(found["masks"][i], expected["masks"][i])
         assert torch.equal(bare["weights"][i], found["weights"][i])
         assert not bool(torch.signbit(found["weights"][i])[~found["masks"][i]].any())
-        close = {"rtol": 0, "atol": 1e-6 if soft else 0.0}
-        torch.testing.assert_close(found["weights"][i], expected["weights"][i], **close)
+        bound = (1e-6 if soft else 0.0) * theta.abs()
+        assert bool(((found["weights"][i] - expected["weights"][i]).abs() <= bound).all())
 
 
 @each_set
@@ -182,7 +184,8 @@ def test_broken_numbers_are_found_wherever_they_are(name: str) -> None:
 def train(method: MaskingMethod, pattern: Pattern, allocation: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ConvTranspose2d(8, 16, 3), nn.Linear(64, 32))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    # Not Adam, which makes a whole step of the rounding of a gradient that vanishes.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     budget = Budget(density=0.5, allocation=allocation)
     sparsifier = Sparsifier(model, optimizer, method, budget, 12, pattern=pattern)
     for step in range(10):
