@@ -23,7 +23,10 @@ _MODULES = {
     "always_sparse.static": "methods.growth.static",
     "budget": "budgets.budget",
     "deploy.layers": "deploy.inference_layers",
+    "flops": "budgets.flops",
     "freezing": "sparsifier.freezing",
+    "kernels.bundles": "kernels.row_bundles",
+    "kernels.cutting": "kernels.blocked_weights",
     "masking": "sparsifier.masking_run",
     "methods.base": "methods.masking.contract",
     "methods.constrained_l0": "methods.masking.constrained_l0",
@@ -42,10 +45,18 @@ _MODULES = {
     "passes": "sparsifier.pass_hooks",
     "patterns": "weights.patterns",
     "prunable": "weights.prunable",
+    "samples": "example_inputs",
     "summary": "sparsifier.layer_summary",
+    "training": "commands",
+    "training.config": "commands.options.train",
+    "training.data": "commands.images",
+    "training.models": "commands.models",
+    "training.run": "commands.runs.folder",
+    "training.trainer": "commands.train.trainer",
     "world_model.environments.gym": "world_model.gym_world",
 }
 _CLASSES = {
+    "Bundles": "RowBundles",
     "Group": "BudgetGroup",
     "Growth": "GrowthMethod",
     "GrowingSparsifier": "GrowingRun",
@@ -58,7 +69,14 @@ _CLASSES = {
     "SparseSite": "GrowingLayer",
 }
 # What pickled models name: they load without a word, as nobody wrote those names by hand.
-_PICKLED = {"deploy.layers", "passes"}
+_PICKLED = {
+    "deploy.layers",
+    "kernels.bundles",
+    "kernels.cutting",
+    "passes",
+    "training",
+    "training.models",
+}
 
 
 def install() -> None:
@@ -74,7 +92,7 @@ class _Finder(MetaPathFinder, Loader):
         package, _, name = fullname.partition(".")
         if package != "spartan" or name not in _MODULES:
             return None
-        return importlib.util.spec_from_loader(fullname, self)
+        return importlib.util.spec_from_loader(fullname, self, is_package=name == "training")
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__.removeprefix("spartan.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -24,6 +26,13 @@ def encoder(batch_first: bool = True, norm_first: bool = False) -> nn.Transforme
 
 def family(name: str, head: bool = False) -> nn.Module:
     """A tiny random model of transformers."""
+    made = copy.deepcopy(_family(name, head))
+    torch.manual_seed(0)  # what callers draw next
+    return made
+
+
+@functools.cache
+def _family(name: str, head: bool) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     sizes = {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

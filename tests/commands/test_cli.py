@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from spartan.__main__ import main
 from spartan.commands.runs.folder import Run
+from spartan.commands.runs.metrics import Row
+from spartan.commands.terminal.display import Display
 from tests.conftest import ROOT
 
 TINY = ["--epochs", "3", "--density", "0.1", "--seed", "1"]
@@ -26,7 +28,7 @@ def spartan(*words: object, env: dict[str, str] | None = None) -> subprocess.Pop
     command = [sys.executable, "-m", "spartan", *map(str, words)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})},
     )  # fmt: skip
 
 
@@ -46,11 +48,15 @@ def call(*words: object) -> int:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, err = finish(spartan("train", "--out", folder, *TINY))
-    assert code == 0, err
-    assert "test accuracy" in out
-    assert "Traceback" not in err
+    assert call("train", "--out", folder, *TINY) == 0
     return folder
+
+
+def test_train_says_what_was_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--out", tmp_path / "run", *TINY) == 0
+    shown = capsys.readouterr()
+    assert "test accuracy" in shown.out
+    assert "Traceback" not in shown.err
 
 
 def test_train_fills_the_run_folder(run: Path) -> None:
@@ -81,10 +87,7 @@ def test_evaluate_agrees_with_training(run: Path, capsys: pytest.CaptureFixture[
     assert float(accuracy[1]) == pytest.approx(100 * last["accuracy"], abs=0.006)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_is_the_same_run(
-    signum: signal.Signals, run: Path, tmp_path: Path
-) -> None:
+def test_a_signal_ends_a_process_with_one_sentence(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     process = spartan("train", "--out", folder, *TINY)
     metrics = folder / "metrics.jsonl"
@@ -93,30 +96,49 @@ def test_interrupted_and_resumed_is_the_same_run(
         if metrics.exists() and len(metrics.read_text().splitlines()) > 7:
             break
         time.sleep(0.005)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == 128 + signum, err
+    assert code == 128 + signal.SIGINT, err
     assert f"spartan train --resume {folder}" in err
     assert "Traceback" not in err
+    assert_resumes_to(run, folder)
+
+
+def test_interrupted_and_resumed_is_the_same_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    tick = Display.tick
+
+    def interrupt(self: Display, step: int, row: Row) -> None:
+        tick(self, step, row)
+        if step == 20:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "tick", interrupt)
+        assert call("train", "--out", folder, *TINY) == 128 + signal.SIGTERM
     assert not (folder / "model.safetensors").exists()
     assert call("evaluate", folder) == 0
+    capsys.readouterr()
+    assert_resumes_to(run, folder)
+    assert "resuming" in capsys.readouterr().out
 
-    code, out, err = finish(spartan("train", "--resume", folder))
-    assert code == 0, err
-    assert "resuming" in out
-    whole, again = (load_file(f / "model.safetensors") for f in (run, folder))
-    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+def assert_resumes_to(whole: Path, broken: Path) -> None:
+    assert call("train", "--resume", broken) == 0
+    wanted, again = (load_file(f / "model.safetensors") for f in (whole, broken))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in wanted.items())
 
     def losses(path: Path) -> list[tuple[int, float]]:
         return [(row["step"], row["loss"]) for row in Run.open(path).metrics()]
 
-    assert losses(folder) == losses(run)
+    assert losses(broken) == losses(whole)
 
 
 def test_config_file_repeats_a_run(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
-    code, _, err = finish(spartan("train", "--config", run / "config.json", "--out", folder))
-    assert code == 0, err
+    assert call("train", "--config", run / "config.json", "--out", folder) == 0
     first, second = (load_file(f / "model.safetensors") for f in (run, folder))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 

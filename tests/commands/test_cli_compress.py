@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spartan.__main__ import main
-from tests.conftest import ROOT
+from spartan.commands.terminal.display import Phases
 
 
 def spartan(*words: object) -> None:
@@ -146,21 +143,19 @@ def test_what_is_no_model_and_what_is_there_already(
     assert "pip install transformers" in missing
 
 
-def test_ctrl_c_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spartan", "compress", str(dense), "--calibration", "digits",
-         "--density", "0.1", "--steps", "1000000", "--out", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
-        # A shell in the background lets its children ignore the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    time.sleep(8)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGINT
-    assert not out.exists()
+def test_ctrl_c_leaves_nothing_behind(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Phases, phase: str, done: int, total: int) -> None:
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Phases, "tick", interrupt)
+    words = ["--calibration", "digits", "--density", "0.1", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["compress", str(dense), *words])
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert not (tmp_path / "out").exists()
 
 
 def test_compress_the_pretrained_network(

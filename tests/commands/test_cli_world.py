@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from spartan.__main__ import main
+from spartan.commands.terminal.display import Phases
 from spartan.commands.world.job import WorldJob, WorldRun
 from spartan.files import load_tensors
+from spartan.world_model.adaptation import adapt
 
 QUICK = ("--steps", 40, "--transitions", 2000, "--width", 16, "--hidden", 16, "--tau-factor", 0.999)
 
@@ -27,6 +26,17 @@ def spartan(*words: object) -> int:
     with pytest.raises(SystemExit) as stopped:
         main([str(word) for word in words])
     return int(str(stopped.value.code))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_states() -> Iterator[None]:
+    """Score on a tenth of the states, and fit tokens for a tenth of the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spartan.commands.world.job._HELD_OUT", 600)
+        patch.setattr("spartan.commands.world.scores.SCORED", 1_000)
+        patch.setattr("spartan.commands.world.scores._TRAJECTORIES", 50)
+        patch.setattr("spartan.commands.world.command.adapt", functools.partial(adapt, steps=60))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,29 +103,30 @@ def test_show(run: Path, tmp_path: Path) -> None:
             assert animation.n_frames <= 4
 
 
-def test_an_interrupted_run_continues_to_the_same_models(tmp_path: Path) -> None:
-    words = ["world", "train", "--env", "particles", *map(str, QUICK), "--no-baselines"]
-    words += ["--edges", "3", "--steps", "400"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert spartan(*words, "--out", whole) == 0
-    command = [sys.executable, "-m", "spartan", *words, "--out", str(parts)]
-    process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    )
-    deadline = time.monotonic() + 120
-    awaited = [parts / name for name in ("identity.safetensors", "checkpoint.safetensors")]
-    while not all(path.exists() for path in awaited) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+def test_an_interrupted_run_continues_to_the_same_models(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tmp_path / "parts"
+    tick = Phases.tick
+
+    def interrupt(self: Phases, name: str, step: int, total: int) -> None:
+        tick(self, name, step, total)
+        if (name, step) == ("sparse", 25):
+            signal.raise_signal(signal.SIGINT)
+
+    words = ("--env", "balls", *QUICK, "--edges", 3, "--out", parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(Phases, "tick", interrupt)
+        assert spartan("world", "train", *words) == 128 + signal.SIGINT
     assert (parts / "checkpoint.safetensors").exists()
+    assert not (parts / "sparse.safetensors").exists()
     assert spartan("world", "train", "--resume", parts) == 0
-    for name in ("dense", "identity", "sparse"):
-        expected, _ = load_tensors(whole / f"{name}.safetensors")
+    for name in ("dense", "identity", "sparse", "nearest", "global"):
+        expected, _ = load_tensors(run / f"{name}.safetensors")
         found, _ = load_tensors(parts / f"{name}.safetensors")
         assert all((expected[key] == found[key]).all() for key in expected), name
     for name in ("metrics.jsonl", "results.json"):
-        assert (parts / name).read_text() == (whole / name).read_text()
+        assert (parts / name).read_text() == (run / name).read_text()
 
 
 def test_a_refined_run_shows_what_it_was_refined_from(tmp_path: Path) -> None:

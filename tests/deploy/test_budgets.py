@@ -16,10 +16,11 @@ from torch import nn
 import spartan
 from spartan import NM, Block, Budget, Sparsifier
 from spartan.deploy.plan import Plan
-from spartan.deploy.timing import Timing
+from spartan.deploy.timing import Timing, time_side_by_side
 from spartan.errors import BudgetError, StateError
 from spartan.methods import Magnitude
 from spartan.weights.patterns import Pattern, Unstructured
+from tests.conftest import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nothing is kept")
 
@@ -37,7 +38,7 @@ def pruned(model: nn.Module, budget: Budget, pattern: Pattern | None = None) -> 
     return sparsifier
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(st.floats(0.04, 1.0), st.sampled_from(["global", "uniform"]),
        st.sampled_from([Unstructured(), Block(4, 4), Block(16, 1)]),
        st.sampled_from([torch.float32, torch.bfloat16]))  # fmt: skip
@@ -45,7 +46,7 @@ def test_packed_bytes_keep_the_budget(
     density: float, allocation: str, pattern: Pattern, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256, dtype=dtype), nn.Conv2d(256, 64, 3, dtype=dtype))
+    model = nn.Sequential(nn.Linear(64, 128, dtype=dtype), nn.Conv2d(32, 64, 3, dtype=dtype))
     budget = Budget(density=density, cost="bytes", allocation=allocation)
     try:
         pruned(model, budget, pattern).finalize()
@@ -60,7 +61,8 @@ def test_packed_bytes_keep_the_budget(
     taken = sum(s.bytes for s in weights) - overhead
     assert taken <= density * dense
     if isinstance(pattern, Unstructured) and allocation == "uniform" and density < 0.9:
-        assert taken >= 0.75 * density * dense - 2000  # and most of it is used
+        # And most of it is used, but for what a bitmask takes of it.
+        assert taken >= 0.75 * (density * dense - dense / 32)
 
 
 def test_bytes_that_cannot_be() -> None:
@@ -179,11 +181,15 @@ def test_a_resumed_run_keeps_the_budget_it_began_with(monkeypatch: pytest.Monkey
         third.load_state_dict(first.state_dict())
 
 
-def test_latency_is_measured_on_a_real_model() -> None:
+def test_latency_is_measured_on_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "spartan.deploy.accelerating.time_side_by_side",
+        lambda calls, seconds: time_side_by_side(calls, min(seconds, 0.02)),
+    )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
     x = torch.randn(1, 1024)
-    dense = spartan.accelerate(model, x, seconds=0.05, verbose=False).plan.dense.median * 1e3
+    dense = spartan.accelerate(model, x, seconds=0.02, verbose=False).plan.dense.median * 1e3
     try:
         sparsifier = pruned(model, Budget(latency_ms=0.6 * dense, example_input=x))
     except BudgetError as error:  # without native kernels, or on a very busy machine

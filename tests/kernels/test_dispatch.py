@@ -14,28 +14,29 @@ from spartan.errors import KernelError
 from spartan.kernels import dispatch
 
 
-def chosen_by(variable: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {} if variable is None else {"SPARTAN_KERNELS": variable}
-    code = "import spartan.kernels; print(spartan.kernels.backend())"
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def test_native_kernels_are_the_default() -> None:
     # CI builds them; a machine without a compiler may skip, visibly.
     if kernels.backend().name == "torch":
         pytest.skip(kernels.backend().reason)
-    assert chosen_by(None).stdout.startswith("native (")
+    code = "import spartan.kernels; print(spartan.kernels.backend())"
+    chosen = subprocess.run(
+        [sys.executable, "-c", code], env={}, capture_output=True, text=True, check=True
+    )
+    assert chosen.stdout.startswith("native (")
 
 
 @pytest.mark.parametrize(
     ("variable", "shown"), [("torch", "torch (asked for)"), ("baseline", "native (baseline)")]
 )
-def test_the_environment_forces_one(variable: str, shown: str) -> None:
+def test_the_environment_forces_one(
+    variable: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if variable != "torch" and kernels.backend().name == "torch":
         pytest.skip(kernels.backend().reason)
-    assert chosen_by(variable).stdout.strip() == shown
+    monkeypatch.setenv("SPARTAN_KERNELS", variable)
+    with kernels.using("torch"):  # puts back what ran before, its instruction set too
+        dispatch._choice = None
+        assert str(kernels.backend()) == shown
 
 
 def test_an_unknown_one_is_refused_with_what_there_is() -> None:

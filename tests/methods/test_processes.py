@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spartan.methods.masking.state import saved
 METHODS = {"constrained-l0": ConstrainedL0, "spartan": Spartan}
 STEPS = 12
 
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 pytestmark = pytest.mark.filterwarnings("ignore:The gates of")
 
 
@@ -35,7 +37,6 @@ def plain(state: dict[str, Any]) -> dict[str, float]:
 
 
 def train(method: str, rank: int, world: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double()
     model = DistributedDataParallel(net) if world > 1 else net
@@ -52,19 +53,11 @@ def train(method: str, rank: int, world: int) -> dict[str, Any]:
     return {"weights": net.state_dict(), "numbers": numbers}
 
 
-def work(rank: int, method: str, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save(train(method, rank, world), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_do_what_one_does(method: str, tmp_path: Path) -> None:
-    mp.spawn(work, (method, 2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_two_processes_do_what_one_does(method: str, results: Path) -> None:
+    first, second = (torch.load(results / f"{method}-{rank}.pt") for rank in range(2))
     alone = train(method, 0, 1)
-    torch.set_num_threads(2)
     for name, weight in alone["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         torch.testing.assert_close(first["weights"][name], weight, rtol=1e-6, atol=1e-9)
@@ -74,7 +67,6 @@ def test_two_processes_do_what_one_does(method: str, tmp_path: Path) -> None:
 
 
 def train_sparse(rank: int, world: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
     torch.manual_seed(rank)  # every process draws another graph; that of the first one is taken
     net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8)).double()
     convert(net, 0.3, every_unit=True)
@@ -98,21 +90,31 @@ def train_sparse(rank: int, world: int) -> dict[str, Any]:
     return net.state_dict()
 
 
-def work_sparse(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save(train_sparse(rank, world), f"{folder}/{rank}.pt")
+def work(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting, limit = f"file://{folder}/meet", timedelta(seconds=60)
+    dist.init_process_group("gloo", meeting, limit, rank=rank, world_size=world)
+    for method in METHODS:
+        torch.save(train(method, rank, world), f"{folder}/{method}-{rank}.pt")
+    torch.save(train_sparse(rank, world), f"{folder}/grown-{rank}.pt")
     net = convert(nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 8)), 0.3, every_unit=True)
     with pytest.raises(BudgetError, match="several processes"):
         Sparsifier(net, None, RigL(), Budget(density=0.3), STEPS)
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_two_processes_grow_what_one_does(tmp_path: Path) -> None:
-    mp.spawn(work_sparse, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes trained: started once, as that takes most of the time."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (2, str(folder)), nprocs=2)
+    return folder
+
+
+@needs_gloo
+def test_two_processes_grow_what_one_does(results: Path) -> None:
+    first, second = (torch.load(results / f"grown-{rank}.pt") for rank in range(2))
     alone = train_sparse(0, 1)
-    torch.set_num_threads(2)
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=1e-6, atol=1e-9)
