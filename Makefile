@@ -1,4 +1,5 @@
 # make demo: train the digits to 5 % density.  make test, make lint: what CI runs.
+# make thorough: the tests with many random examples, drawn anew each time, and all combinations.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt \
 	$(wildcard src/spartan/kernels/native/*)
 
-.PHONY: demo test lint clean
+# The models of tests are too small for threads; two processes use two cores.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test thorough lint clean
 
 demo: $(VENV)/.cli
 	rm -rf runs/demo
@@ -16,7 +21,10 @@ demo: $(VENV)/.cli
 		--epochs 40 --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+thorough: $(VENV)/.dev
+	SPARTAN_TEST_THOROUGH=1 $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

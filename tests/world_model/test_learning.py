@@ -36,7 +36,9 @@ from spartan.world_model.constraints import Constraint
 from spartan.world_model.learning import meet_edges, prediction_error
 from tests.world_model.worlds import CONFIG, follower_world, make_model, train
 
-DENSE_RECIPE, RECIPE = Recipe(steps=600, lr=3e-3), Recipe(steps=3000, lr=1.5e-3)
+DENSE_RECIPE = Recipe(steps=600, lr=3e-3)
+RECIPE = Recipe(steps=1200, lr=3e-3, checks=12)
+EDGES_RECIPE = Recipe(steps=3000, lr=1.5e-3)  # budgets of edges need slower steps
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +61,21 @@ def sparse_from(
     data: Transitions,
     held_out: Transitions,
     budget: ErrorBudget | EdgeBudget,
+    recipe: Recipe,
 ) -> WorldModel:
     model = make_model(data)
     model.load_state_dict(dense.state_dict())
-    return train(Learner(model, data, held_out, RECIPE, budget))
+    return train(Learner(model, data, held_out, recipe, budget))
 
 
 @pytest.fixture(scope="module")
 def by_error(dense: WorldModel, data: Transitions, held_out: Transitions) -> WorldModel:
-    return sparse_from(dense, data, held_out, ErrorBudget(0.1))
+    return sparse_from(dense, data, held_out, ErrorBudget(0.1), RECIPE)
 
 
 @pytest.fixture(scope="module")
 def by_edges(dense: WorldModel, data: Transitions, held_out: Transitions) -> WorldModel:
-    return sparse_from(dense, data, held_out, EdgeBudget(0.41))
+    return sparse_from(dense, data, held_out, EdgeBudget(0.41), EDGES_RECIPE)
 
 
 def test_an_error_budget_is_kept_and_finds_the_graph(
@@ -248,12 +251,13 @@ def test_adapting_refuses_what_does_not_fit(by_edges: WorldModel) -> None:
 
 def test_baselines_learn(dense: WorldModel, data: Transitions, held_out: Transitions) -> None:
     identity = train(
-        Learner(make_model(data, mode="identity"), data, held_out, Recipe(steps=300, lr=3e-3))
+        Learner(make_model(data, mode="identity"), data, held_out, Recipe(steps=100, lr=3e-3))
     )
     torch.manual_seed(0)
     one = GlobalGraph(CONFIG, 2)
     one.fit_scale(data)
-    train(Learner(one, data, held_out, RECIPE, ErrorBudget(0.2)))
+    recipe = Recipe(steps=600, lr=3e-3, checks=6)  # one gate is to be learned
+    train(Learner(one, data, held_out, recipe, ErrorBudget(0.2)))
     assert measure(dense, held_out)[0] < 0.1 < 0.5 < measure(identity, held_out)[0]
     assert measure(one, held_out)[0] <= 0.2
     # One graph for all states has the one edge always.
