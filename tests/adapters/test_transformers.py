@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,9 @@ def test_a_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
         return trainer.train(resume_from_checkpoint=resume), model
 
     _, whole = train(None)
-    first, last = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    first, last = sorted(
+        tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
+    )
     saved = (first / "model.safetensors").stat().st_size
     assert saved <= 4 * whole.get_nb_trainable_parameters()[0] + 10_000
     shutil.rmtree(last)
@@ -200,8 +201,8 @@ def test_autocast() -> None:
     torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
 
 
-def test_minilm(tmp_path: Path) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def test_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     base = transformers.AutoModel.from_pretrained(minilm()).eval()
     batch = {"input_ids": torch.tensor([[101, 4248, 2829, 4419, 102, 0]])}
     batch["attention_mask"] = (batch["input_ids"] != 0).long()

@@ -304,20 +304,21 @@ import spartan
 from spartan.always_sparse import SparseLinear
 from spartan.methods import GSE
 
-torch.set_num_threads(2)
-n, batch = 65_536, 16
+torch.set_num_threads(1)
+n, batch = 65_536, 4
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of importing torch
 layer = SparseLinear(n, n, bias=False, connections_per_unit=10)
 optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
 budget = spartan.Budget(density=layer.density)
 sparsifier = spartan.Sparsifier(layer, optimizer, GSE(period=1, end=1.0), budget, 4)
 before = sparsifier.selected()
-for _ in range(3):
+for _ in range(2):
     optimizer.zero_grad()
     layer(torch.randn(batch, n)).square().mean().backward()
     optimizer.step()
 assert sparsifier.churn(before) > 0.1
 assert layer.values.numel() == 655_360
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 """
 
 
@@ -327,4 +328,4 @@ def test_a_layer_whose_dense_weight_has_16_gigabytes_trains_in_two() -> None:
         [sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2 * 1024 * 1024  # kilobytes
+    assert int(done.stdout) < 1.5 * 1024 * 1024  # kilobytes

@@ -44,6 +44,7 @@ def test_models_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         build_model("my_models:missing", 1, 4, 5)
     with pytest.raises(ConfigError, match="did you mean 'resnet20'"):
         build_model("resnet2", 1, 4, 5)
+    sys.modules.pop("my_models")
 
 
 def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +63,4 @@ def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_model("timm:some_net", 3, 8, 5)(torch.zeros(1, 3, 8, 8)).shape[1] == 5
     with pytest.raises(ConfigError, match="Unknown model"):
         build_model("timm:other", 3, 8, 5)
+    sys.modules.pop("timm")

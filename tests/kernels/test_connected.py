@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,16 +80,15 @@ def test_equal_where_rows_are_swept_in_blocks(name: str) -> None:
 
 
 @pytest.mark.skipif(len(SETS) == 1, reason="the native kernels are not built")
-def test_any_number_of_threads_gives_the_same_bits() -> None:
+def test_any_number_of_threads_gives_the_same_bits(set_threads: Callable[[int], None]) -> None:
     c = graph(700, 500, 0.05, 0)
     values, x = torch.randn(c.count), torch.randn(3, 500, 70)
     dy = torch.randn(3, 700, 70)
     found = []
     for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         parts = connected.gradients(c, values, x, dy)
         found.append((connected.multiply(c, values, None, x), *parts, connected.at_pairs(c, x, dy)))
-    torch.set_num_threads(2)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
