@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor
 
 
-def run_on(model: Callable[..., Any], sample: Any) -> Any:
-    """Call a model on a sample input."""
-    if isinstance(sample, Mapping):
-        return model(**sample)
-    if isinstance(sample, tuple | list):
-        return model(*sample)
-    return model(sample)
+def run_on(model: Callable[..., Any], example_input: Any) -> Any:
+    """Call a model on an example input."""
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    if isinstance(example_input, tuple | list):
+        return model(*example_input)
+    return model(example_input)
 
 
-def run_on_copy(model: Callable[..., Any], sample: Any) -> Any:
-    """Call a model on a copy of a sample input, which it may write into."""
-    return run_on(model, copy.deepcopy(sample))
+def run_on_copy(model: Callable[..., Any], example_input: Any) -> Any:
+    """Call a model on a copy of an example input, which it may write into."""
+    return run_on(model, copy.deepcopy(example_input))
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -60,7 +60,7 @@ def trace_flops(model: nn.Module, weights: Sequence[Prunable], example_input: An
     if missed:
         raise BudgetError(
             f"The example input does not reach {', '.join(map(repr, missed))}, so their FLOPs are "
-            "unknown: exclude them, or give a example input that runs them."
+            "unknown: exclude them, or give an example input that runs them."
         )
     return flops
 

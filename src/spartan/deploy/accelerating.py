@@ -62,9 +62,10 @@ def accelerate(
             # Something that fusing did not foresee: replacing layers alone is safer.
             work, layers, traced = _build(dense, example_input, reference, seconds, tracing=False)
     with torch.inference_mode():
-        sample = copy.deepcopy(example_input)
+        example_input = copy.deepcopy(example_input)
         dense_time, time = time_side_by_side(
-            [lambda: run_on(dense, sample), lambda: run_on(work, sample)], max(5 * seconds, 0.2)
+            [lambda: run_on(dense, example_input), lambda: run_on(work, example_input)],
+            max(5 * seconds, 0.2),
         )
     if work is dense or time.median > dense_time.median:
         work, time = dense, dense_time
@@ -92,23 +93,23 @@ def plan_of(accelerated: nn.Module) -> Plan:
 
 
 def _build(
-    dense: nn.Module, sample: Any, reference: Any, seconds: float, tracing: bool
+    dense: nn.Module, example_input: Any, reference: Any, seconds: float, tracing: bool
 ) -> tuple[nn.Module, list[LayerPlan], bool]:
     """Return the model with sparse layers where they win, the layers, and whether it was traced."""
     work = copy.deepcopy(dense)
     if isinstance(work, nn.Linear | nn.Conv2d):
         work = nn.Sequential(work)  # so that it can be replaced
-    traced = trace(work, sample) if tracing else None
+    traced = trace(work, example_input) if tracing else None
     if traced is not None:
         simplify(traced)
         work = traced
-    layers, sparse = _choose(work, sample, seconds)
+    layers, sparse = _choose(work, example_input, seconds)
     if not sparse:
         return dense, layers, traced is not None
     _replace(work, sparse)
     if traced is not None:
         fuse(traced)
-    _refuse_difference(run_on_example(work, sample), reference)
+    _refuse_difference(run_on_example(work, example_input), reference)
     return work, layers, traced is not None
 
 
@@ -123,10 +124,10 @@ def _replace(model: nn.Module, layers: dict[str, InferenceLayer]) -> None:
 
 
 def _choose(
-    model: nn.Module, sample: Any, seconds: float
+    model: nn.Module, example_input: Any, seconds: float
 ) -> tuple[list[LayerPlan], dict[str, InferenceLayer]]:
     """Time every layer; return what was found, and the sparse layers that won."""
-    inputs = _inputs(model, sample)
+    inputs = _inputs(model, example_input)
     plans: list[LayerPlan] = []
     chosen: dict[str, InferenceLayer] = {}
     for name, module in model.named_modules():
@@ -175,7 +176,7 @@ def _why_dense(module: nn.Linear | nn.Conv2d, x: Tensor | None, density: float) 
     return "too dense" if density > _TOO_DENSE and many else ""
 
 
-def _inputs(model: nn.Module, sample: Any) -> dict[nn.Module, Tensor]:
+def _inputs(model: nn.Module, example_input: Any) -> dict[nn.Module, Tensor]:
     """Return the first input of each layer that is called."""
     seen: dict[nn.Module, Tensor] = {}
 
@@ -190,7 +191,7 @@ def _inputs(model: nn.Module, sample: Any) -> dict[nn.Module, Tensor]:
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
     try:
-        run_on_example(model, sample)
+        run_on_example(model, example_input)
     finally:
         for handle in handles:
             handle.remove()

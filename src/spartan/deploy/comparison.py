@@ -23,14 +23,14 @@ def dense_copy(model: nn.Module) -> nn.Module:
     return to_dense(copy_model(model, DeployError))
 
 
-def run_on_example(model: nn.Module, sample: Any, what: str = "model") -> Any:
-    """Return a model's output on a sample input, which stays as it is.
+def run_on_example(model: nn.Module, example_input: Any, what: str = "model") -> Any:
+    """Return a model's output on an example input, which stays as it is.
 
     Raises:
         DeployError: The model fails; `what` says which it is.
     """
     try:
-        return run_on(model, copy.deepcopy(sample))  # the model may write into it
+        return run_on(model, copy.deepcopy(example_input))  # the model may write into it
     except Exception as error:
         raise DeployError(
             f"The {what} does not run on the example input: {type(error).__name__}: {error}"

@@ -48,15 +48,15 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
-def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
+def trace(model: nn.Module, example_input: Any) -> fx.GraphModule | None:
     """Return the model as a graph that shares its modules, or None if it cannot be traced.
 
     Args:
         model: In evaluation mode.
-        sample: Sample input; arguments it does not give keep their defaults. None: those that have
-            a default keep it, and no shapes are noted.
+        example_input: Arguments that it does not give keep their defaults. None: those that have a
+            default keep it, and no shapes are noted.
     """
-    left_out = _left_out(model, sample)
+    left_out = _left_out(model, example_input)
     if left_out is None:
         return None
     try:
@@ -66,8 +66,8 @@ def trace(model: nn.Module, sample: Any) -> fx.GraphModule | None:
             if getattr(node.target, "__name__", "") == "_assert_is_none":
                 node.target = refuse_argument  # what torch checks with cannot be pickled either
         traced = fx.GraphModule(model, graph, type(model).__name__)
-        if sample is not None:
-            _Shapes(traced).note(sample)
+        if example_input is not None:
+            _Shapes(traced).note(example_input)
     except Exception:
         # Tracing runs the user's code on stand-ins: whatever it raises, it cannot be traced.
         return None
@@ -91,16 +91,16 @@ def refuse_argument(value: Any, message: str) -> Any:
     return None
 
 
-def _left_out(model: nn.Module, sample: Any) -> list[str] | None:
-    """Return the arguments that a sample leaves out, or None if that rules out tracing."""
+def _left_out(model: nn.Module, example_input: Any) -> list[str] | None:
+    """Return the arguments that an example input leaves out, or None if that rules out tracing."""
     parameters = inspect.signature(model.forward).parameters
     names = list(parameters)
-    if sample is None:
+    if example_input is None:
         given = {name for name, p in parameters.items() if p.default is p.empty}
-    elif isinstance(sample, Mapping):
-        given = set(sample)
+    elif isinstance(example_input, Mapping):
+        given = set(example_input)
     else:
-        given = set(names[: len(sample) if isinstance(sample, tuple | list) else 1])
+        given = set(names[: len(example_input) if isinstance(example_input, tuple | list) else 1])
     plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
     left_out = [name for name in names if name not in given]
     return left_out if plain and all(parameters[n].default is None for n in left_out) else None
@@ -164,13 +164,13 @@ def fuse(traced: fx.GraphModule) -> None:
 class _Shapes(fx.Interpreter):
     """Notes the shape of what each node returns, if that is a float32 tensor."""
 
-    def note(self, sample: Any) -> None:
-        sample = copy.deepcopy(sample)  # the model may write into it
-        if isinstance(sample, Mapping):
+    def note(self, example_input: Any) -> None:
+        example_input = copy.deepcopy(example_input)  # the model may write into it
+        if isinstance(example_input, Mapping):
             # Arguments that are left out are None by default: else there is no graph.
             names = [n.target for n in self.graph.nodes if n.op == "placeholder"]
-            sample = [sample.get(name) for name in names]
-        run_on(self.run, sample)
+            example_input = [example_input.get(name) for name in names]
+        run_on(self.run, example_input)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

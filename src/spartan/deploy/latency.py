@@ -81,7 +81,7 @@ def seconds_per_weight(
     weights: Sequence[Prunable],
     pattern: Pattern,
     latency_ms: float,
-    example: Any,
+    example_input: Any,
 ) -> list[float]:
     """Return what one entry of each weight adds to the time of its layer, in seconds.
 
@@ -90,7 +90,7 @@ def seconds_per_weight(
         weights: Its prunable weights.
         pattern: How they will be pruned.
         latency_ms: The time the model is to take.
-        example: One input, of the batch size that is to be fast.
+        example_input: One input, of the batch size that is to be fast.
 
     Raises:
         BudgetError: The time needs no pruning, or pruning cannot make the model faster.
@@ -98,7 +98,7 @@ def seconds_per_weight(
     tables: list[list[tuple[float, float]]] = [[] for _ in weights]
     for density in _DENSITIES:
         masks = [_largest(w, pattern, density) for w in weights]
-        plan = _measure(model, weights, masks, example)
+        plan = _measure(model, weights, masks, example_input)
         _check_needed(plan, latency_ms)
         times = {layer.name: layer.sparse for layer in plan.layers if layer.sparse}
         for weight, table in zip(weights, tables, strict=True):
@@ -126,7 +126,7 @@ def share_for_latency(
     pattern: Pattern,
     unit_costs: Sequence[float] | None,
     latency_ms: float,
-    example: Any,
+    example_input: Any,
 ) -> float:
     """Return the share of the cost that may be kept for the model to take this time.
 
@@ -137,7 +137,7 @@ def share_for_latency(
         unit_costs: Cost of a unit of each weight, by which units of all layers compete; None if
             every layer keeps the same share.
         latency_ms: The time.
-        example: One input, of the batch size that is to take this time.
+        example_input: One input, of the batch size that is to take this time.
 
     Raises:
         BudgetError: The time cannot be reached, or needs no pruning.
@@ -149,7 +149,7 @@ def share_for_latency(
             masks = [_largest(w, pattern, share) for w in weights]
         else:
             masks = _select(weights, pattern, unit_costs, share)
-        return _measure(model, weights, masks, example)
+        return _measure(model, weights, masks, example_input)
 
     low, high = _SMALLEST, 1.0
     floor = time_of(low)
@@ -207,14 +207,14 @@ def _search(
 
 
 def _measure(
-    model: nn.Module, weights: Sequence[Prunable], masks: Sequence[Tensor], example: Any
+    model: nn.Module, weights: Sequence[Prunable], masks: Sequence[Tensor], example_input: Any
 ) -> Plan:
     pruned = copy.deepcopy(model)
     parameters = dict(pruned.named_parameters())
     with torch.no_grad():
         for weight, mask in zip(weights, masks, strict=True):
             parameters[weight.name].mul_(mask)
-    return plan_of(accelerate(pruned, example, seconds=_SECONDS, verbose=False))
+    return plan_of(accelerate(pruned, example_input, seconds=_SECONDS, verbose=False))
 
 
 def _magnitudes(weight: Prunable, pattern: Pattern) -> Tensor:

@@ -49,14 +49,16 @@ class Exported:
         )
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: Path, *, purge: bool = True) -> Exported:
+def export_onnx(
+    model: nn.Module, example_input: Tensor, path: Path, *, purge: bool = True
+) -> Exported:
     """Write a model of one tensor to another, and run the file.
 
     The first dimension, the batch, may vary.
 
     Args:
         model: The model.
-        example: One input.
+        example_input: One input.
         path: The file.
         purge: Whether to remove zero channels first; models that torch.fx cannot trace keep them.
 
@@ -70,10 +72,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, purge: bool = 
     work = model
     if purge:
         with contextlib.suppress(DeployError):
-            purged = purge_channels(model, example)
+            purged = purge_channels(model, example_input)
             work, removed = purged.model, purged.removed
     with torch.inference_mode():
-        expected = model(example)
+        expected = model(example_input)
     if not isinstance(expected, Tensor):
         raise DeployError(
             f"The model returns {type(expected).__name__}; only a tensor can be told."
@@ -81,8 +83,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, purge: bool = 
     errors: list[float] = []
 
     def write(temporary: Path) -> None:
-        _export(work, example, temporary)
-        errors.append(_check(runtime, temporary, example, expected))
+        _export(work, example_input, temporary)
+        errors.append(_check(runtime, temporary, example_input, expected))
 
     write_atomically(path, write)
     return Exported(path, path.stat().st_size, removed, errors[0])
@@ -99,7 +101,7 @@ def _packages() -> object:
         ) from error
 
 
-def _export(model: nn.Module, example: Tensor, path: Path) -> None:
+def _export(model: nn.Module, example_input: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     # The exporter prints its progress, and logs which of its own optional packages are missing.
     logger = logging.getLogger("torch.onnx")
@@ -109,10 +111,11 @@ def _export(model: nn.Module, example: Tensor, path: Path) -> None:
         logger.setLevel(logging.ERROR)
         try:
             # A batch of one would be taken for a constant.
-            sample = example if len(example) > 1 else torch.cat([example, example])
+            twice = torch.cat([example_input, example_input])
+            batch_of_two = example_input if len(example_input) > 1 else twice
             torch.onnx.export(
                 model,
-                (sample,),
+                (batch_of_two,),
                 path,
                 dynamo=True,
                 external_data=False,
@@ -128,11 +131,11 @@ def _export(model: nn.Module, example: Tensor, path: Path) -> None:
             logger.setLevel(level)
 
 
-def _check(runtime: object, path: Path, example: Tensor, expected: Tensor) -> float:
+def _check(runtime: object, path: Path, example_input: Tensor, expected: Tensor) -> float:
     session = runtime.InferenceSession(  # type: ignore[attr-defined]
         str(path), providers=["CPUExecutionProvider"]
     )
-    (output,) = session.run(None, {session.get_inputs()[0].name: example.numpy()})
+    (output,) = session.run(None, {session.get_inputs()[0].name: example_input.numpy()})
     difference = (torch.from_numpy(output).double() - expected.double()).norm()
     error = float(difference / expected.double().norm().clamp_min(1e-30))
     if not error <= _TOLERANCE:
