@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from spartan import Budget, Sparsifier, kernels
 from spartan.commands.models import resnet20
 from spartan.methods import METHODS, create
+from spartan.methods.masking import MaskingMethod
 
+MASKING = [
+    name
+    for name, method in METHODS.items()
+    if issubclass(method, MaskingMethod) and method.finds_masks
+]
 Step = Callable[[], None]
 
 
@@ -50,7 +56,10 @@ def make_step(
     if method is not None:
         fields = {field.name for field in dataclasses.fields(METHODS[method])}
         settings = {"warmup": 0.0} if "warmup" in fields else {}
-        budget = Budget(density=0.05, allocation="uniform")
+        kind = METHODS[method]
+        rates_only = issubclass(kind, MaskingMethod) and kind.rates_only
+        allocation = "global" if rates_only else "uniform"
+        budget = Budget(density=0.05, allocation=allocation)
         Sparsifier(model, optimizer, create(method, **settings), budget, 10**6)
 
     def step() -> None:
@@ -62,7 +71,7 @@ def make_step(
 
 
 def measure(title: str, make: Callable[[str | None], Step], repeats: int) -> None:
-    names: list[str | None] = [None, *(name for name in METHODS if name != "fixed")]
+    names: list[str | None] = [None, *MASKING]
     steps = {name: make(name) for name in names}
     times: dict[str | None, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 2):

@@ -49,8 +49,9 @@ def test_old_modules_import_and_say_their_new_name(
 ) -> None:
     monkeypatch.delitem(sys.modules, f"spartan.{old}", raising=False)
     new = f"spartan.{old_names._MODULES[old]}"
-    with pytest.warns(DeprecationWarning, match=f"spartan.{old} is called {new} now"):
+    with pytest.warns(DeprecationWarning, match=f"spartan.{old} is called {new} now") as told:
         module = importlib.import_module(f"spartan.{old}")
+    assert len(told) == 1
     source = importlib.import_module(new)
     public = [name for name in vars(source) if not name.startswith("_")]
     assert public
@@ -62,8 +63,16 @@ def test_old_classes_are_the_new_ones() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         from spartan.always_sparse.growth import Growth
         from spartan.deploy.layers import SparseLinear
+        from spartan.masking import MaskingSparsifier
         from spartan.methods.base import Method
+        from spartan.methods.groups import Contest, contests_of
         from spartan.methods.sites import Site
+
+        from spartan.selection.hard import find_cut
+    groups = importlib.import_module("spartan.methods.masking.groups")
+    assert (Contest, contests_of) == (groups.Competition, groups.competitions_of)
+    assert find_cut is importlib.import_module("spartan.selection.hard").find_cutoff
+    assert MaskingSparsifier is spartan.Sparsifier
     assert Growth is importlib.import_module("spartan.methods.growth").GrowthMethod
     assert SparseLinear.__name__ == "InferenceLinear"
     assert Method is importlib.import_module("spartan.methods.masking").MaskingMethod
@@ -75,6 +84,30 @@ def test_old_keywords_keep_working() -> None:
     with pytest.warns(DeprecationWarning, match="sample_input= is called example_input="):
         budget = spartan.Budget(density=0.5, cost="flops", sample_input=example)
     assert budget.example_input is example
+
+
+def test_old_attributes_keep_working() -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = spartan.Sparsifier(model, optimizer, "spartan", 0.5, 10)
+    for old, now in (
+        ("sites", sparsifier.weights),
+        ("groups", sparsifier.run.groups),
+        ("shares", sparsifier.budgets),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"Sparsifier.{old} is called"):
+            assert getattr(sparsifier, old) == now
+    with pytest.raises(AttributeError, match="'sizes'"):
+        _ = sparsifier.sizes  # type: ignore[attr-defined]
+
+
+def test_a_script_is_told_where_it_names_what_moved(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import spartan\nimport spartan.patterns\n")
+    told = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True
+    ).stderr
+    assert f"{script}:2: DeprecationWarning: spartan.patterns is called" in told
 
 
 def test_every_file_says_what_it_holds() -> None:

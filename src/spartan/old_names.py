@@ -15,7 +15,7 @@ from spartan.errors import renamed
 
 _MODULES = {
     "always_sparse.dst_ee": "methods.growth.dst_ee",
-    "always_sparse.growing": "sparsifier.growing_run",
+    "always_sparse.growing": "sparsifier.sparsifier",
     "always_sparse.growth": "methods.growth.contract",
     "always_sparse.gse": "methods.growth.gse",
     "always_sparse.rigl": "methods.growth.rigl",
@@ -27,7 +27,7 @@ _MODULES = {
     "freezing": "sparsifier.freezing",
     "kernels.bundles": "kernels.row_bundles",
     "kernels.cutting": "kernels.blocked_weights",
-    "masking": "sparsifier.masking_run",
+    "masking": "sparsifier.sparsifier",
     "methods.base": "methods.masking.contract",
     "methods.constrained_l0": "methods.masking.constrained_l0",
     "methods.dpf": "methods.masking.dpf",
@@ -57,16 +57,20 @@ _MODULES = {
 }
 _CLASSES = {
     "Bundles": "RowBundles",
+    "Choice": "PendingMask",
+    "Contest": "Competition",
     "Group": "BudgetGroup",
     "Growth": "GrowthMethod",
-    "GrowingSparsifier": "GrowingRun",
-    "MaskingSparsifier": "MaskingRun",
+    "GrowingSparsifier": "Sparsifier",
+    "MaskingSparsifier": "Sparsifier",
     "Method": "MaskingMethod",
     "Site": "MaskedWeight",
     "SparseConv2d": "InferenceConv2d",
     "SparseLayer": "InferenceLayer",
     "SparseLinear": "InferenceLinear",
     "SparseSite": "GrowingLayer",
+    "contests_of": "competitions_of",
+    "find_cuts": "find_cutoffs",
 }
 # What pickled models name: they load without a word, as nobody wrote those names by hand.
 _PICKLED = {
@@ -98,7 +102,7 @@ class _Finder(MetaPathFinder, Loader):
         name = module.__name__.removeprefix("spartan.")
         now = f"spartan.{_MODULES[name]}"
         if name not in _PICKLED:
-            renamed(module.__name__, now, stacklevel=8)
+            renamed(module.__name__, now, stacklevel=3)
         source = importlib.import_module(now)
 
         def find(attribute: str) -> Any:

@@ -48,7 +48,7 @@ def test_options_that_are_not_named_get_their_defaults() -> None:
         ('{"epochs": 0}', "--epochs 0 must be at least 1"),
         ('{"lr": -1}', "--lr -1.0 must be positive"),
         ('{"optimizer": "adam"}', "did you mean 'adamw'"),
-        ('{"command": "world"}', "unknown option 'command'"),
+        ('{"command": "world"}', "holds the options of 'spartan world'"),
     ],
 )
 def test_bad_files_are_refused(text: str, message: str) -> None:

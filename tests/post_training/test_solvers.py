@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spartan.post_training import OBS, MagnitudeSolver, SparseGPT, Wanda
 from spartan.post_training.least_squares import refit, unconstrained
-from spartan.post_training.obs import cut, removal_order
+from spartan.post_training.obs import removal_order, units_to_keep
 from spartan.weights.patterns import NM, Block, Unstructured
 from tests.post_training.problems import make_problem, squared_error
 
@@ -170,7 +170,7 @@ def test_masks_of_a_trace_are_nested_and_cut_at_one_height() -> None:
     found = removal_order(problem)
     before = torch.zeros(6, 10, dtype=torch.bool)
     for kept in range(1, 61):
-        units = cut(found, kept, problem.tiling)
+        units = units_to_keep(found, kept, problem.tiling)
         assert int(units.sum()) == kept
         assert (units | before).equal(units)
         before = units

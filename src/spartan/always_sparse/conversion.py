@@ -60,8 +60,8 @@ def convert(
     weights = list(targets)
     budget = Budget(density, allocation=allocation)
     graphs: dict[str, Connections] = {}
-    for share in budget.plan(model, weights, Unstructured()):
-        weight, count = weights[share.members[0]], int(share.kept)
+    for group in budget.plan(model, weights, Unstructured()):
+        weight, count = weights[group.members[0]], int(group.kept)
         outputs, inputs = weight.shape[0], math.prod(weight.shape[1:])
         if every_unit and count < outputs:
             raise BudgetError(

@@ -19,7 +19,7 @@ class InferenceLayer(nn.Module):
     """What sparse layers have in common: the weights, as buffers, and what follows the product.
 
     Attributes:
-        values: float32, (entries, height): see `kernels.bundles`.
+        values: float32, (entries, height): see `kernels.row_bundles`.
         columns: int32, (entries,).
         starts: int32, (bundles + 1,).
         bias: float32, (outputs,), or None.

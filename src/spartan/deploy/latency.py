@@ -61,10 +61,10 @@ def plan_latency(
     units = [math.prod(pattern.unit_shape(w)) for w in weights]
     model_facts = model, weights, pattern
     if budget.allocation == "uniform":
-        share = share_for_latency(*model_facts, None, latency_ms, budget.example_input)
+        density = density_for_latency(*model_facts, None, latency_ms, budget.example_input)
         ones = [1.0] * len(weights)
         budgets = [
-            make_group_budget([i], units, ones, Fraction(share)) for i in range(len(weights))
+            make_group_budget([i], units, ones, Fraction(density)) for i in range(len(weights))
         ]
         refuse_dead_layers(budgets, weights, units)
         return budgets
@@ -72,8 +72,8 @@ def plan_latency(
     costs = [
         pattern.unit_numel(w) * seconds for w, seconds in zip(weights, per_weight, strict=True)
     ]
-    share = share_for_latency(*model_facts, costs, latency_ms, budget.example_input)
-    return [make_group_budget(range(len(weights)), units, costs, Fraction(share))]
+    density = density_for_latency(*model_facts, costs, latency_ms, budget.example_input)
+    return [make_group_budget(range(len(weights)), units, costs, Fraction(density))]
 
 
 def seconds_per_weight(
@@ -120,7 +120,7 @@ def seconds_per_weight(
     return [max(slope, _FREE * max(slopes)) for slope in slopes]
 
 
-def share_for_latency(
+def density_for_latency(
     model: nn.Module,
     weights: Sequence[Prunable],
     pattern: Pattern,
@@ -128,14 +128,14 @@ def share_for_latency(
     latency_ms: float,
     example_input: Any,
 ) -> float:
-    """Return the share of the cost that may be kept for the model to take this time.
+    """Return the fraction of the cost that may be kept for the model to take this time.
 
     Args:
         model: The model; it is not changed.
         weights: Its prunable weights.
         pattern: How they will be pruned.
         unit_costs: Cost of a unit of each weight, by which units of all layers compete; None if
-            every layer keeps the same share.
+            every layer keeps the same fraction.
         latency_ms: The time.
         example_input: One input, of the batch size that is to take this time.
 
@@ -144,11 +144,11 @@ def share_for_latency(
     """
     wanted = latency_ms / 1e3
 
-    def time_of(share: float) -> Plan:
+    def time_of(density: float) -> Plan:
         if unit_costs is None:
-            masks = [_largest(w, pattern, share) for w in weights]
+            masks = [_largest(w, pattern, density) for w in weights]
         else:
-            masks = _select(weights, pattern, unit_costs, share)
+            masks = _select(weights, pattern, unit_costs, density)
         return _measure(model, weights, masks, example_input)
 
     low, high = _SMALLEST, 1.0
@@ -161,7 +161,10 @@ def share_for_latency(
             f"the model takes {1e3 * low_time:.3g} ms. Ask for more, or for a smaller batch."
         )
     return _search(
-        lambda share: time_of(share).accelerated.median, wanted, (low, low_time), (high, high_time)
+        lambda density: time_of(density).accelerated.median,
+        wanted,
+        (low, low_time),
+        (high, high_time),
     )
 
 
@@ -182,27 +185,27 @@ def _search(
     below: tuple[float, float],
     above: tuple[float, float],
 ) -> float:
-    """Return a share that takes the wanted time, or the largest one found that takes less.
+    """Return a density that takes the wanted time, or the largest one found that takes less.
 
     Args:
-        time_of: Seconds of a share; grows with it, and is noisy.
+        time_of: Seconds at a density; grows with it, and is noisy.
         wanted: Seconds.
-        below: A share that takes less, and its time.
-        above: A share that takes more, and its time.
+        below: A density that takes less, and its time.
+        above: A density that takes more, and its time.
     """
     for _ in range(_ROUNDS):
         (low, low_time), (high, high_time) = below, above
         line = low + (high - low) * (wanted - low_time) / (high_time - low_time)
         # Between following the line and halving on a log scale: times are not quite a line.
-        share = math.sqrt(line * math.sqrt(low * high))
-        share = min(max(share, low * 1.02), high * 0.98)
-        time = time_of(share)
+        density = math.sqrt(line * math.sqrt(low * high))
+        density = min(max(density, low * 1.02), high * 0.98)
+        time = time_of(density)
         if abs(time - wanted) <= _CLOSE * wanted:
-            return share
+            return density
         if time < wanted:
-            below = share, time
+            below = density, time
         else:
-            above = share, time
+            above = density, time
     return below[0]
 
 
@@ -230,7 +233,7 @@ def _largest(weight: Prunable, pattern: Pattern, density: float) -> Tensor:
 
 
 def _select(
-    weights: Sequence[Prunable], pattern: Pattern, unit_costs: Sequence[float], share: float
+    weights: Sequence[Prunable], pattern: Pattern, unit_costs: Sequence[float], density: float
 ) -> list[Tensor]:
     """Return the masks of a global selection by magnitude per cost."""
     pooled = [_magnitudes(w, pattern) for w in weights]
@@ -241,7 +244,7 @@ def _select(
     flat_costs = torch.cat([c.flatten() for c in costs])
     kept = hard_topk(
         torch.cat([p.flatten() for p in pooled]),
-        share * float(flat_costs.sum(dtype=torch.float64)),
+        density * float(flat_costs.sum(dtype=torch.float64)),
         flat_costs,
     )
     parts = kept.split([p.numel() for p in pooled])

@@ -8,7 +8,6 @@ have their rows of z in the first-level cache, and at most 65,536 floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,25 +111,6 @@ class Geometry:
         """Floats of z per channel and kernel column."""
         return self.phases * (self.height + self.reach // self.stride[0]) * self.row_size
 
-    def numbers(self, x: Sequence[int], y: Sequence[int]) -> list[int]:
-        """Return everything in the order of the native struct.
-
-        Args:
-            x: Strides of the input: channel, row, image.
-            y: Strides of the output.
-        """
-        return [
-            *(self.channels, self.rows, self.images, self.columns),
-            *(self.out_rows, self.out_columns),
-            *self.kernel,
-            *self.stride,
-            *self.padding,
-            *self.dilation,
-            *(self.group, self.height),
-            *x,
-            *y,
-        ]
-
 
 def lanes_for(positions: int, height: int, most: int = 64) -> int:
     """Return how many lanes to compute at a time."""
@@ -138,7 +118,7 @@ def lanes_for(positions: int, height: int, most: int = 64) -> int:
 
 
 def block_for_samples(w: RowBundles, positions: int) -> BlockedWeights:
-    """BlockedWeights for a number of samples."""
+    """Return the weights in blocks, for a number of samples."""
     lanes = lanes_for(positions, w.height)
     cache = _CACHE if w.height == 1 else _REACH
     # Every block costs a pass over the sums: few entries are not worth it.
@@ -149,7 +129,7 @@ def block_for_samples(w: RowBundles, positions: int) -> BlockedWeights:
 
 
 def block_for_images(w: RowBundles, g: Geometry) -> BlockedWeights:
-    """BlockedWeights for a geometry; columns are (channel, kernel row, kernel column)."""
+    """Return the weights in blocks; columns are (channel, kernel row, kernel column)."""
     kernel_rows, kernel_columns = g.kernel
     stride, row_size, plane = g.stride[0], g.row_size, g.plane
     lanes = lanes_for(g.height * row_size, w.height, 128)
@@ -203,7 +183,7 @@ class Slices:
 
 
 def slice_rows(w: RowBundles) -> Slices:
-    """BlockedWeights for one sample."""
+    """Return the weights in slices, for one sample."""
     if w.height == SLICE:
         rows = torch.empty(0, dtype=torch.int32)
         return Slices(w.values, w.columns.to(torch.int16), w.starts, rows)

@@ -122,7 +122,6 @@ def gradients(
     native.connections_backward(
         lines=connections.by_input.native(native, x.shape[2]),
         values=values,
-        order=connections.order,
         x=x,
         dy=dy,
         dx=dx,

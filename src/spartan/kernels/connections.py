@@ -30,11 +30,14 @@ class Lines:
         starts: int32, (lines + 1,): where the connections of each line begin.
         others: int32, (connections,): the other end of each.
         ends: How many other ends there are.
+        order: int32, (connections,): the place of each among those sorted by output; None if they
+            are.
     """
 
     starts: Tensor
     others: Tensor
     ends: int
+    order: Tensor | None = None
     _made: dict[int, Kernels.ConnectionLines] = field(default_factory=dict)
 
     @property
@@ -56,6 +59,7 @@ class Lines:
             self._made[blocks] = module.ConnectionLines(
                 starts=self.starts,
                 others=self.others,
+                order=self.order,
                 ends=self.ends,
                 blocks=blocks,
                 threads=torch.get_num_threads(),
@@ -133,14 +137,15 @@ class Connections:
         return matrix.view(self.outputs, self.inputs)
 
     @cached_property
-    def _by_input(self) -> tuple[Lines, Tensor]:
+    def by_input(self) -> Lines:
+        """The same connections sorted by input, then by output."""
         columns, outputs = self.columns, self.outputs
         native = native_module() if columns.device.type == "cpu" else None
         if native is None:
             order = torch.argsort(columns, stable=True)
             bounds = torch.arange(self.inputs + 1, device=columns.device, dtype=torch.int32)
             starts = torch.searchsorted(columns[order], bounds, out_int32=True)
-            return Lines(starts, self.rows()[order].int(), outputs), order.int()
+            return Lines(starts, self.rows()[order].int(), outputs, order.int())
         starts = torch.empty(self.inputs + 1, dtype=torch.int32, device="cpu")
         rows, order = torch.empty_like(columns), torch.empty_like(columns)
         native.connections_transpose(
@@ -150,17 +155,13 @@ class Connections:
             column_lines=rows,
             order=order,
         )
-        return Lines(starts, rows, outputs), order
-
-    @property
-    def by_input(self) -> Lines:
-        """The same connections sorted by input, then by output."""
-        return self._by_input[0]
+        return Lines(starts, rows, outputs, order)
 
     @property
     def order(self) -> Tensor:
         """int32, (connections,): where those of `by_input` are in the order of `columns`."""
-        return self._by_input[1]
+        assert self.by_input.order is not None
+        return self.by_input.order
 
 
 def _check(starts: Tensor, columns: Tensor, inputs: int) -> None:

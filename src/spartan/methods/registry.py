@@ -25,7 +25,7 @@ from spartan.methods.masking.powerpropagation import Powerpropagation
 from spartan.methods.masking.spartan import Spartan
 from spartan.registry import make
 
-Method = MaskingMethod | GrowthMethod
+AnyMethod = MaskingMethod | GrowthMethod
 
 METHODS: dict[str, type[MaskingMethod] | type[GrowthMethod]] = {
     cls.name: cls
@@ -37,7 +37,7 @@ METHODS: dict[str, type[MaskingMethod] | type[GrowthMethod]] = {
 }
 
 
-def create(name: str, **settings: Any) -> Method:
+def create(name: str, **settings: Any) -> AnyMethod:
     """Make a method by its name.
 
     Raises:
@@ -51,7 +51,7 @@ def available() -> tuple[type[MaskingMethod] | type[GrowthMethod], ...]:
     return tuple(METHODS.values())
 
 
-def as_method(method: Method | str) -> Method:
+def as_method(method: AnyMethod | str) -> AnyMethod:
     """Return a method as it is, or make it by its name with default settings.
 
     Raises:

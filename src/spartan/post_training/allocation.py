@@ -99,7 +99,7 @@ def _erk(network: Network) -> list[float]:
 
 def _learned(network: Network, how: Distillation) -> list[float]:
     """Learn thresholds on a copy; what counts is how much it keeps of each layer."""
-    model, weights = network.scratch()
+    model, weights = network.fresh_copy()
     shorter = dataclasses.replace(how, steps=max(20, how.steps // 4))
     method = FCPTS(max_layer_sparsity=network.max_layer_sparsity)
     budget = Budget(

@@ -68,7 +68,7 @@ def measure_curves(
     if len(samples) > _SAMPLES:
         samples = samples.split(_SAMPLES, network.seed)[1]
     references = References(network.dense, samples, how.batch_size)
-    model, weights = network.scratch()
+    model, weights = network.fresh_copy()
     for index, problem in problems(network, (model, weights)):
         write(weights[index], from_matrix(_pruned(problem, start[index]), weights[index]))
     layers = problems(network, (model, weights))

@@ -70,8 +70,8 @@ def problems(
         record_products(network.dense, batches, weights, lambda p: _add_shared(builders, p))
     with LayerByLayer(
         network.dense, model, batches, (weights, targets), list(network.reach)
-    ) as walk:
-        for index, products in walk:
+    ) as passes:
+        for index, products in passes:
             builder = builders.pop(index, None)
             if builder is None:
                 builder = _builder(network, index)

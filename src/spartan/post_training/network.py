@@ -68,7 +68,7 @@ class Network:
         """Return the samples to compress with, in batches."""
         return self.fit.batches(self.batch_size)
 
-    def scratch(self) -> tuple[nn.Module, list[Prunable]]:
+    def fresh_copy(self) -> tuple[nn.Module, list[Prunable]]:
         """Return another copy of the dense model, and its weights."""
         model = evaluating_copy(self.dense)
         return model, counterparts(self.weights, model)

@@ -7,7 +7,7 @@ tile B of inputs and refitting the rest raises the squared error by
 
 and H⁻¹ loses those rows and columns by a Schur complement. Rows that share a tile are removed
 together, and their costs add up. The costs in the order of removal are the row's *trace*. A layer's
-mask at any density is where its traces, made monotone, are cut at one height; the weights that stay
+mask at any density is where its traces, made monotone, reach one height; the weights that stay
 are then refitted at once, which gives what the updates would have.
 """
 
@@ -44,7 +44,7 @@ class OBS(LayerSolver):
         if tiling.kept_of is None and kept == tiling.count:
             units = torch.ones(tiling.units, dtype=torch.bool, device=problem.dense.device)
         else:
-            units = cut(removal_order(problem), kept, tiling)
+            units = units_to_keep(removal_order(problem), kept, tiling)
         return Solution(units, refit(problem, tiling.spread(units)))
 
 
@@ -83,11 +83,11 @@ class Trace:
 
     @property
     def heights(self) -> Tensor:
-        """The costs, made monotone: what a common cut has to reach to remove so many."""
+        """The costs, made monotone: what a common threshold has to reach to remove so many."""
         return self.costs.cummax(dim=1).values
 
 
-def cut(trace: Trace, kept: int, tiling: Tiling) -> Tensor:
+def units_to_keep(trace: Trace, kept: int, tiling: Tiling) -> Tensor:
     """Return the units that stay when the cheapest are removed, over all bands."""
     if tiling.kept_of is None:
         # Of removals at the same height, the last ones stay: reversed, they come first.

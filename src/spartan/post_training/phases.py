@@ -72,7 +72,7 @@ def steps_within(
 
     A few steps of a copy are timed, so that two runs may answer differently.
     """
-    model, _ = network.scratch()
+    model, _ = network.fresh_copy()
     clock: list[float] = []
     trial = dataclasses.replace(network, tick=lambda *_: clock.append(time.perf_counter()))
     began = time.perf_counter()

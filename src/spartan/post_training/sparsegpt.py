@@ -6,7 +6,7 @@ the columns before j are fixed is w_j² / U_jj², and the best answer of the col
     w_{j:}  ←  w_{j:} - (w_j / U_jj) U_{j,j:}
 
 Masks are chosen for `block` columns at a time (N:M: for m), over all outputs together; every block
-keeps its share.
+keeps its count.
 Here it starts from the weights that answer best to the inputs that the pruned layers before give.
 """
 
@@ -60,26 +60,26 @@ class SparseGPT(LayerSolver):
         if tiling.kept_of is not None:
             width = tiling.kept_of[1]
         starts = list(range(0, tiling.shape[1], width))
-        stops = [min(start + width, tiling.shape[1]) for start in starts]
-        shares = [kept * (b - a) / tiling.shape[1] for a, b in zip(starts, stops, strict=True)]
-        for start, stop, share in zip(starts, stops, round_to_sum(shares, kept), strict=True):
-            part = problem.grouped(matrix[:, start:stop])
-            deviation = upper.diagonal(dim1=1, dim2=2)[:, None, start:stop]
+        ends = [min(start + width, tiling.shape[1]) for start in starts]
+        wanted = [kept * (b - a) / tiling.shape[1] for a, b in zip(starts, ends, strict=True)]
+        for start, end, count in zip(starts, ends, round_to_sum(wanted, kept), strict=True):
+            part = problem.grouped(matrix[:, start:end])
+            deviation = upper.diagonal(dim1=1, dim2=2)[:, None, start:end]
             scores = tiling.pool((part / deviation).square().flatten(0, 1))
-            chosen = tiling.largest(scores, share)
-            units[:, start // tiling.cols : stop // tiling.cols] = chosen
+            chosen = tiling.largest(scores, count)
+            units[:, start // tiling.cols : end // tiling.cols] = chosen
             removed = problem.grouped(~tiling.spread(chosen))
-            self._sweep(problem.grouped(matrix), upper, removed, start, stop)
+            self._sweep(problem.grouped(matrix), upper, removed, start, end)
         return Solution(units, matrix)
 
     @staticmethod
-    def _sweep(matrix: Tensor, upper: Tensor, removed: Tensor, start: int, stop: int) -> None:
+    def _sweep(matrix: Tensor, upper: Tensor, removed: Tensor, start: int, end: int) -> None:
         """Remove the chosen weights of some columns, and let all columns after them answer."""
-        errors = torch.zeros_like(matrix[:, :, start:stop])
-        block = matrix[:, :, start:stop]
-        for j in range(stop - start):
+        errors = torch.zeros_like(matrix[:, :, start:end])
+        block = matrix[:, :, start:end]
+        for j in range(end - start):
             at = start + j
             error = block[:, :, j] * removed[:, :, j] / upper[:, None, at, at]
-            block[:, :, j:] -= error[:, :, None] * upper[:, None, at, at:stop]
+            block[:, :, j:] -= error[:, :, None] * upper[:, None, at, at:end]
             errors[:, :, j] = error
-        matrix[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
+        matrix[:, :, end:] -= errors @ upper[:, start:end, end:]

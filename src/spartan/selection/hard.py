@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from spartan.errors import BudgetError
+from spartan.errors import BudgetError, renamed
 from spartan.kernels import Cutoff, ScanRequest, Scores, masks_of, scan
 from spartan.kernels.selection import SLACK
 
@@ -76,3 +78,11 @@ def check_topk_arguments(values: Tensor, budget: float, costs: Tensor | None) ->
     total = values.numel() if costs is None else float(costs.sum(dtype=torch.float64))
     if not 0 <= budget <= total * (1 + SLACK):
         raise BudgetError(f"budget={budget} must lie between 0 and the total cost {total:g}.")
+
+
+def __getattr__(name: str) -> Any:
+    """Find what version 0.1 called otherwise."""
+    if name == "find_cut":
+        renamed("spartan.selection.hard.find_cut", "find_cutoff", stacklevel=3)
+        return find_cutoff
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

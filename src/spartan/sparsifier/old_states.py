@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from spartan.errors import StateError
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
 
 _RENAMED = {"gate": "fixed"}  # fields of weights
@@ -32,6 +33,8 @@ def upgraded(
         for key, value in numbers.items():
             whole = key.removesuffix(" drift")
             field, _, name = whole.partition(" ")
+            if name and name not in weights:
+                raise StateError(f"The state holds {key!r}, and no weight {name!r}.")
             holder, kind = (
                 (weights[name]["state"], weight_state) if name else (own_group, group_state)
             )
@@ -54,6 +57,8 @@ def _put(
         holder.setdefault(field, [None, None])[int(drift)] = value
     elif field in {one.name for one in dataclasses.fields(kind)}:
         holder[field] = bool(value) if isinstance(default, bool) else value
+    else:
+        raise StateError(f"The state holds {field!r}, which this method does not keep.")
 
 
 def upgraded_growth(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from spartan.budgets.budget import Budget, as_budget
 from spartan.budgets.group_budget import GroupBudget
-from spartan.errors import StateError
+from spartan.errors import StateError, renamed
 from spartan.methods.growth.contract import GrowingLayer, GrowthMethod
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.masked_weight import MaskedWeight
@@ -21,6 +22,8 @@ from spartan.sparsifier.layer_summary import LayerSummary
 from spartan.sparsifier.masking_run import MaskingRun
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import NameFilter
+
+_NAMES_OF_0_1 = {"sites": "weights", "groups": "run.groups", "shares": "budgets"}
 
 
 class Sparsifier:
@@ -155,6 +158,13 @@ class Sparsifier:
         """
         self._require_attached()
         self.run.load_state_dict(state)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what version 0.1 called otherwise."""
+        if name not in _NAMES_OF_0_1:
+            raise AttributeError(f"A Sparsifier has no attribute {name!r}.")
+        renamed(f"Sparsifier.{name}", f"Sparsifier.{_NAMES_OF_0_1[name]}", stacklevel=3)
+        return operator.attrgetter(_NAMES_OF_0_1[name])(self)
 
     def _require_attached(self) -> None:
         if self.finalized:

@@ -47,8 +47,10 @@ def from_json(kind: type[_O], text: str, source: str) -> _O:
         ConfigError: It is not JSON, or an option is unknown, of another type or out of range.
     """
     values = _object(text, source)
-    if values.get(_COMMAND) == kind.command:
-        values.pop(_COMMAND, None)
+    command = values.pop(_COMMAND, kind.command)
+    if command != kind.command:
+        wrote = f"'spartan {command}'" if command else "'spartan train'"
+        raise ConfigError(f"{source} holds the options of {wrote}, another command.")
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:

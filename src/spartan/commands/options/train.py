@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from spartan import methods
 from spartan.budgets.budget import Budget
 from spartan.errors import ConfigError, did_you_mean
-from spartan.methods.registry import Method
+from spartan.methods.registry import AnyMethod
 from spartan.weights.patterns import Pattern, parse_pattern
 
 OPTIMIZERS = ("auto", "sgd", "adamw")
@@ -110,7 +110,7 @@ class TrainConfig:
             if value not in known:
                 raise ConfigError(f"Unknown {field} {value!r}; {did_you_mean(value, known)}")
 
-    def make_method(self) -> Method:
+    def make_method(self) -> AnyMethod:
         """Create the method with its settings."""
         settings = {}
         for text in self.method_args:

@@ -28,7 +28,7 @@ from spartan.commands.runs.metrics import MetricsLog, Row
 from spartan.errors import ConfigError, StateError
 from spartan.files import load_state, save_state, save_tensors
 from spartan.methods.growth.contract import GrowthMethod
-from spartan.methods.registry import Method
+from spartan.methods.registry import AnyMethod
 from spartan.seeds import derive_seed
 from spartan.sparsifier.sparsifier import Sparsifier
 
@@ -208,7 +208,7 @@ class Trainer:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigError(f"The model {name!r} has nothing to train.")
 
-    def _convert(self, method: Method, budget: Budget) -> None:
+    def _convert(self, method: AnyMethod, budget: Budget) -> None:
         """Make the layers sparse whose connections a growth method is to move."""
         if not isinstance(method, GrowthMethod):
             if self.config.every_unit:

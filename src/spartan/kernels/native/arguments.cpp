@@ -114,7 +114,12 @@ TensorFacts read_tensor(nb::handle tensor, const char* dtype) noexcept {
   }
   if (!is_true(call(object, is_contiguous))) {
     facts.strides = read_strides(tensor);
-    facts.gaps = !fills_memory(read_shape(tensor), facts.strides);
+    const Sizes shape = read_shape(tensor);
+    if (facts.strides.size() != shape.size()) {
+      facts.problem = "must be strided, not sparse";
+      return facts;
+    }
+    facts.gaps = !fills_memory(shape, facts.strides);
   }
   bool ok = true;
   facts.size = number(call(object, numel), ok);

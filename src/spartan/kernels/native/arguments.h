@@ -100,6 +100,12 @@ struct View {
     if (shape != wanted) refuse(name, "has another shape than it must have");
     return *this;
   }
+  // Whether entries lie at these strides; those of dimensions of one entry do not matter.
+  bool lies_at(const Sizes& wanted) const {
+    for (std::size_t d = 0; d < shape.size(); ++d)
+      if (shape[d] > 1 && strides[d] != wanted[d]) return false;
+    return true;
+  }
   const View& checked(const char* name, std::size_t dimensions) const {
     if (!problem.empty()) refuse(name, problem);
     if (shape.size() != dimensions)
@@ -115,11 +121,27 @@ struct List {
   Sizes sizes;
   std::vector<Sizes> strides;  // of each, empty where it is contiguous
   std::string problem;
+  nb::object owner;  // keeps the tensors while the interpreter's lock is released
 
   const List& checked(const char* name) const {
     if (!problem.empty()) refuse(name, problem);
     return *this;
   }
+};
+
+// Refuses `starts` unless they rise from 0 to `end`.
+template <class T>
+void require_rising(const Flat<T>& starts, std::int64_t end, const char* name) {
+  bool sound = starts.size > 0 && starts.data[0] == 0 && starts.data[starts.size - 1] == end;
+  for (std::int64_t i = 1; sound && i < starts.size; ++i)
+    sound = starts.data[i - 1] <= starts.data[i];
+  require(sound, name, "must rise from 0 to the number of entries");
+}
+
+// A number of threads: at least one.
+struct Threads {
+  int count = 1;
+  operator int() const { return count; }
 };
 
 // Refuses `list` unless its tensors have the sizes and the memory order of those of `like`.
@@ -166,22 +188,35 @@ struct type_caster<spartan::View<T>> {
   }
 };
 
+template <>
+struct type_caster<spartan::Threads> {
+  NB_TYPE_CASTER(spartan::Threads, const_name("int"))
+
+  bool from_python(handle source, std::uint8_t, cleanup_list*) noexcept {
+    const long count = PyLong_Check(source.ptr()) ? PyLong_AsLong(source.ptr()) : 0;
+    if (PyErr_Occurred()) PyErr_Clear();
+    value.count = static_cast<int>(count);
+    return 0 < count && count < 1 << 16;
+  }
+};
+
 template <class T>
 struct type_caster<spartan::List<T>> {
   NB_TYPE_CASTER(spartan::List<T>, const_name("collections.abc.Sequence[torch.Tensor]"))
 
   bool from_python(handle source, std::uint8_t, cleanup_list*) noexcept {
-    PyObject* items = PySequence_Fast(source.ptr(), "");
+    PyObject* items = PySequence_Tuple(source.ptr());
     if (!items) {
       PyErr_Clear();
       return false;
     }
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
+    value.owner = steal(items);
+    const Py_ssize_t count = PyTuple_GET_SIZE(items);
     value.addresses.reserve(count);
     value.sizes.reserve(count);
     value.strides.reserve(count);
     for (Py_ssize_t i = 0; i < count && value.problem.empty(); ++i) {
-      handle item = PySequence_Fast_GET_ITEM(items, i);
+      handle item = PyTuple_GET_ITEM(items, i);
       spartan::TensorFacts facts = spartan::read_tensor(item, spartan::DtypeOf<T>::name);
       value.addresses.push_back(facts.address);
       value.sizes.push_back(facts.size);
@@ -189,7 +224,6 @@ struct type_caster<spartan::List<T>> {
       if (facts.gaps) facts.problem = "must fill its memory without gaps";
       if (!facts.problem.empty()) value.problem = std::to_string(i) + ": " + facts.problem;
     }
-    Py_DECREF(items);
     return true;
   }
 };

@@ -17,17 +17,23 @@ using namespace nb::literals;
 using Indices = Flat<std::int32_t>;
 using Keys = Flat<std::int64_t>;
 
+void require_below(const Indices& indices, std::int64_t end, const char* name) {
+  bool sound = true;
+  for (std::int64_t i = 0; i < indices.size; ++i)
+    sound &= 0 <= indices.data[i] && indices.data[i] < end;
+  require(sound, name, "has an index that is out of range");
+}
+
 // Connections sorted by one end, divided into blocks of other ends; made once for each graph.
 class ConnectionLines {
  public:
-  ConnectionLines(Indices starts, Indices others, std::int64_t ends, std::int64_t blocks,
-                  int threads)
-      : ends(ends), others_(std::move(others)) {
-    starts.checked("starts");
-    others_.checked("others");
+  ConnectionLines(Indices starts, Indices others, std::optional<Indices> order, std::int64_t ends,
+                  std::int64_t blocks, Threads threads)
+      : ends(ends), others_(std::move(others)), order_(std::move(order)) {
+    require_rising(starts.checked("starts"), others_.checked("others").size, "starts");
+    require_below(others_, ends, "others");
+    if (order_) require_below(order_->checked("order", others_.size), others_.size, "order");
     count = starts.size - 1;
-    require(count >= 0 && starts.data[0] == 0 && starts.data[count] == others_.size, "starts",
-            "must lead from 0 to the number of connections");
     require(blocks > 0, "blocks", "must be at least 1");
     begins_.resize((blocks + 1) * count);
     divide(starts.data, others_.data, count, blocks, (ends + blocks - 1) / blocks, begins_.data(),
@@ -37,11 +43,17 @@ class ConnectionLines {
 
   const Lines& lines() const { return lines_; }
   std::int64_t connections() const { return others_.size; }
+  // Where each connection is in the order that values have.
+  const std::int32_t* order() const {
+    require(order_.has_value(), "lines", "must have an order");
+    return order_->data;
+  }
 
   std::int64_t count, ends;
 
  private:
   Indices others_;
+  std::optional<Indices> order_;
   std::vector<std::int32_t> begins_;
   Lines lines_;
 };
@@ -58,7 +70,7 @@ Panels<T> panels_of(const View<float>& x, const char* name, const Sizes& shape) 
 
 void bound_forward(const ConnectionLines& lines, const Flat<float>& values,
                    const std::optional<Flat<float>>& bias, const View<float>& x,
-                   const View<float>& y, int threads) {
+                   const View<float>& y, Threads threads) {
   values.checked("values", lines.connections());
   if (bias) bias->checked("bias", lines.count);
   x.checked("x", 3);
@@ -68,23 +80,22 @@ void bound_forward(const ConnectionLines& lines, const Flat<float>& values,
           panels_of<float>(y, "y", {batch.panels, lines.count, batch.lanes}), threads);
 }
 
-void bound_backward(const ConnectionLines& lines, const Flat<float>& values, const Indices& order,
-                    const View<float>& x, const View<float>& dy, const View<float>& dx,
-                    const Flat<float>& dvalues, int threads) {
+void bound_backward(const ConnectionLines& lines, const Flat<float>& values, const View<float>& x,
+                    const View<float>& dy, const View<float>& dx, const Flat<float>& dvalues,
+                    Threads threads) {
   values.checked("values", lines.connections());
-  order.checked("order", lines.connections());
   dvalues.checked("dvalues", lines.connections());
   x.checked("x", 3);
   const Batch batch = {x.shape[0], x.shape[2]};
   const Sizes inputs = {batch.panels, lines.count, batch.lanes};
-  backward(loops(), lines.lines(), batch, values.data, order.data,
+  backward(loops(), lines.lines(), batch, values.data, lines.order(),
            panels_of<const float>(x, "x", inputs),
            panels_of<const float>(dy, "dy", {batch.panels, lines.ends, batch.lanes}),
            panels_of<float>(dx, "dx", inputs), dvalues.data, threads);
 }
 
 void bound_pairs(const ConnectionLines& lines, const View<float>& dy, const View<float>& x,
-                 const Flat<float>& dvalues, int threads) {
+                 const Flat<float>& dvalues, Threads threads) {
   dvalues.checked("dvalues", lines.connections());
   x.checked("x", 3);
   const Batch batch = {x.shape[0], x.shape[2]};
@@ -94,7 +105,7 @@ void bound_pairs(const ConnectionLines& lines, const View<float>& dy, const View
         threads);
 }
 
-void bound_gather_samples(const View<float>& x, const Flat<float>& out, int threads) {
+void bound_gather_samples(const View<float>& x, const Flat<float>& out, Threads threads) {
   x.checked("x", 3);
   require(x.strides[1] == 1, "x", "must have neighbouring features");
   const Batch batch = {x.shape[0], x.shape[2]};
@@ -106,9 +117,11 @@ void bound_gather_samples(const View<float>& x, const Flat<float>& out, int thre
 
 void bound_transpose(const Indices& starts, const Indices& others, const Indices& column_starts,
                      const Indices& column_lines, const Indices& order) {
-  starts.checked("starts");
-  others.checked("others");
+  require_rising(starts.checked("starts"), others.checked("others").size, "starts");
   column_starts.checked("column_starts");
+  require(column_starts.size > 0, "column_starts",
+          "must have one entry more than there are columns");
+  require_below(others, column_starts.size - 1, "others");
   column_lines.checked("column_lines", others.size);
   order.checked("order", others.size);
   transpose(starts.data, others.data, starts.size - 1, column_starts.size - 1, column_starts.data,
@@ -135,12 +148,13 @@ void bound_members(const Keys& keys, const Keys& known, const Flat<bool>& found)
 void bind_connections(nb::class_<Kernels>& kernels) {
   const nb::kw_only named;
   nb::class_<ConnectionLines>(kernels, "ConnectionLines")
-      .def(nb::init<Indices, Indices, std::int64_t, std::int64_t, int>(), named, "starts"_a,
-           "others"_a, "ends"_a, "blocks"_a, "threads"_a);
+      .def(
+          nb::init<Indices, Indices, std::optional<Indices>, std::int64_t, std::int64_t, Threads>(),
+          named, "starts"_a, "others"_a, "order"_a.none(), "ends"_a, "blocks"_a, "threads"_a);
   kernels.def_static("connections_forward", &bound_forward, Release(), named, "lines"_a, "values"_a,
                      "bias"_a.none(), "x"_a, "y"_a, "threads"_a);
   kernels.def_static("connections_backward", &bound_backward, Release(), named, "lines"_a,
-                     "values"_a, "order"_a, "x"_a, "dy"_a, "dx"_a, "dvalues"_a, "threads"_a);
+                     "values"_a, "x"_a, "dy"_a, "dx"_a, "dvalues"_a, "threads"_a);
   kernels.def_static("connections_pairs", &bound_pairs, Release(), named, "lines"_a, "dy"_a, "x"_a,
                      "dvalues"_a, "threads"_a);
   kernels.def_static("connections_gather_samples", &bound_gather_samples, Release(), named, "x"_a,

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 
@@ -15,14 +16,6 @@ namespace spartan {
 namespace {
 
 using namespace nb::literals;
-
-template <class T>
-void require_rising(const Flat<T>& starts, std::int64_t end, const char* name) {
-  bool sound = starts.size > 0 && starts.data[0] == 0 && starts.data[starts.size - 1] == end;
-  for (std::int64_t i = 1; sound && i < starts.size; ++i)
-    sound = starts.data[i - 1] <= starts.data[i];
-  require(sound, name, "must rise from 0 to the number of entries");
-}
 
 // Weights in blocks of inputs, as layers.h wants them; checked when made, then used at every call.
 class BlockedWeights {
@@ -44,13 +37,30 @@ class BlockedWeights {
     starts_.checked("starts", bases_.size * bundles + 1);
     bias_.checked("bias", bundles * height);
     require_rising(starts_, offsets_.size, "starts");
+    reach_ = farthest(bundles);
     const Entries entries = {values_.data, offsets_.data, starts_.data, height};
     weights_ = {entries, bases_.data, bias_.data, bases_.size, bundles, outputs};
   }
 
   const Weights& weights() const { return weights_; }
+  // Refuses packed inputs of `size` floats if entries lie behind the last row of `row` floats.
+  void require_within(std::int64_t size, std::int64_t row) const {
+    require(reach_ < 0 || reach_ + row <= size, "weights", "read inputs that x does not have");
+  }
 
  private:
+  // Where the entry farthest behind lies among the packed inputs; -1 if there is none.
+  std::int64_t farthest(std::int64_t bundles) const {
+    std::int64_t reach = -1;
+    for (std::int64_t b = 0; b < bases_.size; ++b) {
+      require(bases_.data[b] >= 0, "bases", "must not be negative");
+      for (std::int64_t e = starts_.data[b * bundles]; e < starts_.data[(b + 1) * bundles]; ++e)
+        reach = std::max<std::int64_t>(reach, bases_.data[b] + offsets_.data[e]);
+    }
+    return reach;
+  }
+
+  std::int64_t reach_;
   Flat<float> values_;
   Flat<std::uint16_t> offsets_;
   Flat<std::int32_t> starts_;
@@ -83,6 +93,7 @@ class SlicedWeights {
     bias_.checked("bias");
     require(bias_.size >= outputs, "bias", "must have one entry for each output");
     require_rising(starts_, steps, "starts");
+    require(outputs <= 16 * slices, "outputs", "must not be more than the slices hold");
     for (std::int64_t i = 0; i < columns_.size; ++i)
       require(columns_.data[i] < inputs, "columns", "must be inputs of the layer");
     for (std::int64_t i = 0; i < rows_.size; ++i)
@@ -103,6 +114,11 @@ class SlicedWeights {
   Flat<float> bias_;
 };
 
+// Rows of packed inputs fill whole vectors.
+void require_lanes(int lanes) {
+  require(lanes > 0 && lanes % 16 == 0, "lanes", "must be a multiple of 16");
+}
+
 Activation activation_of(int number) {
   require(kLinear <= number && number <= kGelu, "activation", "must be 0, 1 or 2");
   return static_cast<Activation>(number);
@@ -113,28 +129,30 @@ using Addend = std::optional<View<float>>;
 Output output_of(const View<float>& y, const Addend& addend, int activation) {
   if (addend) {
     addend->checked("addend", y.shape);
-    require(addend->strides == y.strides, "addend", "must lie in memory as y does");
+    require(addend->lies_at(y.strides), "addend", "must lie in memory as y does");
   }
   return {y.data, addend ? addend->data : nullptr, activation_of(activation)};
 }
 
 void bound_linear(const BlockedWeights& weights, const View<float>& x, const View<float>& y,
                   const Addend& addend, std::int64_t inputs, bool feature_major, int lanes,
-                  int activation, int threads) {
+                  int activation, Threads threads) {
   x.checked("x", 2);
   const std::int64_t samples = x.shape[0], outputs = weights.weights().outputs;
   require(x.shape[1] == inputs, "x", "must be (samples, inputs)");
   require(x.strides[0] == 1 || x.strides[1] == 1, "x", "must have a stride of 1");
   y.checked("y", Sizes{samples, outputs});
   const Sizes order = feature_major ? Sizes{1, samples} : Sizes{outputs, 1};
-  require(y.strides == order || samples == 1 || outputs == 1, "y", "lies in another memory order");
+  require(y.lies_at(order), "y", "lies in another memory order");
+  require_lanes(lanes);
+  weights.require_within(inputs * lanes, lanes);
   const Matrix matrix = {inputs, samples, x.strides[1], x.strides[0]};
   linear(*current_set().products, weights.weights(), matrix, x.data, feature_major, lanes,
          output_of(y, addend, activation), threads);
 }
 
 void bound_vector(const SlicedWeights& weights, const Flat<float>& x, const Flat<float>& y,
-                  const std::optional<Flat<float>>& addend, int activation, int threads) {
+                  const std::optional<Flat<float>>& addend, int activation, Threads threads) {
   x.checked("x", weights.inputs);
   y.checked("y", weights.outputs);
   if (addend) addend->checked("addend", weights.outputs);
@@ -149,7 +167,12 @@ Convolution make_convolution(std::int64_t channels, std::int64_t rows, std::int6
                              const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                              std::int64_t group, std::int64_t height) {
   for (const Sizes* pair : {&out, &kernel, &stride, &padding, &dilation})
-    require(pair->size() == 2, "a size", "must be two numbers");
+    require(pair->size() == 2, "sizes", "must be two numbers each");
+  for (const Sizes* pair : {&out, &kernel, &stride, &dilation})
+    require((*pair)[0] > 0 && (*pair)[1] > 0, "sizes", "must be positive");
+  require(padding[0] >= 0 && padding[1] >= 0, "padding", "must not be negative");
+  for (const std::int64_t size : {channels, rows, images, columns, group, height})
+    require(size > 0, "sizes", "must be positive");
   Convolution c{};
   c.channels = channels, c.rows = rows, c.images = images, c.columns = columns;
   c.out_rows = out[0], c.out_columns = out[1];
@@ -163,13 +186,16 @@ Convolution make_convolution(std::int64_t channels, std::int64_t rows, std::int6
 
 void bound_convolution(const BlockedWeights& weights, const Convolution& sizes,
                        const View<float>& x, const View<float>& y, const Addend& addend, int lanes,
-                       int activation, int threads) {
+                       int activation, Threads threads) {
   Convolution c = sizes;
   x.checked("x", Sizes{c.images, c.channels, c.rows, c.columns});
   y.checked("y", Sizes{c.images, weights.weights().outputs, c.out_rows, c.out_columns});
   require(x.strides[3] == 1 || c.columns == 1, "x", "must have neighbouring columns");
   require(y.strides[3] == 1 || c.out_columns == 1, "y", "must have neighbouring columns");
   c.x_channel = x.strides[1], c.x_row = x.strides[2], c.x_image = x.strides[0];
+  require_lanes(lanes);
+  const std::int64_t packed = c.channels * c.kernel_columns * c.plane();
+  weights.require_within(packed, c.height * c.row_size());
   c.y_channel = y.strides[1], c.y_row = y.strides[2], c.y_image = y.strides[0];
   convolution(*current_set().products, weights.weights(), c, x.data, lanes,
               output_of(y, addend, activation), threads);

@@ -36,7 +36,7 @@ struct Earned {
 };
 
 // What decides whether an entry is kept: its key against the threshold's.
-struct Gate {
+struct KeepRule {
   std::int32_t threshold;  // smallest key that is kept
   const bool* mask;        // if given, decides instead
 };
@@ -65,7 +65,7 @@ struct Loops {
 
   // latent <- theta, mask <- kept, weight <- theta * m where kept, else 0.
   void (*project)(const float* theta, float* latent, float* weight, bool* mask, std::int64_t n,
-                  Scores, Gate, const Dual*);
+                  Scores, KeepRule, const Dual*);
 
   // Sums of g theta s and of s.
   Earned (*earn)(const float* grad, const float* theta, std::int64_t n, Scores, Dual);

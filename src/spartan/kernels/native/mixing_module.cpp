@@ -19,19 +19,18 @@ using namespace nb::literals;
 constexpr std::int64_t kPositions = 64;  // that a thread takes at a time
 
 void bound_mix(const View<float>& of_parents, const View<float>& of_children,
-               const View<float>& weights, std::int64_t chosen, float temperature, int threads) {
+               const View<float>& weights, std::int64_t chosen, float temperature,
+               Threads threads) {
   of_parents.checked("of_parents", 2);
   of_children.checked("of_children", 2);
   const std::int64_t positions = of_parents.shape[0], parents = of_parents.shape[1];
   const std::int64_t values = of_children.shape[1];
   require(of_children.shape[0] == positions && parents > 0 && values % parents == 0, "of_children",
           "must be (positions, parents x children)");
-  require(of_parents.strides == Sizes{parents, 1} || positions < 2, "of_parents",
-          "must be contiguous");
-  require(of_children.strides == Sizes{values, 1} || positions < 2, "of_children",
-          "must be contiguous");
+  require(of_parents.lies_at({parents, 1}), "of_parents", "must be contiguous");
+  require(of_children.lies_at({values, 1}), "of_children", "must be contiguous");
   weights.checked("weights", of_children.shape);
-  require(weights.strides == of_children.strides, "weights", "must lie as of_children");
+  require(weights.lies_at({values, 1}), "weights", "must lie as of_children");
   require(1 <= chosen && chosen <= parents, "chosen", "must be a number of parents");
   const Memory memory{parents, values / parents, chosen, values, temperature};
   const MixingLoops& loops = *current_set().mixing;

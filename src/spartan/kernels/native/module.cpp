@@ -47,7 +47,7 @@ void require_one_each(const std::vector<T>& numbers, const char* name, const Flo
 
 const Loops& loops() { return *current_set().loops; }
 
-std::vector<bool> finite(const Floats& tensors, int threads) {
+std::vector<bool> finite(const Floats& tensors, Threads threads) {
   const auto chunks = chunks_of(tensors.checked("tensors").sizes);
   std::vector<char> ok(chunks.size());
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
@@ -64,8 +64,8 @@ std::tuple<bool, float, Sizes, MassTuple> scan(const Floats& tensors,
                                                const std::vector<double>& costs, bool absolute,
                                                double budget, Bracket bracket,
                                                const std::optional<DualTuple>& dual, bool dropped,
-                                               int threads) {
-  tensors.checked("tensors");
+                                               Threads threads) {
+  require(!tensors.checked("tensors").sizes.empty(), "tensors", "must not be empty");
   require_one_each(scales, "scales", tensors);
   require_one_each(costs, "costs", tensors);
   const Dual wanted = dual ? dual_of(*dual) : Dual{};
@@ -86,7 +86,7 @@ std::tuple<bool, float, Sizes, MassTuple> scan(const Floats& tensors,
 
 MassTuple mass(const Floats& tensors, const std::vector<float>& scales,
                const std::vector<double>& costs, bool absolute, DualTuple dual, bool dropped,
-               int threads) {
+               Threads threads) {
   const auto chunks = chunks_of(tensors.checked("tensors").sizes);
   require_one_each(scales, "scales", tensors);
   require_one_each(costs, "costs", tensors);
@@ -101,7 +101,8 @@ MassTuple mass(const Floats& tensors, const std::vector<float>& scales,
 void project(const Floats& thetas, const Floats& latents, const Floats& weights,
              const List<bool>& masks, const std::vector<float>& scales,
              const std::optional<std::vector<float>>& thresholds,
-             const std::optional<Sizes>& tie_ends, const std::optional<Duals>& duals, int threads) {
+             const std::optional<Sizes>& tie_ends, const std::optional<Duals>& duals,
+             Threads threads) {
   thetas.checked("thetas");
   const bool copies = !latents.addresses.empty(), given = !thresholds;
   if (copies) require_alike(latents, "latents", thetas);
@@ -124,10 +125,10 @@ void project(const Floats& thetas, const Floats& latents, const Floats& weights,
       bool* mask = at<bool>(masks.addresses, part);
       // Entries equal to the threshold are kept before the end of the ties only.
       const std::int32_t smallest = given ? 0 : key_of((*thresholds)[t]) + (ties ? 0 : 1);
-      const Gate gate = {smallest, given ? mask : nullptr};
+      const KeepRule rule = {smallest, given ? mask : nullptr};
       float* latent = copies ? at<float>(latents.addresses, part) : nullptr;
       loops().project(at<const float>(thetas.addresses, part), latent,
-                      at<float>(weights.addresses, part), mask, part.size, {scales[t], true}, gate,
+                      at<float>(weights.addresses, part), mask, part.size, {scales[t], true}, rule,
                       duals ? &dual : nullptr);
     };
     const std::int64_t begin = chunks[c].begin, end = begin + chunks[c].size;
@@ -149,7 +150,7 @@ void require_for_gradients(const Floats& grads, const Floats& thetas,
 
 std::tuple<double, double> earn(const Floats& grads, const Floats& thetas,
                                 const std::vector<float>& scales, const std::vector<double>& costs,
-                                const Duals& duals, int threads) {
+                                const Duals& duals, Threads threads) {
   require_for_gradients(grads, thetas, scales, costs, duals);
   const auto chunks = chunks_of(grads.sizes);
   std::vector<Earned> parts(chunks.size());
@@ -168,7 +169,8 @@ std::tuple<double, double> earn(const Floats& grads, const Floats& thetas,
 }
 
 void pull_back(const Floats& grads, const Floats& thetas, const std::vector<float>& scales,
-               const std::vector<double>& costs, const Duals& duals, double price, int threads) {
+               const std::vector<double>& costs, const Duals& duals, double price,
+               Threads threads) {
   require_for_gradients(grads, thetas, scales, costs, duals);
   const auto chunks = chunks_of(grads.sizes);
   parallel(chunks.size(), threads, [&](int, std::int64_t c) {
@@ -182,7 +184,7 @@ void pull_back(const Floats& grads, const Floats& thetas, const std::vector<floa
   });
 }
 
-void mask(const Floats& tensors, const List<bool>& masks, int threads) {
+void mask(const Floats& tensors, const List<bool>& masks, Threads threads) {
   tensors.checked("tensors");
   require_alike(masks, "masks", tensors);
   const auto chunks = chunks_of(tensors.sizes);
@@ -192,6 +194,14 @@ void mask(const Floats& tensors, const List<bool>& masks, int threads) {
   });
 }
 
+std::int64_t weights_of(const Grid& grid) { return grid.shape[0] * grid.shape[1] * grid.shape[2]; }
+
+std::int64_t units_of(const Grid& grid) {
+  std::int64_t count = 1;
+  for (int d = 0; d < 3; ++d) count *= grid.shape[d] / grid.block[d];
+  return count;
+}
+
 // Shape, block and strides, one after the other.
 Grid grid_of(const Sizes& numbers) {
   require(numbers.size() == 9, "grid", "must have nine numbers");
@@ -199,22 +209,18 @@ Grid grid_of(const Sizes& numbers) {
   std::copy_n(numbers.begin(), 3, grid.shape);
   std::copy_n(numbers.begin() + 3, 3, grid.block);
   std::copy_n(numbers.begin() + 6, 3, grid.strides);
+  std::int64_t last = 0;
+  for (int d = 0; d < 3; ++d) {
+    const bool divides = grid.block[d] > 0 && grid.shape[d] % grid.block[d] == 0;
+    require(divides && grid.strides[d] >= 0, "grid", "must divide the weight");
+    last += (grid.shape[d] / grid.block[d] - 1) * grid.strides[d];
+  }
+  require(last < units_of(grid) || !weights_of(grid), "grid", "must lead to its units");
   return grid;
 }
 
-std::int64_t weights_of(const Grid& grid) { return grid.shape[0] * grid.shape[1] * grid.shape[2]; }
-
-std::int64_t units_of(const Grid& grid) {
-  std::int64_t count = 1;
-  for (int d = 0; d < 3; ++d) {
-    require(grid.block[d] > 0 && grid.shape[d] % grid.block[d] == 0, "grid", "must divide");
-    count *= grid.shape[d] / grid.block[d];
-  }
-  return count;
-}
-
 void pool_units(const Sizes& grid, const Flat<float>& x, const std::optional<Flat<float>>& y,
-                const Flat<float>& units, int threads) {
+                const Flat<float>& units, Threads threads) {
   const Grid g = grid_of(grid);
   x.checked("x", weights_of(g));
   if (y) y->checked("y", weights_of(g));
@@ -224,7 +230,7 @@ void pool_units(const Sizes& grid, const Flat<float>& x, const std::optional<Fla
 
 void scale_by_units(const Sizes& grid, const Flat<float>& theta, const Flat<float>& factors,
                     const std::optional<Flat<float>>& latent, const Flat<float>& weight,
-                    int threads) {
+                    Threads threads) {
   const Grid g = grid_of(grid);
   theta.checked("theta", weights_of(g));
   factors.checked("factors", units_of(g));
@@ -235,7 +241,7 @@ void scale_by_units(const Sizes& grid, const Flat<float>& theta, const Flat<floa
 }
 
 void pull_back_by_units(const Sizes& grid, const Flat<float>& grad, const Flat<float>& theta,
-                        const Flat<float>& m, const Flat<float>& terms, int threads) {
+                        const Flat<float>& m, const Flat<float>& terms, Threads threads) {
   const Grid g = grid_of(grid);
   grad.checked("grad", weights_of(g));
   theta.checked("theta", weights_of(g));

@@ -187,7 +187,7 @@ class Search {
     Counts above(costs_.size(), 0), ties;
     for (; digit != end; ++digit) {
       const std::vector<Counts> bins = histogram(*digit, prefix);
-      const std::size_t bin = walk(bins, above);
+      const std::size_t bin = bin_of_budget(bins, above);
       prefix = prefix << digit->bits | static_cast<std::uint32_t>(bin);
       ties = at_bin(bins, bin);
       visited_ = true;
@@ -224,7 +224,7 @@ class Search {
   }
 
   // The first bin, from the top, at which the budget is reached; adds what lies above it.
-  std::size_t walk(const std::vector<Counts>& bins, Counts& above) const {
+  std::size_t bin_of_budget(const std::vector<Counts>& bins, Counts& above) const {
     std::size_t bin = bins[0].size() - 1, lowest = 0;
     const auto empty = [&](std::size_t i) {
       return std::all_of(bins.begin(), bins.end(), [&](const Counts& c) { return c[i] == 0; });

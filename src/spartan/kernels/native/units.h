@@ -8,8 +8,8 @@
 
 namespace spartan {
 
-// A tensor of (rows, inputs, kernel positions), cut into units of block[0] x block[1] x block[2]
-// weights; strides say where in the tensor of units their values lie.
+// A tensor of (rows, inputs, kernel positions), divided into units of block[0] x block[1] x
+// block[2] weights; strides say where in the tensor of units their values lie.
 struct Grid {
   std::int64_t shape[3], block[3], strides[3];
 

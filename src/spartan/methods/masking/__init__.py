@@ -1,7 +1,7 @@
 """What an author of a masking method imports: contract, state, selection, schedules.
 
 A method is one file in this folder, one line in `spartan.methods.registry`, and one row in the
-contract test; see "Add a method" in the docs.
+contract test; see "Add a masking method" in the docs.
 """
 
 from spartan.errors import MethodError

@@ -66,7 +66,7 @@ class MaskingMethod(Registered, ABC):
         """Turn the gradients of w into gradients of θ, in place.
 
         Args:
-            group: BudgetGroup of the weights.
+            group: The group of the weights.
             weights: Its weights that have a gradient and are about to be stepped.
             step: Steps completed so far.
             total_steps: Steps of the whole run.

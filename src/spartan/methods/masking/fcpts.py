@@ -77,7 +77,7 @@ class LearnedRate(WeightState):
         rate: logit d.
         gain: -b / c, averaged over the last steps.
         power: Its square, likewise.
-        threshold: t, the score at which the layer was last cut.
+        threshold: t, the cutoff score of the last selection.
     """
 
     rate: float | None = None
@@ -229,7 +229,7 @@ def _erk(group: BudgetGroup) -> list[float]:
 
 
 def _threshold(group: BudgetGroup, weight: MaskedWeight) -> float | Tensor:
-    """Return the score at which a weight is cut; one for each row of an N:M pattern."""
+    """Return the cutoff score of a weight; one for each row of an N:M pattern."""
     if isinstance(group.budget, RowBudget):
         kept = weight.scores().masked_fill(~weight.mask, torch.inf)
         return kept.amin(dim=1, keepdim=True).clamp_(min=_SMALLEST)

@@ -46,7 +46,7 @@ class LearnedThreshold(WeightState):
     Attributes:
         theta: θ_l, t_l = σ(θ_l).
         speed: What momentum has gathered of its gradients.
-        threshold: Where the last projection cut the layer.
+        threshold: The cutoff of the last projection.
     """
 
     theta: float = 0.0

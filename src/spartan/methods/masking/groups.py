@@ -241,7 +241,7 @@ def keep_counts(
     Args:
         competition: The weights.
         counts: How many units of each.
-        thresholds: The score at which each is cut, remembered for the next time.
+        thresholds: The cutoff score of each, remembered for the next time.
     """
     alone = [
         Competition(competition.group, [weight], count * weight.cost, competition.at_target)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class GroupState:
     """What a method keeps of one group of weights; methods that keep more derive from it.
 
     Attributes:
-        threshold: Score at which the group was last cut.
+        threshold: Cutoff score of the last selection.
         settled: Whether masks were selected at the target density.
     """
 
@@ -111,15 +111,29 @@ def restored(kind: type[_S], values: Mapping[str, Any], device: torch.device) ->
     """
     state = kind()
     known = {one.name for one in _saved_fields(kind)}
+    hints = get_type_hints(kind)
     for name, value in values.items():
         if name not in known:
             raise StateError(f"The state holds {name!r}, which this method does not keep.")
-        if isinstance(getattr(state, name), Forecast):
+        if not _fits(value, hints[name]):
+            raise StateError(f"The state is damaged: it holds {value!r} as {name!r}.")
+        if hints[name] is Forecast:
             value = Forecast(*value)
         elif isinstance(value, Tensor):
             value = value.to(device, copy=True)
         setattr(state, name, value)
     return state
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value that was read has the type of a field."""
+    if hint is Forecast:
+        pair = value if isinstance(value, list | tuple) else ()
+        return len(pair) == 2 and all(_fits(number, float | None) for number in pair)
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, *((int,) if float in kinds else ())))
 
 
 def _saved_fields(kind: type[Any]) -> list[dataclasses.Field[Any]]:
