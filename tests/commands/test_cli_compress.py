@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -143,6 +144,15 @@ def test_what_is_no_model_and_what_is_there_already(
     assert "pip install transformers" in missing
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """A shell in the background lets its children ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_leaves_nothing_behind(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
