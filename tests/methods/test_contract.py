@@ -131,9 +131,12 @@ def check_budget(model: Net, pattern: Pattern, allocation: str) -> None:
     units = UNITS[pattern]
     kept = [int(held(w, pattern).sum()) for w in weights]
     sizes = [n // count for n, count in zip(WEIGHTS, units, strict=True)]
-    # Weights of a kept unit are not zero by themselves in these models.
+    # Weights of a kept unit are not zero by themselves in these models; but in bfloat16, with eight
+    # bits, a step may end on zero.
     in_units = [k * s for k, s in zip(kept, sizes, strict=True)]
-    assert [int(w.count_nonzero()) for w in weights] == in_units
+    zeros = [n - int(w.count_nonzero()) for n, w in zip(in_units, weights, strict=True)]
+    most = 2 if weights[0].dtype == torch.bfloat16 else 0
+    assert all(0 <= count <= most for count in zeros)
     wanted = {
         "uniform": [float(DENSITY * n) for n in units],
         "erk": [d * n for d, n in zip(erk_densities(), units, strict=True)],
