@@ -23,11 +23,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from spartan.errors import MethodError
-from spartan.methods.masking.contract import MaskingMethod, mask_gradients
+from spartan.methods.masking.annealed import AnnealedMasking
+from spartan.methods.masking.contract import mask_gradients
 from spartan.methods.masking.groups import BudgetGroup, Competition, competitions_of, keep_largest
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import WeightState
-from spartan.schedules import check_annealing, check_fraction, check_order, progress
 
 
 @dataclass
@@ -38,7 +38,7 @@ class BackwardMask(WeightState):
 
 
 @dataclass(frozen=True)
-class DualAveraging(MaskingMethod):
+class DualAveraging(AnnealedMasking):
     """Hard top-k forward, straight-through gradients to a larger set.
 
     Attributes:
@@ -71,18 +71,7 @@ class DualAveraging(MaskingMethod):
     def __post_init__(self) -> None:
         if not 0 < self.backward_density <= 1:
             raise MethodError(f"backward_density={self.backward_density} must lie in (0, 1].")
-        check_fraction("warmup", self.warmup)
-        check_fraction("finetune", self.finetune)
-        check_order(self.warmup, self.finetune)
-        check_annealing(self.annealing)
-
-    def moves_masks(self, step: int, total_steps: int) -> bool:
-        return step <= self._last_update(total_steps)
-
-    def progress(self, step: int, total_steps: int) -> float:
-        if step >= total_steps:
-            return 1.0
-        return progress(step, int(self.warmup * total_steps), self.annealing)
+        self.check_schedule()
 
     def select(self, groups: Sequence[BudgetGroup], step: int, total_steps: int) -> None:
         competitions = competitions_of(groups, self.progress(step, total_steps))
@@ -105,6 +94,3 @@ class DualAveraging(MaskingMethod):
         elif self.backward_density < 1.0:
             backward = [weight.state_as(BackwardMask).backward for weight in weights]
             mask_gradients(weights, [mask for mask in backward if mask is not None])
-
-    def _last_update(self, total_steps: int) -> int:
-        return total_steps - int(self.finetune * total_steps)

@@ -38,7 +38,8 @@ from spartan.budgets.group_budget import RowBudget
 from spartan.errors import MethodError
 from spartan.kernels import Dual, ScanRequest, units
 from spartan.kernels.readback import read_back
-from spartan.methods.masking.contract import MaskingMethod, scale_gradients
+from spartan.methods.masking.annealed import AnnealedMasking
+from spartan.methods.masking.contract import scale_gradients
 from spartan.methods.masking.groups import (
     BudgetGroup,
     Competition,
@@ -51,7 +52,7 @@ from spartan.methods.masking.groups import (
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
 from spartan.methods.masking.writing import write_kept, write_masked, write_scaled
-from spartan.schedules import check_annealing, check_fraction, check_order, interpolate, progress
+from spartan.schedules import interpolate, progress
 from spartan.selection import soft
 from spartan.selection.soft import DualSearch
 
@@ -91,7 +92,7 @@ class Sharpness(GroupState):
 
 
 @dataclass(frozen=True)
-class Spartan(MaskingMethod):
+class Spartan(AnnealedMasking):
     """Soft top-k masks with straight-through hard projection.
 
     Attributes:
@@ -132,18 +133,7 @@ class Spartan(MaskingMethod):
             raise MethodError(f"beta={self.beta!r} must be two positive numbers: start and end.")
         if self.beta_scale not in ("relative", "absolute"):
             raise MethodError(f"beta_scale={self.beta_scale!r}; known: relative, absolute.")
-        check_fraction("warmup", self.warmup)
-        check_fraction("finetune", self.finetune)
-        check_order(self.warmup, self.finetune)
-        check_annealing(self.annealing)
-
-    def moves_masks(self, step: int, total_steps: int) -> bool:
-        return step <= self._last_update(total_steps)
-
-    def progress(self, step: int, total_steps: int) -> float:
-        if step >= total_steps:
-            return 1.0
-        return progress(step, int(self.warmup * total_steps), self.annealing)
+        self.check_schedule()
 
     def select(self, groups: Sequence[BudgetGroup], step: int, total_steps: int) -> None:
         rows, others = by_rows(competitions_of(groups, self.progress(step, total_steps)))
@@ -268,9 +258,6 @@ class Spartan(MaskingMethod):
         state = _sharpness(group)
         numbers = {"beta": state.beta, "scale": state.scale}
         return {name: number for name, number in numbers.items() if number is not None}
-
-    def _last_update(self, total_steps: int) -> int:
-        return total_steps - int(self.finetune * total_steps)
 
     def _beta(self, competition: Competition, step: int, total_steps: int) -> float:
         start, end = self.beta
