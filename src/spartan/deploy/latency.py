@@ -31,8 +31,8 @@ from spartan.weights.prunable import Prunable
 # Where each layer is timed: where sparse kernels win, and its time is a line in its density.
 _DENSITIES = (0.02, 0.08, 0.25)
 _SMALLEST = 0.002  # fraction of the cost that is kept at least
-# The search ends this near the time asked for, about the noise of a median on an idle machine, or
-# after so many rounds: a bracket is narrowed by every one of them.
+# The search ends this near the time asked for (relative; medians are noisy), or after so many
+# rounds, each of which narrows the bracket.
 _CLOSE, _ROUNDS = 0.03, 8
 _SECONDS = 0.04  # to measure a layer
 # A weight that no sparse kernel runs, relative to the dearest: it is kept.

@@ -12,7 +12,7 @@ from spartan.deploy.container import chunks_of
 from spartan.deploy.packing import Stored
 from spartan.errors import MissingExtraError
 
-# Of the comparison: higher levels take much longer for a file that is hardly smaller.
+# Of the comparison: the level that the tables of the README name.
 ZSTD_LEVEL = 12
 
 

@@ -28,8 +28,8 @@ from spartan.seeds import derive_seed
 from spartan.weights.prunable import Prunable
 
 # Positions of a layer's inputs that are looked at; of wide layers more. A Gram matrix's cost is
-# linear in them, its sampling error falls with their root; 16 for each input keep it well
-# conditioned.
+# linear in them, its sampling error falls with their root, and it is singular with fewer positions
+# than inputs.
 _POSITIONS = 32_768
 _POSITIONS_PER_INPUT = 16
 

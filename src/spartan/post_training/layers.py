@@ -20,8 +20,8 @@ from spartan.post_training.weight_products import WeightProduct
 from spartan.weights.prunable import Prunable
 
 DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal, as in the released code of SparseGPT
-# Inputs of a layer for each position that it was calibrated with, at most: with fewer positions the
-# damping, not the data, decides what most weights are.
+# Inputs of a layer for each position that it was calibrated with, at most: with fewer positions
+# most directions of the weights are seen by the damping only.
 _SCARCE = 8
 
 

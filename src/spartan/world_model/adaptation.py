@@ -25,7 +25,7 @@ from spartan.world_model.toggling import gate_slopes, squared_errors
 from spartan.world_model.transitions import Transitions
 
 # What logits of the token are divided by at first, and in what part of the steps that falls to 1:
-# every gate lets the token through at first, and for the last fifth gates are as hard as in use.
+# for the rest, reads are as sharp as in use.
 _SOFTNESS, _SOFT = 1000.0, 0.8
 
 

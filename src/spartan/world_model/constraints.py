@@ -35,24 +35,22 @@ from spartan.world_model.paths import Rows, count_paths, read_graph
 class Settings:
     """What was tuned, and what chose it.
 
-    All were tuned together on the four worlds of `benchmarks/world_model.py`, at its length of
-    training, by whether budgets were met and the edges learned were the true ones. Values that were
-    tried before are named; of the others no trial was kept, and what they are for is said instead.
+    All were tuned together, on the worlds of `benchmarks/world_model.py`. No figures of those
+    trials were kept: values used before are named, and beside each is said what it is for.
 
     Attributes:
         least_path_weight: 1/λ of an error budget at the start, and at least, in parts of the error
             of predicting no change, which is about 1. So little that no path that is of use closes
             while the error is above what is allowed (1e-3 before gates became sharper).
-        most_path_weight: 1/λ at most. Gates that are closed at any price stay closed: with 0.5, and
-            then 0.1, budgets were met by graphs that had lost true edges.
+        most_path_weight: 1/λ at most. Gates that are closed at any price stay closed; 0.5, and
+            then 0.1, were used before.
         least_edge_weight: λ of an edge budget at the start, and at least, in parts of one object's
             share of the error.
         most_edge_weight: λ at most, in the same parts; the ceiling of `most_path_weight`, for
             budgets of far fewer edges than there are true ones.
         cheaper: Step of ln λ by which paths get cheaper while an error budget is exceeded.
         dearer: Step by which they get dearer while it is met. A quarter of `cheaper`: gates follow
-            the price late, and a price that runs ahead of them closes all (as fast as `cheaper`
-            did).
+            the price late, and a price that runs ahead of them closes all. (Both were 0.02.)
         edges_cheaper: Step by which edges get cheaper while an edge budget is met. Edges are
             counted with little noise; what falls below its limit is to be let go at once.
         edges_dearer: Step by which they get dearer while it is exceeded; slow, as `dearer` is.
@@ -60,7 +58,7 @@ class Settings:
         near: Multiple of the error allowed at the time below which paths begin to cost anything.
             Before, the dynamics are not known, and the least cost closes every path.
         raised: By what the error allowed is raised while steps are large: about what large steps
-            cost the error of a model that has learned the dynamics (0.06 was more than they do).
+            cost the error of a model that has learned the dynamics (0.06 was used before).
         settling: Last part of the training, in which the rate falls to 0 and `raised` with it.
         narrowing: Parts of the training between which an edge budget is narrowed: it begins when
             the dynamics are known, and ends when the rate still moves gates.

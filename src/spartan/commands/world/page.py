@@ -23,7 +23,7 @@ from spartan.world_model.metrics import found_graphs
 from spartan.world_model.model import WorldModel
 from spartan.world_model.transitions import Transitions
 
-# Steps of the animation, and states shown with their graphs: the page stays small enough to mail.
+# Steps of the animation, and states shown with their graphs, which set the size of the page.
 _FRAMES = 60
 _STATES = 6
 _TITLES = {
