@@ -182,6 +182,53 @@ def test_exact_at_every_step_after_warmup(
     assert sparsifier.density == kept / 2464
 
 
+def _sliced(weight: Tensor) -> Tensor:
+    """Lay every second entry of a wider tensor open: there are gaps between the weights."""
+    wide = weight.new_zeros(*weight.shape[:-1], 2 * weight.shape[-1])
+    wide[..., ::2] = weight
+    return wide[..., ::2]
+
+
+# Ways in which weights lie in memory: other frameworks' checkpoints, slices, formats of images.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "inputs and outputs last": lambda w: (
+        w.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1) if w.dim() == 4 else w
+    ),
+    "sliced": _sliced,
+    "sliced and transposed": lambda w: _sliced(w.transpose(0, 1)).transpose(0, 1),
+    "expanded, then cloned": lambda w: w + w[:1].mul(0.1).expand(w.shape).clone(),
+    "channels last": lambda w: (
+        w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@method_param
+def test_exact_whatever_the_order_in_memory(
+    method: MaskingMethod, pattern: Pattern, layout: str, make_net: Callable[..., Net]
+) -> None:
+    if isinstance(pattern, NM) and isinstance(method, Gated):
+        return  # refused, as tested above
+    if not THOROUGH and not isinstance(pattern, Unstructured) and method is not METHODS[0]:
+        return
+    model = make_net()
+    for layer in (model.conv, model.fc1, model.fc2):
+        layer.weight = nn.Parameter(LAYOUTS[layout](layer.weight.detach()))
+    strides = [p.stride() for p in model.parameters()]
+    optimizer = optimizer_for(model)
+    sparsifier = sparsify(model, optimizer, method, pattern)
+    for step in range(STEPS):
+        if reached(method, step):
+            check_budget(model, pattern, "global")
+        train_step(model, optimizer, step)
+    sparsifier.finalize()
+    check_budget(model, pattern, "global")
+    assert strides == [p.stride() for p in model.parameters()]
+
+
 STOPS = (0, 2, 7, 12, 18)
 
 

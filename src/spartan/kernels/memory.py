@@ -1,7 +1,7 @@
-"""Flat views of contiguous and channels-last tensors, in memory order.
+"""Flat views of tensors that fill one run of memory, in whatever order: by rows, columns, channels.
 
-Elementwise kernels work on any dense tensor, contiguous or channels-last, as one flat run; the
-position of an entry is its place in memory.
+Elementwise kernels work on any dense tensor as one flat run; the position of an entry is its place
+in memory.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ from torch import Tensor
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the entries fill one run of memory, in the usual order or channels last."""
-    if x.is_contiguous():
-        return True
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    """Whether the entries fill one run of memory without gaps, in any order of dimensions."""
+    return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(x)
 
 
 def alike(tensors: Sequence[Tensor]) -> bool:
@@ -30,10 +26,14 @@ def alike(tensors: Sequence[Tensor]) -> bool:
 
 
 def flat(x: Tensor) -> Tensor:
-    """Return the entries in the order of memory, as a view if the tensor is dense."""
-    if x.is_contiguous():
-        return x.view(-1)
-    return x.as_strided((x.numel(),), (1,)) if is_dense(x) else x.flatten()
+    """Return the entries in the order of memory: to be read; a copy if the tensor has gaps."""
+    return flat_view(x) if is_dense(x) else x.flatten()
+
+
+def flat_view(x: Tensor) -> Tensor:
+    """Return the entries of a dense tensor in the order of memory: writing to them writes to it."""
+    assert is_dense(x), x.stride()
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
 
 
 def unflat(entries: Tensor, like: Tensor) -> Tensor:

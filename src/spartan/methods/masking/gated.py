@@ -36,7 +36,7 @@ from spartan import gates
 from spartan.budgets.group_budget import RowBudget
 from spartan.errors import MethodError, PatternError
 from spartan.kernels import Scores, masks_of
-from spartan.kernels.memory import flat
+from spartan.kernels.memory import flat_view
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import wide
 from spartan.methods.masking.contract import MaskingMethod, scale_gradients
@@ -260,7 +260,7 @@ class Gated(MaskingMethod):
             log_alpha.clamp_(low, gates.log_alpha_at(_CEILING))
             if self.keep_one:
                 # The strongest gate of a layer is held half open.
-                entries = flat(log_alpha)
+                entries = flat_view(log_alpha)
                 strongest = entries.argmax()
                 entries[strongest] = entries[strongest].clamp_min(0.0)
 
@@ -316,9 +316,9 @@ class Gated(MaskingMethod):
         if self.keep_one and sum(costs) <= budget:
             budget -= sum(costs)
             for rank, hold in zip(ranks, held, strict=True):
-                strongest = flat(rank).argmax()
-                flat(hold)[strongest] = True
-                flat(rank)[strongest] = _LAST
+                strongest = flat_view(rank).argmax()
+                flat_view(hold)[strongest] = True
+                flat_view(rank)[strongest] = _LAST
         scores = Scores(ranks, [1.0] * len(ranks), costs, absolute=False)
         masks = masks_of(scores, find_cutoff(scores, budget))
         return [mask | hold for mask, hold in zip(masks, held, strict=True)]
