@@ -50,6 +50,7 @@ def set_log_alpha(sparsifier: Sparsifier, *values: list[float]) -> None:
     for weight, value in zip(sparsifier.weights, values, strict=True):
         like = gates_of(weight).log_alphas
         like.copy_(torch.tensor(value, dtype=like.dtype).reshape(like.shape))
+    sparsifier.run._writer.write(sparsifier.weights)
 
 
 def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
@@ -155,6 +156,7 @@ def test_loss_reaches_weights_and_gates_as_autograd_says() -> None:
     log_alpha = gates_of(weight).log_alphas.clone()
     log_alpha.uniform_(-2, 2, generator=torch.Generator().manual_seed(3))
     gates_of(weight).log_alphas.copy_(log_alpha)
+    sparsifier.run._writer.write([weight])
     log_alpha.requires_grad_()
     x = torch.randn(5, 6, dtype=torch.float64)
     loss = model(x).square().sum()

@@ -114,8 +114,9 @@ def test_guided_samples_follow_their_distributions() -> None:
 def test_dead_layers_are_sampled_uniformly() -> None:
     weight, _ = one_layer()
     weight.module.passes = Passes()
-    weight.module.passes.add(torch.zeros(1, 24, 4), torch.zeros(1, 18, 4))
-    weight.module.passes.finish(None)
+    values = torch.zeros(weight.connections.count)
+    weight.module.passes.add(torch.zeros(1, 24, 4), torch.zeros(1, 18, 4), values)
+    weight.module.passes.finish()
     for sampler in ("grabo", "graest"):
         (grown,) = GSE(sampler=sampler).grow([weight], 5, 1)
         assert grown.numel() == 5

@@ -83,7 +83,7 @@ def test_powerpropagation_ranks_units_by_weights_not_by_their_roots() -> None:
 
 def test_weights_written_from_outside_become_the_latent_ones() -> None:
     layer = layer_of([1.0, 2.0, 3.0])
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     Sparsifier(layer, optimizer, Powerpropagation(alpha=2.0), Budget(density=1.0), 4)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, 9.0, 16.0]]))

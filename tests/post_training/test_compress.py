@@ -93,6 +93,7 @@ def test_every_method_with_every_pattern_is_exact(net, method, pattern, reconstr
     assert sum(layer.kept_units for layer in report.layers) == round(0.5 * units)
 
 
+@pytest.mark.filterwarnings("ignore:N(othing|ext to nothing) is kept")
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 0.98])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 100.0])

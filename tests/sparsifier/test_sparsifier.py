@@ -215,9 +215,10 @@ def test_scaler_skips_change_nothing(fused: bool, make_net: Make) -> None:
     assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
     for name, tensors in state["weights"].items():
         kept = after["weights"][name]
-        assert tensors.pop("dual") == kept.pop("dual")
-        assert tensors.pop("state") == kept.pop("state")
-        assert all(torch.equal(v, kept[k]) for k, v in tensors.items() if k != "active")
+        (own,), (own_kept,) = tensors["own"], kept["own"]
+        assert own["dual"] == own_kept["dual"]
+        assert own["state"] == own_kept["state"]
+        assert all(torch.equal(tensors[k], kept[k]) for k in ("latent", "mask"))
     step(2, poison=False)
     assert sparsifier.step == 2
 
@@ -393,13 +394,20 @@ def test_step_that_explodes_is_named_and_undone(make_net: Make) -> None:
 def test_too_many_steps(make_net: Make) -> None:
     model = make_net()
     optimizer = sgd(model)
-    attach(model, optimizer, steps=2)
+    sparsifier = attach(model, optimizer, steps=2)
     train_step(model, optimizer, 0)
     train_step(model, optimizer, 1)
-    weights = copy.deepcopy(dict(model.named_parameters()))
-    with pytest.raises(ScheduleError, match="step 3, but total_steps=2"):
+    masks = sparsifier.selected()
+    with pytest.warns(UserWarning, match="step 3 of total_steps=2: the masks stay") as told:
         train_step(model, optimizer, 2)
-    assert all(torch.equal(weights[k], p) for k, p in model.named_parameters())
+    assert len(told) == 1
+    train_step(model, optimizer, 3)  # is not told again
+    assert sparsifier.step == 4
+    assert all(torch.equal(masks[k], v) for k, v in sparsifier.selected().items())
+    sparsifier.finalize()
+    weights = [model.conv.weight, model.fc1.weight, model.fc2.weight]
+    kept = sum(int(w.count_nonzero()) for w in weights)
+    assert kept == round(0.2 * sum(w.numel() for w in weights))
 
 
 def test_finalize_early_prunes_to_the_budget_with_a_warning(make_net: Make) -> None:
@@ -412,8 +420,12 @@ def test_finalize_early_prunes_to_the_budget_with_a_warning(make_net: Make) -> N
     weights = [model.conv.weight, model.fc1.weight, model.fc2.weight]
     kept = sum(int(w.count_nonzero()) for w in weights)
     assert kept == round(0.2 * sum(w.numel() for w in weights))
-    with pytest.raises(StateError, match="finalized"):
+    sparsifier.finalize()  # once more does nothing
+    train_step(model, optimizer, 1)
+    with pytest.raises(StateError, match="trained or written since"):
         sparsifier.finalize()
+    with pytest.raises(StateError, match="the run is over"):
+        sparsifier.state_dict()
 
 
 def test_load_refuses_other_settings_and_changes_nothing(make_net: Make) -> None:
@@ -567,7 +579,7 @@ def test_finalize_does_not_overwrite_what_others_loaded(make_net: Make) -> None:
     train_step(model, optimizer, 0)
     train_step(model, optimizer, 1)
     model.load_state_dict(best)
-    with pytest.raises(StateError, match=r"call finalize\(\) first"):
+    with pytest.raises(StateError, match=r"finalize\(keep='model'\) keeps what the model holds"):
         sparsifier.finalize()
     assert torch.equal(model.fc1.weight, best["fc1.weight"])
 
@@ -689,7 +701,7 @@ def test_a_stored_soft_mask_of_another_shape_is_refused(make_net: Make) -> None:
     for step in range(9):
         train_step(model, optimizer, step)
     state = copy.deepcopy(sparsifier.state_dict())
-    state["weights"]["fc1.weight"]["state"]["soft"] = torch.ones(3)
+    state["weights"]["fc1.weight"]["own"][0]["state"]["soft"] = torch.ones(3)
     with pytest.raises(StateError, match=r"\(3,\) float32 as soft of 'fc1.weight'"):
         sparsifier.load_state_dict(state)
 
@@ -751,12 +763,18 @@ def test_tiny_weights_stay_finite(make_net: Make) -> None:
     ("damage", "message"),
     [
         (lambda state: state.pop("settings"), "no settings"),
-        (lambda state: state["groups"].clear(), "0 groups"),
+        (lambda state: state.update(groups=()), "0 groups"),
         (lambda state: state["weights"]["fc1.weight"].update(mask=None), "None as mask"),
-        (lambda state: state["weights"]["fc1.weight"].update(dual=[1.0]), "three numbers"),
-        (lambda state: state["weights"]["fc1.weight"].pop("active"), "no active"),
+        (
+            lambda state: state["weights"]["fc1.weight"]["own"][0].update(dual=[1.0]),
+            "three numbers",
+        ),
+        (lambda state: state["weights"]["fc1.weight"]["own"][0].pop("active"), "no active"),
         (lambda state: state["groups"][0].update(colour=1.0), "'colour'"),
-        (lambda state: state["weights"]["fc1.weight"]["state"].update(rate=1.0), "'rate'"),
+        (
+            lambda state: state["weights"]["fc1.weight"]["own"][0]["state"].update(rate=1.0),
+            "'rate'",
+        ),
     ],
 )
 def test_damaged_states_change_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping
 from fractions import Fraction
@@ -57,6 +58,8 @@ class SparseLayer(nn.Module):
             "bias", nn.Parameter(torch.empty(outputs, **made)) if bias else None
         )
         self._known: tuple[tuple[int, ...], Connections] | None = None
+        self._lineage = Lineage()
+        self._copied_at: int | None = None  # moves of the lineage when this layer was copied
         self.passes: Passes | None = None
         self.reset_parameters()
 
@@ -100,6 +103,38 @@ class SparseLayer(nn.Module):
         resize(self.values, values)
         self.row_starts, self.columns = connections.starts, connections.columns
         self._known = self._stamp(), connections
+        if self._copied_at is None:
+            self._lineage.moves += 1
+        else:
+            self.begin_lineage()
+
+    def begin_lineage(self) -> None:
+        """Let the connections move on their own from here on, of a copy too."""
+        self._lineage.copies.discard(self)
+        self._lineage, self._copied_at = Lineage(), None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether something writes into a copy of this layer that is not trained itself."""
+        return any(layer.values._version > 0 for layer in self._lineage.copies)
+
+    def _require_unmixed(self) -> None:
+        """Raise `StateError` if this is an average over connections that have moved."""
+        moved = self._copied_at is not None and self._lineage.moves != self._copied_at
+        if moved and self.values._version > 0:
+            raise StateError(
+                "Values were written into this copy of an always-sparse layer, as averages of a "
+                "model do, and connections of the layer have moved since it was copied: they are "
+                "values of different connections. Average when connections no longer move (end=), "
+                "or average always_sparse.to_dense(copy.deepcopy(model))."
+            )
+        if self.training and self.values.requires_grad and torch.is_grad_enabled():
+            self.begin_lineage()  # a copy that is trained itself
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._copied_at is not None:
+            self._require_unmixed()
+        super()._save_to_state_dict(*args, **kwargs)
 
     @property
     @abstractmethod
@@ -121,6 +156,8 @@ class SparseLayer(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return W x + b; see `product`."""
+        if self._copied_at is not None:
+            self._require_unmixed()
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self.values.dtype)
         if x.dtype != self.values.dtype or x.device != self.values.device:
@@ -184,6 +221,25 @@ class SparseLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None, "passes": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_lineage": Lineage(), **state})  # type: ignore[no-untyped-call]
+        self._copied_at = self._lineage.moves
+        self._lineage.copies.add(self)
+
+
+class Lineage:
+    """What a layer and its copies have in common: how often connections of it have moved."""
+
+    def __init__(self) -> None:
+        self.moves = 0
+        self.copies: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lineage:
+        return self
+
+    def __reduce__(self) -> tuple[type[Lineage], tuple[()]]:
+        return Lineage, ()
 
 
 def resize(parameter: nn.Parameter, values: Tensor) -> None:

@@ -17,7 +17,7 @@ from spartan.budgets.flops import trace_flops
 from spartan.budgets.group_budget import GroupBudget, RowBudget, make_group_budget
 from spartan.budgets.packed_size import budget_of_bytes
 from spartan.errors import BudgetError, did_you_mean, renamed
-from spartan.weights.patterns import Pattern
+from spartan.weights.patterns import Pattern, check_fits
 from spartan.weights.prunable import Prunable
 
 COSTS = ("parameters", "flops", "bytes")
@@ -131,6 +131,7 @@ class Budget:
             BudgetError: The budget cannot be reached; the message says what can.
             PatternError: The pattern does not fit a weight.
         """
+        check_fits(pattern, weights)
         units = [math.prod(pattern.unit_shape(w)) for w in weights]
         if self.latency_ms is not None:
             raise BudgetError(

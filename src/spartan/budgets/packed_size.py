@@ -76,7 +76,7 @@ def budget_of_bytes(
 def _stored_as_blocks(weight: Prunable, pattern: Pattern) -> bool:
     """Whether the units of a weight are blocks of it as a matrix, of a size that is stored."""
     tile = pattern.tile(weight)
-    if tile is None:
+    if tile is None or weight.stacked:
         return False
     rows, cols = reversed(tile) if weight.input_first else tile
     return (rows, cols) in STORED_BLOCKS and (cols == 1 or weight.kernel_numel == 1)

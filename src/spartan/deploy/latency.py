@@ -25,7 +25,7 @@ from spartan.deploy.plan import Plan
 from spartan.errors import BudgetError
 from spartan.kernels.units import pool_magnitudes
 from spartan.selection.hard import hard_topk
-from spartan.weights.patterns import Pattern
+from spartan.weights.patterns import Pattern, check_fits
 from spartan.weights.prunable import Prunable
 
 # Where each layer is timed: where sparse kernels win, and its time is a line in its density.
@@ -58,6 +58,7 @@ def plan_latency(
         raise BudgetError(f"{pattern} fixes the density of every layer: no time can be chosen.")
     latency_ms = budget.latency_ms
     assert latency_ms is not None
+    check_fits(pattern, weights)
     units = [math.prod(pattern.unit_shape(w)) for w in weights]
     model_facts = model, weights, pattern
     if budget.allocation == "uniform":

@@ -51,6 +51,11 @@ class Grid:
 
         return Grid(swap(self.shape), swap(self.block), swap(self.strides))
 
+    def repeated(self, times: int) -> Grid:
+        """Stack a matrix of this division so many times, its units one after the other."""
+        (a, b, _), (rows, columns, _), (down, right, _) = self.shape, self.block, self.strides
+        return Grid((times, a, b), (1, rows, columns), (self.count, down, right))
+
     def numbers(self) -> list[int]:
         """Return everything in one list."""
         return [*self.shape, *self.block, *self.strides]

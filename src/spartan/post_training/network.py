@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from spartan.errors import PrunableError
 from spartan.post_training.calibration import Calibration
 from spartan.post_training.grams import Reach
 from spartan.post_training.matrices import Tiling, nonzero_units, tiling_of
+from spartan.weights.names import plain_name, wrapper_prefix
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import Prunable
 
@@ -85,8 +87,9 @@ def evaluating_copy(model: nn.Module) -> nn.Module:
 
 def counterparts(weights: Sequence[Prunable], model: nn.Module) -> list[Prunable]:
     """Return the weights of the same names in a copy of their model."""
-    named = dict(model.named_parameters())
-    return [Prunable(w.name, named[w.name], w.input_first) for w in weights]
+    prefix = wrapper_prefix(model)
+    named = {plain_name(name, prefix): p for name, p in model.named_parameters()}
+    return [dataclasses.replace(w, parameter=named[w.name]) for w in weights]
 
 
 def bounds_of(

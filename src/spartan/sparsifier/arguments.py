@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from spartan.errors import PatternError, PrunableError, ScheduleError, StateError
 from spartan.registry import Registered
+from spartan.sparsifier.optimizers import unwrapped
 from spartan.weights.patterns import Pattern, Unstructured, parse_pattern
 
 
@@ -27,16 +28,22 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     """
     if optimizer is None:
         return []
-    if isinstance(optimizer, Optimizer):
-        return [optimizer]
-    found = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    for one in found:
-        if not isinstance(one, Optimizer):
+    if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable):
+        return [_as_optimizer(optimizer)]
+    return [_as_optimizer(one) for one in optimizer]
+
+
+def _as_optimizer(given: object) -> Optimizer:
+    """Return an optimizer, or that of a handle around it, which has it as `.optimizer`."""
+    if not isinstance(given, Optimizer):
+        inner = getattr(given, "optimizer", None)
+        if not isinstance(inner, Optimizer):
             raise StateError(
-                f"optimizer= holds a {type(one).__name__}: give the torch.optim.Optimizer that "
+                f"optimizer= holds a {type(given).__name__}: give the torch.optim.Optimizer that "
                 "steps the model, several of them in a list, or None for every one that does."
             )
-    return found
+        given = inner
+    return unwrapped(given)
 
 
 def as_pattern(pattern: Pattern | str | None) -> Pattern:

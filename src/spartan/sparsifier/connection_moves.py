@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from spartan.errors import MethodError
 from spartan.kernels.connections import Connections
 from spartan.kernels.key_lists import is_in, merge
 from spartan.methods.growth.contract import GrowingLayer
+from spartan.sparsifier.optimizers import nested
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def apply(move: Move, optimizers: Iterable[Optimizer], count_rounds: bool) -> No
     shape = old.shape
     values = carried(old.detach())
     gradient = None if old.grad is None else carried(old.grad)
-    for optimizer in optimizers:
+    for optimizer in (inner for one in optimizers for inner in nested(one)):
         state = optimizer.state.get(old, {})
         for name, entries in state.items():
             if isinstance(entries, Tensor) and entries.shape == shape:
@@ -64,7 +66,53 @@ def apply(move: Move, optimizers: Iterable[Optimizer], count_rounds: bool) -> No
     old.grad = None
     module.rewire(Connections.from_keys(keys, *module.matrix_shape), values)
     module.values.grad = gradient
+    layer.known = layer.connections
     _remember(layer, move.grown)
+
+
+def check_carried(layer: GrowingLayer, optimizers: Iterable[Optimizer]) -> None:
+    """Raise `MethodError` unless all that optimizers keep for a layer can follow its connections.
+
+    That is: floating-point tensors with one entry for each connection, and single numbers. Other
+    things (quantised, sharded or factored states, histories) would come to belong to other
+    connections.
+    """
+    values = layer.module.values
+    for optimizer in (inner for one in optimizers for inner in nested(one)):
+        kept = {
+            f"state[{name!r}]": entries for name, entries in optimizer.state.get(values, {}).items()
+        }
+        own = {
+            name: value
+            for name, value in vars(optimizer).items()
+            if name not in ("state", "param_groups", "defaults") and _holds_alike(value, values)
+        }
+        wrong = [name for name, entries in kept.items() if not _follows(entries, values)]
+        for name in [*wrong, *own]:
+            raise MethodError(
+                f"{type(optimizer).__name__} keeps {name} for {layer.name!r}, which is not one "
+                "floating-point number for each connection, in its state: it cannot follow "
+                "connections that move. Use an optimizer of torch.optim, such as SGD or Adam."
+            )
+
+
+def _follows(entries: object, values: Tensor) -> bool:
+    if isinstance(entries, Tensor):
+        plain = type(entries) is Tensor and entries.is_floating_point()
+        return entries.numel() <= 1 or (plain and entries.shape == values.shape)
+    return entries is None or isinstance(entries, bool | int | float | str)
+
+
+def _holds_alike(value: object, values: Tensor, depth: int = 3) -> bool:
+    """Whether something holds tensors with as many entries as a layer has values."""
+    if isinstance(value, Tensor):
+        same = value is values or value is values.grad
+        return not same and 1 < values.numel() == value.numel()
+    if depth and isinstance(value, list | tuple):
+        return any(_holds_alike(one, values, depth - 1) for one in value)
+    if depth and isinstance(value, dict):
+        return any(_holds_alike(one, values, depth - 1) for one in value.values())
+    return False
 
 
 def _remember(layer: GrowingLayer, keys: Tensor) -> None:

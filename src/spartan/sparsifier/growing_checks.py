@@ -14,9 +14,10 @@ from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
 from spartan.kernels.key_lists import is_in
 from spartan.methods.growth.contract import GrowingLayer, GrowthMethod, density_of, processes
+from spartan.sparsifier.optimizers import nested
 from spartan.weights.patterns import Pattern, Unstructured
 
-STATE_VERSION = 2  # 1: see `old_states`
+STATE_VERSION = 3  # earlier ones: see `old_states`
 
 
 def check_growth_support(
@@ -46,7 +47,13 @@ def check_growth_support(
         raise BudgetError("Growth keeps a number of connections: only cost='parameters' goes.")
     if budget.count != "prunable":
         raise BudgetError("Growth counts always-sparse layers only: count='prunable' it must be.")
-    if method.moves and any(isinstance(o, LBFGS | Rprop) for o in optimizers):
+    for optimizer in optimizers:
+        check_growth_optimizer(method, optimizer)
+
+
+def check_growth_optimizer(method: GrowthMethod, optimizer: Optimizer) -> None:
+    """Raise `MethodError` if an optimizer keeps what cannot follow connections."""
+    if method.moves and any(isinstance(one, LBFGS | Rprop) for one in nested(optimizer)):
         raise MethodError(
             "LBFGS keeps a history that is not one number a weight, and Rprop one that cannot "
             "begin at zero, so they do not go with moving connections; use another optimizer."
@@ -82,6 +89,9 @@ def check_growth_state(
     """Raise `StateError` unless a sparsifier with these settings can go on from a state."""
     if state.get("version") != STATE_VERSION or "weights" not in state:
         raise StateError("The state is not one of a growth method, or of another version.")
+    for key in ("settings", "step"):
+        if key not in state:
+            raise StateError(f"The state is damaged: it holds no {key}.")
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise StateError(
@@ -93,7 +103,10 @@ def check_growth_state(
         other = ", ".join(sorted(set(state["weights"]) ^ names))
         raise StateError(f"The state is of another model; it differs in {other}.")
     for layer in layers:
-        saved = state["weights"][layer.name]
+        held = state["weights"][layer.name]
+        if not (isinstance(held, tuple) and len(held) == 1):
+            raise StateError(f"The state is damaged: it holds no pairs of {layer.name!r}.")
+        saved = held[0]
         _check_tried(saved, layer.name)
         tried = saved["tried"].to(layer.tried.device)
         if not bool(is_in(layer.connections.keys(), tried).all()):

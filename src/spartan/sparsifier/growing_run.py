@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +18,25 @@ from spartan.always_sparse.conversion import check_first, sparse_layers
 from spartan.always_sparse.layer import SparseLayer
 from spartan.always_sparse.product import Passes
 from spartan.budgets.budget import Budget
-from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import NonFiniteError, PrunableError, StateError
 from spartan.kernels import finite
-from spartan.kernels.key_lists import is_in
 from spartan.methods.growth.contract import (
     ConnectionValues,
     GrowingLayer,
     GrowthMethod,
-    density_of,
+    averaged,
     largest,
 )
-from spartan.sparsifier.connection_moves import Move, apply
+from spartan.sparsifier.budget_warnings import say_coverage
+from spartan.sparsifier.connection_moves import Move, apply, check_carried
 from spartan.sparsifier.growing_checks import (
     STATE_VERSION,
     check_counts,
+    check_growth_optimizer,
     check_growth_state,
     check_growth_support,
 )
-from spartan.sparsifier.layer_summary import LayerSummary, named
+from spartan.sparsifier.growing_model import GrowingModel
 from spartan.sparsifier.old_states import upgraded_growth
 from spartan.sparsifier.optimizers import (
     check_optimizers,
@@ -43,9 +44,11 @@ from spartan.sparsifier.optimizers import (
     skips_step,
     wrap_closure,
 )
+from spartan.sparsifier.projection import Keep
 from spartan.sparsifier.steps import OptimizerSteps
+from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern
-from spartan.weights.prunable import NameFilter
+from spartan.weights.prunable import NameFilter, Prunable
 
 
 class GrowingRun:
@@ -65,6 +68,11 @@ class GrowingRun:
         pattern: Must be single weights.
         include: Must be None: growth governs all always-sparse layers.
         exclude: Likewise.
+
+    Attributes:
+        weights: The layers, in the order of the model.
+        steps: The count of steps.
+        facts: What the model holds now.
     """
 
     def __init__(
@@ -88,54 +96,24 @@ class GrowingRun:
         values = [_values_of(name, layer) for name, layer in layers.items()]
         self._budgets = _by_values(budget).plan(model, values, pattern)
         check_optimizers(optimizers, values, "neither trained nor grown.")
-        for one in values:
-            if not bool(torch.isfinite(one.parameter).all()):
-                raise NonFiniteError(f"The weight {one.name!r} holds NaN or infinity.")
+        check_maskable(values)
         self.weights = [
             _growing(one, layer) for one, layer in zip(values, layers.values(), strict=True)
         ]
         check_counts(budget, self._budgets, self.weights, method.moves)
         self.steps = OptimizerSteps(optimizers, total_steps, values)
-        self._steppers: list[Optimizer] = []  # those that have stepped, where none was given
         self._listeners: list[RemovableHandle] = []
         self._listen()
         guard = model.register_load_state_dict_pre_hook(check_first)
-        self._handles = [*self.steps.hook(self._before_step, self._after_step), guard]
+        accept = partial(check_growth_optimizer, method)
+        self.facts = GrowingModel(model, self.weights, self._budgets)
+        say_coverage(self.facts.coverage, decided=False)
+        hooks = self.steps.hook(
+            self._before_step, self._after_step, accept, self.facts.watch.other_step
+        )
+        self._handles: list[Any] = [hooks, guard]
 
     # What the user asks -------------------------------------------------------------------------
-
-    @property
-    def density(self) -> float:
-        """Connections as a fraction of all pairs."""
-        return density_of(self.weights)
-
-    def layers(self) -> list[LayerSummary]:
-        """Return what each layer keeps, in the order of the model."""
-        return [
-            LayerSummary(
-                name=layer.name,
-                shape=tuple(layer.prunable.shape),
-                numel=layer.prunable.numel,
-                units=layer.prunable.numel,
-                kept_units=layer.connections.count,
-                kept=layer.connections.count,
-                cost=1.0,
-            )
-            for layer in self.weights
-        ]
-
-    def monitor(self) -> dict[str, float]:
-        """Return density, and the share of all pairs that were ever connected."""
-        tried = sum(layer.tried.numel() for layer in self.weights)
-        return {
-            "density": self.density,
-            "tried": tried / sum(s.prunable.numel for s in self.weights),
-        }
-
-    def budgets(self) -> list[tuple[str, GroupBudget]]:
-        """Return what each layer, or all together, may keep."""
-        names = [[self.weights[i].name for i in one.members] for one in self._budgets]
-        return list(zip(map(named, names), self._budgets, strict=True))
 
     def progress_after(self, step: int) -> float:
         """Return 1: the budget holds from the beginning."""
@@ -145,18 +123,11 @@ class GrowingRun:
         """Say whether connections move after a step."""
         return self.method.fraction_at(step, self.steps.horizon) > 0
 
-    def selected(self) -> dict[str, Tensor]:
-        """Return the keys output * inputs + input of all connections."""
-        return {layer.name: layer.connections.keys() for layer in self.weights}
-
-    def churn(self, before: Mapping[str, Tensor]) -> float:
-        """Return the share of the connections that are new since."""
-        now = self.selected()
-        new = sum(int((~is_in(keys, before[name])).sum()) for name, keys in now.items())
-        return new / sum(keys.numel() for keys in now.values())
-
-    def finalize(self) -> None:
+    def finalize(self, keep: Keep | None = None) -> None:
         """Take the hooks away; the layers stay always-sparse, see `always_sparse.to_dense`."""
+        if keep != "model" and self.attached:
+            self.facts.watch.require_present()
+        self.facts.watch.stop()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -168,7 +139,7 @@ class GrowingRun:
             "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self.steps.done,
-            "weights": {s.name: {"tried": s.tried, "rounds": s.rounds} for s in self.weights},
+            "weights": {s.name: ({"tried": s.tried, "rounds": s.rounds},) for s in self.weights},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,10 +149,11 @@ class GrowingRun:
         check_counts(self.budget, self._budgets, self.weights, self.method.moves)
         self.steps.done = int(state["step"])
         for layer in self.weights:
-            saved = state["weights"][layer.name]
+            (saved,) = state["weights"][layer.name]
             device = layer.tried.device
             layer.tried = saved["tried"].to(device, copy=True)
             layer.rounds = saved["rounds"].to(device, copy=True)
+            layer.known = layer.connections
         self._listen()
 
     # Around a step ------------------------------------------------------------------------------
@@ -189,14 +161,15 @@ class GrowingRun:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         weights = self.steps.weights_of(optimizer)
-        if not weights:
-            return None
-        self.steps.refuse_more(optimizer)
+        self.facts.watch.step()
+        self._require_known_graphs()
 
         def checking(closure: Callable[[], Any]) -> Callable[[], Any]:
             def evaluate() -> Any:
-                loss = closure()
+                with torch.enable_grad():
+                    loss = closure()
                 self.steps.require_finite_gradients(weights)
+                self._require_explained(weights)
                 return loss
 
             return evaluate
@@ -204,14 +177,11 @@ class GrowingRun:
         args, kwargs, wrapped = wrap_closure(args, kwargs, checking)
         if not wrapped and not skips_step(optimizer):
             self.steps.require_finite_gradients(weights)
+            self._require_explained(weights)
         return (args, kwargs) if wrapped else None
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.steps.weights_of(optimizer):
-            return
-        if all(optimizer is not known for known in self._steppers):
-            self._steppers.append(optimizer)
         if skips_step(optimizer):
             self._listen()
             return
@@ -224,10 +194,15 @@ class GrowingRun:
                 f"{self.steps.done + 1}; connections are as before. Lower the learning rate or "
                 "clip."
             )
-        moves = list(self._moves(self.steps.done + 1))
+        moves = [] if self.steps.surplus else list(self._moves(self.steps.done + 1))
+        if moves or self.steps.done == 0:  # the first step has made the optimizer's state
+            for layer in self.weights if self.method.moves else []:
+                check_carried(layer, self.steps.steppers)
+        if moves:
+            self._refuse_averages()
         self.steps.done += 1
         for move in moves:
-            apply(move, self.steps.optimizers or self._steppers, self.method.counts_rounds)
+            apply(move, self.steps.steppers, self.method.counts_rounds)
         self._listen()
         if moves:
             self._warn_dead()
@@ -240,7 +215,7 @@ class GrowingRun:
         fraction = self.method.fraction_at(step, self.steps.horizon)
         if fraction == 0:
             return
-        stepped = set().union(*map(parameters_of, self.steps.optimizers or self._steppers))
+        stepped = set().union(*map(parameters_of, self.steps.steppers))
         for budget in self._budgets:
             members = [self.weights[i] for i in budget.members]
             found = sum(layer.connections.count for layer in members)
@@ -273,12 +248,12 @@ class GrowingRun:
         """Let layers keep what passes through them, if an update follows the next step."""
         self._stop_listening()
         fraction = self.method.fraction_at(self.steps.done + 1, self.steps.horizon)
-        if not (self.method.uses_gradients and fraction > 0):
+        if self.steps.surplus or not (self.method.uses_gradients and fraction > 0):
             return
         for layer in self.weights:
             if layer.prunable.parameter.requires_grad:
                 layer.module.passes = passes = Passes()
-                self._listeners.append(_finishing(passes, layer.prunable.parameter))
+                self._listeners += _following(passes, layer.prunable.parameter)
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
@@ -286,6 +261,44 @@ class GrowingRun:
         self._listeners = []
         for layer in self.weights:
             layer.module.passes = None
+
+    def _require_known_graphs(self) -> None:
+        """Raise `StateError` if connections were loaded without the states that belong to them."""
+        for layer in self.weights:
+            if layer.exchanged:
+                raise StateError(
+                    f"The connections of {layer.name!r} are others than after step "
+                    f"{self.steps.done}: a state was loaded, and what the optimizer keeps belongs "
+                    "to the connections before. Load the optimizer's state of the same step too, "
+                    "and then the sparsifier's, before the next step."
+                )
+
+    def _require_explained(self, weights: Sequence[Prunable]) -> None:
+        """Raise `StateError` if the coming step grows by other gradients than it steps by."""
+        stepped = set(map(id, weights))
+        for layer in self.weights:
+            passes, gradient = layer.module.passes, layer.prunable.parameter.grad
+            if passes is None or gradient is None or id(layer.prunable) not in stepped:
+                continue
+            if not passes.explain(gradient, averaged):
+                raise StateError(
+                    f"The gradient of {layer.name!r} is not the sum of the backward passes before "
+                    f"step {self.steps.done + 1}, after which connections grow where gradients are "
+                    "large: it was changed or set by hand, or passes for something else came "
+                    "between. Scaling and clipping are fine. Grow with 'set', which looks at no "
+                    "gradients, or leave the gradient to backward()."
+                )
+
+    def _refuse_averages(self) -> None:
+        """Raise `StateError` before connections move away from under an average."""
+        for layer in self.weights:
+            if layer.module.averaged:
+                raise StateError(
+                    f"Connections of {layer.name!r} are about to move, and values are written into "
+                    "a copy of it, as averages of a model do: it would mix values of different "
+                    "connections. Average when connections no longer move (end=), or average "
+                    "always_sparse.to_dense(copy.deepcopy(model))."
+                )
 
     def _warn_idle(self, layers: list[GrowingLayer]) -> None:
         names = ", ".join(repr(layer.name) for layer in layers)
@@ -320,14 +333,16 @@ class GrowingRun:
         }
 
 
-def _finishing(passes: Passes, values: nn.Parameter) -> RemovableHandle:
-    """Tell passes when a backward pass has the whole gradient of the values."""
+def _following(passes: Passes, values: nn.Parameter) -> list[RemovableHandle]:
+    """Tell passes when a backward pass adds to the gradient of the values, and has done so."""
 
-    def finish(gradient: Tensor) -> None:
-        passes.finish(values.grad)
+    def begin(gradient: Tensor) -> None:
+        passes.begin(values.grad)
 
-    handle: RemovableHandle = values.register_hook(finish)
-    return handle
+    def finish(parameter: Tensor) -> None:
+        passes.finish()
+
+    return [values.register_hook(begin), values.register_post_accumulate_grad_hook(finish)]
 
 
 def _by_values(budget: Budget) -> Budget:
@@ -348,4 +363,6 @@ def _values_of(name: str, layer: SparseLayer) -> ConnectionValues:
 
 def _growing(values: ConnectionValues, layer: SparseLayer) -> GrowingLayer:
     keys = layer.connections.keys()
-    return GrowingLayer(values, layer, keys, torch.zeros_like(keys, dtype=torch.int32))
+    layer.begin_lineage()
+    rounds = torch.zeros_like(keys, dtype=torch.int32)
+    return GrowingLayer(values, layer, keys, rounds, layer.connections)

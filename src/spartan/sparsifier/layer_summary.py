@@ -1,12 +1,11 @@
-"""`LayerSummary`: what each layer keeps, counted in its mask."""
+"""`LayerSummary`: what a layer keeps of its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spartan.methods.masking.groups import BudgetGroup
-from spartan.weights.patterns import Pattern
+from spartan.methods.masking.masked_weight import MaskedWeight
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,17 @@ class LayerSummary:
         return self.kept / self.numel
 
 
-def summarize_masks(groups: Sequence[BudgetGroup], pattern: Pattern) -> list[LayerSummary]:
-    """Return one row per prunable weight, group by group."""
-    return [
-        LayerSummary(
-            name=weight.name,
-            shape=tuple(weight.prunable.shape),
-            numel=weight.prunable.parameter.numel(),
-            units=weight.mask.numel(),
-            kept_units=(kept := weight.kept),
-            kept=kept * pattern.unit_numel(weight.prunable),
-            cost=weight.cost,
-        )
-        for group in groups
-        for weight in group.weights
-    ]
+def summarize(weight: MaskedWeight, kept_units: int) -> LayerSummary:
+    """Return the row of a weight that keeps so many units."""
+    return LayerSummary(
+        name=weight.name,
+        shape=tuple(weight.prunable.shape),
+        numel=weight.prunable.parameter.numel(),
+        units=weight.units,
+        kept_units=kept_units,
+        kept=kept_units * weight.pattern.unit_numel(weight.prunable),
+        cost=weight.cost,
+    )
 
 
 def named(names: Sequence[str]) -> str:

@@ -17,21 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from spartan.always_sparse.conversion import sparse_layers
 from spartan.budgets.budget import Budget
-from spartan.budgets.group_budget import GroupBudget
 from spartan.deploy.latency import plan_latency
 from spartan.errors import MethodError, NonFiniteError, StateError
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import make_group, require_finite
 from spartan.methods.masking.masked_weight import MaskedWeight
-from spartan.methods.masking.state import restored, saved
-from spartan.sparsifier.layer_summary import LayerSummary, named, summarize_masks
-from spartan.sparsifier.old_states import upgraded
+from spartan.sparsifier.budget_warnings import note_newborn, say_coverage, warn_of_dead_layers
+from spartan.sparsifier.masked_model import MaskedModel
+from spartan.sparsifier.model_guard import ModelGuard
 from spartan.sparsifier.optimizers import (
     check_optimizers,
     loss_scale,
@@ -40,15 +38,11 @@ from spartan.sparsifier.optimizers import (
     wrap_closure,
 )
 from spartan.sparsifier.pass_hooks import PassHook
-from spartan.sparsifier.saved_state import (
-    STATE_VERSION,
-    check_state,
-    restore,
-    restored_weight,
-    state_of,
-)
+from spartan.sparsifier.projection import Keep
+from spartan.sparsifier.saved_state import load_run, run_state
 from spartan.sparsifier.steps import OptimizerSteps
 from spartan.sparsifier.weight_writer import WeightWriter
+from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import NameFilter, find_prunable
 
@@ -58,9 +52,9 @@ class MaskingRun:
 
     Between steps every prunable parameter holds w, exactly sparse (methods that sample show other
     weights to training passes, see `MaskingMethod.samples`); inside `optimizer.step()` it holds the
-    latent θ. Parameters in which something else writes between steps (loading weights, averaging)
-    are noticed at the next step: the written values become the new θ, with a warning.
-    Writes through `.data` escape notice, as they do autograd.
+    latent θ, and w again while somebody runs or saves the model there. Parameters in which
+    something else writes between steps (loading weights, averaging, float32 masters) are noticed at
+    the next step: the written values become the new θ, with a warning.
     A step whose gradients or weights are not finite raises before it does harm, and names itself.
 
     Args:
@@ -72,6 +66,12 @@ class MaskingRun:
         pattern: What a unit is.
         include: Which parameters are prunable, see `find_prunable`.
         exclude: Which are not.
+
+    Attributes:
+        weights: The masked weights, in the order of the model.
+        groups: Those that share a budget.
+        steps: The count of steps.
+        facts: What the model holds now.
     """
 
     def __init__(
@@ -93,56 +93,36 @@ class MaskingRun:
                 "always_sparse.to_dense."
             )
         prunables = find_prunable(model, include, exclude)
+        check_maskable(prunables)
         if budget.latency_ms is None:
             budgets = budget.plan(model, prunables, pattern)
         else:
             budgets = plan_latency(budget, model, prunables, pattern)
-        check_optimizers(optimizers, prunables)
-        for prunable in prunables:
-            if not bool(torch.isfinite(prunable.parameter).all()):
-                raise NonFiniteError(f"The weight {prunable.name!r} holds NaN or infinity.")
+        check_optimizers(optimizers, prunables, trains=method.finds_masks)
 
         kinds = method.group_state, method.weight_state
         self.groups = [make_group(one, prunables, pattern, *kinds) for one in budgets]
         by_name = {weight.name: weight for group in self.groups for weight in group.weights}
         self.weights = [by_name[prunable.name] for prunable in prunables]
+        self.steps = OptimizerSteps(optimizers, total_steps, prunables)
+        note_newborn(self.weights, method, method.progress(0, self.steps.horizon) >= 1)
         for weight in self.weights:
             weight.latent.copy_(method.to_latent(weight, weight.latent))
-        self.steps = OptimizerSteps(optimizers, total_steps, prunables)
         self._handles: list[Any] = []
         self._writer = WeightWriter(method, self.weights)
-        self._inside: list[MaskedWeight] = []  # whose parameter holds θ: a step is under way
-        self._guards: list[RemovableHandle] = []
+        self._inside: list[MaskedWeight] = []  # weights that are being stepped now
+        self._guard = ModelGuard(model, self._show_w, self._hide_w)
         self._checked_dead = False
         self._mark_active()
         if self.method.moves_masks(0, self.steps.horizon):
             self.method.select(self.groups, 0, self.steps.horizon)
         self._writer.write(self.weights)
         self._warn_dead()
+        self.facts = MaskedModel(model, method, self.groups, self.weights, self._writer)
+        say_coverage(self.facts.coverage, include is not None or not method.finds_masks)
         self._handles = self._register_hooks()
 
     # What the user asks -------------------------------------------------------------------------
-
-    @property
-    def density(self) -> float:
-        """Kept fraction of the prunable weights, counted in the masks."""
-        kept = sum(s.kept * self.pattern.unit_numel(s.prunable) for s in self.weights)
-        return kept / sum(s.prunable.parameter.numel() for s in self.weights)
-
-    def layers(self) -> list[LayerSummary]:
-        """Return what each prunable weight keeps, in the order of the model."""
-        return summarize_masks(self.groups, self.pattern)
-
-    def monitor(self) -> dict[str, float]:
-        """Return density and the method's numbers, averaged over groups."""
-        rows = [self.method.monitor(group) for group in self.groups]
-        keys = {key for row in rows for key in row}
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in sorted(keys)}
-        return {"density": self.density, **means}
-
-    def budgets(self) -> list[tuple[str, GroupBudget]]:
-        """Return the budget of each group, after the names of its weights."""
-        return [(named([w.name for w in group.weights]), group.budget) for group in self.groups]
 
     def progress_after(self, step: int) -> float:
         """Say how far the density has come after a step."""
@@ -152,75 +132,81 @@ class MaskingRun:
         """Say whether masks are selected after a step."""
         return self.method.moves_masks(step, self.steps.horizon)
 
-    def selected(self) -> dict[str, Tensor]:
-        """Return the masks."""
-        return {weight.name: weight.mask.clone() for weight in self.weights}
-
-    def churn(self, before: Mapping[str, Tensor]) -> float:
-        """Return the share of all units whose mask has changed since."""
-        changed = sum(int((weight.mask != before[weight.name]).sum()) for weight in self.weights)
-        return changed / sum(weight.mask.numel() for weight in self.weights)
-
-    def finalize(self) -> None:
-        """Leave plain, exactly sparse weights and no hook; the sparsifier is done.
-
-        Called before the schedule has reached the budget, it selects once more, at the budget.
-        """
+    def finalize(self, keep: Keep | None = None) -> None:
+        """Leave plain, exactly sparse weights and no hook; see `Sparsifier.finalize`."""
+        if not self.attached:
+            self._require_unchanged()
+            return
         self._leave_step()
+        if keep != "model":
+            self.facts.watch.require_present()
+        written = self.facts.overwritten()
+        if written and keep is None:
+            raise StateError(
+                f"{written[0].name!r} was written outside the optimizer since step "
+                f"{self.steps.done}. finalize(keep='model') keeps what the model holds now, where "
+                "the masks keep it; finalize(keep='own') puts back what the last step left."
+            )
         for weight in self.weights:
             weight.active = True
-        if any(self._writer.was_overwritten(weight) for weight in self.weights):
-            raise StateError(
-                "Weights were written outside the optimizer since the last step; call finalize() "
-                "first and load other weights after it."
-            )
-        if not self._at_budget() or self.method.samples(self.steps.done, self.steps.horizon):
+        done, total = self.steps.done, self.steps.horizon
+        if not self._at_budget() or self.method.samples(done, total):
             warnings.warn(
-                f"finalize() at step {self.steps.done} of {self.steps.total}, before the schedule "
-                "reached the budget: the rest is pruned at once.",
+                f"finalize() at step {done} of {self.steps.total}, before the schedule reached the "
+                "budget: the rest is pruned at once.",
                 stacklevel=3,
             )
-            self.method.select(self.groups, self.steps.horizon, self.steps.horizon)
-        self._writer.write(self.weights)
+            if keep == "model":
+                self._writer.adopt(written, done, exact=True)
+                written = []
+            self.method.select(self.groups, total, total)
+        kept = written if keep == "model" else []
+        self._writer.write([weight for weight in self.weights if weight not in kept])
+        self.facts.mask_what_is_there(kept)
+        self._detach()
+
+    def _detach(self) -> None:
+        """Take all hooks away."""
+        gone = [repr(self.weights[i].name) for i in self.facts.watch.gone()]
+        if gone:
+            warnings.warn(
+                f"The model has another parameter in the place of {', '.join(gone)}: no mask was "
+                "made for it, and it is left as it is.",
+                stacklevel=4,
+            )
         self._end_step()
+        self.facts.watch.stop()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         for weight in self.weights:
             weight.latent = torch.empty(0)
 
+    def _require_unchanged(self) -> None:
+        """Raise `StateError` unless the model still is what `finalize` left."""
+        if self.facts.watch.gone() or self.facts.overwritten():
+            raise StateError(
+                "finalize() was called before, and the model was trained or written since: it is "
+                "no longer at the budget. project(model) prunes it again; spartan.freeze(model) "
+                "holds zeros while a model is fine-tuned."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-for-bit resume needs, as plain values and tensors."""
         self._leave_step()
-        return {
-            "version": STATE_VERSION,
-            "settings": self._settings(),
-            "step": self.steps.done,
-            "weights": {weight.name: state_of(weight) for weight in self.weights},
-            "groups": [saved(group.state) for group in self.groups],
-        }
+        self.facts.watch.require_present()
+        self._writer.adopt(self.weights, self.steps.done, exact=True)
+        return run_state(self._settings(), self.steps.done, self.weights, self.groups)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; also writes the sparse weights into the model."""
+        self._leave_step()
+        self.facts.watch.require_present()
         measured = self.budget.latency_ms is not None
-        kinds = self.method.weight_state, self.method.group_state
-        state = upgraded(state, *kinds)
-        check_state(state, self._settings(), self.weights, len(self.groups), measured)
-        device = self.weights[0].latent.device
-        groups = [restored(self.method.group_state, values, device) for values in state["groups"]]
-        weights = [restored_weight(w, state["weights"][w.name], kinds[0]) for w in self.weights]
-        self._end_step()
-        self.steps.done = int(state["step"])
-        for weight, own in zip(self.weights, weights, strict=True):
-            restore(weight, state["weights"][weight.name], own)
-        for group, own_state in zip(self.groups, groups, strict=True):
-            group.state = own_state
-        if measured:
-            # What was measured when the run was begun, not what was measured again just now.
-            for group, (kept, total, *costs) in zip(
-                self.groups, state["settings"]["budgets"], strict=True
-            ):
-                group.adopt(GroupBudget(group.budget.members, tuple(costs), total, kept))
+        self.steps.done = load_run(
+            state, self._settings(), self.method, self.weights, self.groups, self.steps.horizon,
+            measured,
+        )  # fmt: skip
         self._writer.write(self.weights)
 
     # Around a step ------------------------------------------------------------------------------
@@ -233,7 +219,10 @@ class MaskingRun:
             )
             passes.append(self.model.register_forward_pre_hook(shown))
             passes.append(self.model.register_state_dict_pre_hook(saved))
-        return passes + self.steps.hook(self._before_step, self._after_step)
+        hooks = self.steps.hook(
+            self._before_step, self._after_step, lambda _: None, self.facts.watch.other_step
+        )
+        return [*passes, hooks]
 
     @torch.no_grad()
     def _before_pass(self, training: bool) -> None:
@@ -253,30 +242,32 @@ class MaskingRun:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         weights = self._weights_of(optimizer)
-        if not weights:
-            return None
         self._leave_step()
-        self.steps.refuse_more(optimizer)
+        self.facts.watch.step()
         self._writer.adopt(self.weights, self.steps.done)
         for weight in weights if self.method.samples(self.steps.done, self.steps.horizon) else []:
             weight.loss_scale = loss_scale(optimizer)
         args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, weights))
         if not wrapped:
             self._pull_back(weights, skipped=skips_step(optimizer))
-        self._guard_model()
+        self._guard.open([weight.parameter for weight in weights])
         self._show_theta(weights)
         return (args, kwargs) if wrapped else None
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         weights = self._inside
-        if not weights or self._weights_of(optimizer) != weights:
+        if not weights:
             return
         if skips_step(optimizer):
             self._leave_step()
             return
         completes = self.steps.completed_by(optimizer)
-        moves = completes and self.method.moves_masks(self.steps.done + 1, self.steps.horizon)
+        moves = (
+            completes
+            and not self.steps.surplus
+            and self.method.moves_masks(self.steps.done + 1, self.steps.horizon)
+        )
         try:
             if not (moves and self.method.checks_weights):
                 require_finite(weights)
@@ -336,19 +327,17 @@ class MaskingRun:
             weight.prunable.parameter.copy_(weight.latent)
             weight.stepping = True
 
-    def _warn_dead(self) -> None:
-        """Say once, when the budget is first reached, which layers keep nothing."""
-        if self._checked_dead or self.method.progress(self.steps.done, self.steps.horizon) < 1.0:
-            return
-        self._checked_dead = True
-        dead = [weight.name for weight in self.weights if not bool(weight.mask.any())]
-        if dead:
-            warnings.warn(
-                f"Nothing is kept of {', '.join(map(repr, dead))} at step {self.steps.done}. "
-                "Weights can come back while masks move; if these do not, spread the budget with "
-                "allocation='erk' or 'uniform', or exclude them.",
-                stacklevel=2,
-            )
+    def _show_w(self) -> None:
+        """Let the model hold w for whoever uses it inside of a step; end one that broke off."""
+        if self.steps.running is None or not self.steps.running.alive:
+            self._leave_step()
+        elif self._inside:
+            self._writer.write(self._inside)
+
+    def _hide_w(self) -> None:
+        """Go on with the step."""
+        if self._inside and not self._inside[0].stepping:
+            self._show_theta(self._inside)
 
     def _leave_step(self) -> None:
         """Restore w where a step was begun and did not end, by an exception or a skip."""
@@ -357,34 +346,26 @@ class MaskingRun:
             self._end_step()
             self._writer.write(inside)
 
-    def _guard_model(self) -> None:
-        """Heal the model before it is used, should the step that begins now never end.
-
-        The hooks are there during a step only, where nobody runs or saves the model.
-        """
-        self._remove_guards()
-        self._guards = [
-            self.model.register_forward_pre_hook(lambda *_: self._leave_step()),
-            self.model.register_state_dict_pre_hook(lambda *_: self._leave_step()),
-        ]
-
     def _end_step(self) -> None:
         """Forget the step that is under way, if one is, and what was selected in it."""
         self._inside = []
         for weight in self.weights:
             weight.stepping, weight.pending = False, None
-        self._remove_guards()
-
-    def _remove_guards(self) -> None:
-        for guard in self._guards:
-            guard.remove()
-        self._guards = []
+        self._guard.close()
 
     # Small parts --------------------------------------------------------------------------------
 
     def _weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         stepped = set(map(id, self.steps.weights_of(optimizer)))
         return [weight for weight in self.weights if id(weight.prunable) in stepped]
+
+    def _warn_dead(self) -> None:
+        """Say once, when the budget is first reached, which layers keep nothing."""
+        if not (
+            self._checked_dead or self.method.progress(self.steps.done, self.steps.horizon) < 1
+        ):
+            self._checked_dead = True
+            warn_of_dead_layers(self.groups, self.steps.done)
 
     def _mark_active(self) -> None:
         """Weights that no optimizer steps keep the masks they get when the budget is reached."""

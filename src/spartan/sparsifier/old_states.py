@@ -1,4 +1,4 @@
-"""Upgrades sparsifier states that version 0.1 saved to the form of today."""
+"""Upgrades sparsifier states that earlier versions saved to the form of today."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ _RENAMED = {"gate": "fixed"}  # fields of weights
 
 
 def upgraded(
+    state: Mapping[str, Any], weight_state: type[WeightState], group_state: type[GroupState]
+) -> Mapping[str, Any]:
+    """Return a state of version 2 or 3 as one of version 4; others as they are.
+
+    Version 3 kept everything of a weight side by side, and knew no weights that began as zeros.
+    """
+    state = _as_version_3(state, weight_state, group_state)
+    if state.get("version") != 3 or not {"weights", "groups"} <= set(state):
+        return state
+    weights: dict[str, dict[str, Any]] = {}
+    for name, values in state["weights"].items():
+        own = {k: v for k, v in values.items() if k not in ("latent", "mask")}
+        plain = {k: values[k] for k in ("latent", "mask") if k in values}
+        weights[name] = {**plain, "own": ({"newborn": False, **own},)}
+    return {**state, "version": 4, "weights": weights, "groups": tuple(state["groups"])}
+
+
+def _as_version_3(
     state: Mapping[str, Any], weight_state: type[WeightState], group_state: type[GroupState]
 ) -> Mapping[str, Any]:
     """Return a state of version 2 as one of version 3; others as they are.
@@ -62,8 +80,11 @@ def _put(
 
 
 def upgraded_growth(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a state of growth of version 1 as one of version 2; others as they are."""
-    if state.get("version") != 1 or "sites" not in state:
+    """Return a state of growth of version 1 or 2 as one of version 3; others as they are."""
+    if state.get("version") == 1 and "sites" in state:
+        rest = {key: value for key, value in state.items() if key != "sites"}
+        state = {**rest, "version": 2, "weights": state["sites"]}
+    if state.get("version") != 2 or "weights" not in state:
         return state
-    rest = {key: value for key, value in state.items() if key != "sites"}
-    return {**rest, "version": 2, "weights": state["sites"]}
+    weights = {name: (values,) for name, values in state["weights"].items()}
+    return {**state, "version": 3, "weights": weights}

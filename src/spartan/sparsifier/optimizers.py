@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from spartan.errors import StateError
@@ -42,27 +43,77 @@ def parameters_of(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
+def changes_nothing(optimizer: Optimizer) -> bool:
+    """Whether a step is one of those by which tools fill an optimizer's state before saving it.
+
+    They set every learning rate and every gradient to exactly 0.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        known = isinstance(rate, float | int) or (isinstance(rate, Tensor) and rate.is_cpu)
+        if not known or rate != 0:
+            return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return not any(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def are_one(first: Optimizer, second: Optimizer) -> bool:
+    """Whether two optimizers are the same one, or one wraps the other."""
+    if first is second:
+        return True
+    for outer, inner in ((first, second), (second, first)):
+        if any(value is inner for value in vars(outer).values()):
+            return True
+    groups = set(map(id, first.param_groups))
+    return any(id(group) in groups for group in second.param_groups)
+
+
+def nested(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those that it wraps, which may keep states of their own."""
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    return [optimizer, *(one for value in inner for one in nested(value))]
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that takes the steps of a handle that a trainer has put around it.
+
+    Handles pass for an optimizer and hand on to their `.optimizer`, without the hooks of torch.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    hooked = getattr(type(optimizer).step, "hooked", False)
+    return unwrapped(inner) if isinstance(inner, Optimizer) and not hooked else optimizer
+
+
 def check_optimizers(
     optimizers: Sequence[Optimizer],
     weights: Sequence[Prunable],
     consequence: str = "masked, but not trained. Exclude them to keep them dense.",
+    trains: bool = True,
 ) -> None:
     """Warn of weights that no optimizer steps, and what follows from it.
+
+    Args:
+        optimizers: Those given; none for all there will be.
+        weights: The weights.
+        consequence: What follows.
+        trains: Whether weights are meant to be trained; else it is enough that one is.
 
     Raises:
         StateError: The optimizers step none of the weights.
     """
-    if not optimizers:
-        return
     anywhere = set().union(*map(parameters_of, optimizers))
-    missing = [w.name for w in weights if id(w.parameter) not in anywhere]
-    if len(missing) == len(weights):
+    missing = [
+        w.name
+        for w in weights
+        if (optimizers and id(w.parameter) not in anywhere) or not w.parameter.requires_grad
+    ]
+    if optimizers and len(missing) == len(weights):
         raise StateError(
             "The optimizer steps no prunable weight: give the one that trains the model, made "
             "from its present parameters (and so made after always_sparse.convert, which replaces "
-            "weights)."
+            "weights), or let the weights require gradients."
         )
-    if missing:
+    if missing and trains:
         warnings.warn(
             f"No optimizer steps {', '.join(map(repr, missing))}: {consequence}",
             stacklevel=4,

@@ -1,4 +1,4 @@
-"""`PassHook`: notices when a training or evaluation pass of the model begins."""
+"""`PassHook`: notices when somebody runs or saves the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class PassHook:
-    """A pre-hook, of passes or of state dicts, that tells a sparsifier what kind of pass begins.
+    """A hook, of passes or of state dicts, that tells a sparsifier what kind of pass there is.
 
     Copies and pickles of the model carry a hook that does nothing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,43 +10,126 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import StateError
 from spartan.kernels import Dual
+from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
-from spartan.methods.masking.state import WeightState, restored, saved
+from spartan.methods.masking.state import restored, saved
+from spartan.sparsifier.old_states import upgraded
 
-STATE_VERSION = 3  # 2: see `old_states`
+STATE_VERSION = 4  # earlier ones: see `old_states`
 
 
-def state_of(weight: MaskedWeight) -> dict[str, Any]:
-    """Return what a weight needs to continue from."""
+def run_state(
+    settings: Mapping[str, Any],
+    step: int,
+    weights: Sequence[MaskedWeight],
+    groups: Sequence[BudgetGroup],
+) -> dict[str, Any]:
+    """Return the state of a run after a step."""
     return {
-        "latent": weight.latent.clone(),
-        "mask": weight.mask.clone(),
-        "dual": None if weight.dual is None else list(weight.dual.astuple()),
-        "active": weight.active,
-        "state": saved(weight.state),
+        "version": STATE_VERSION,
+        "settings": dict(settings),
+        "step": step,
+        "weights": {weight.name: state_of(weight) for weight in weights},
+        "groups": tuple(saved(group.state) for group in groups),
     }
 
 
-def restored_weight(
-    weight: MaskedWeight, state: Mapping[str, Any], kind: type[WeightState]
-) -> WeightState:
-    """Return the method's part of what `state_of` returned.
+def load_run(
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    method: MaskingMethod,
+    weights: Sequence[MaskedWeight],
+    groups: Sequence[BudgetGroup],
+    total_steps: int,
+    measured: bool,
+) -> int:
+    """Let the weights and groups of a run go on from a state.
+
+    Args:
+        state: What `run_state` returned.
+        settings: Those of the run that loads it.
+        method: Its method.
+        weights: Its weights.
+        groups: Its groups.
+        total_steps: Its steps.
+        measured: Whether the budgets were measured, and so differ each time.
+
+    Returns:
+        The step after which the state was saved.
 
     Raises:
-        StateError: It is of another method.
+        StateError: The state does not fit, or is not whole. Nothing is changed then.
     """
-    return restored(kind, state["state"], weight.mask.device)
+    state = upgraded(state, method.weight_state, method.group_state)
+    check_state(state, settings, weights, len(groups), measured)
+    device, step = weights[0].latent.device, int(state["step"])
+    group_states = [restored(method.group_state, one, device) for one in state["groups"]]
+    found = [restored_weight(weight, state["weights"][weight.name]) for weight in weights]
+    for one in found:
+        missing = method.lacks(one, step, total_steps)
+        if missing is not None:
+            raise StateError(
+                f"The state of {one.name!r} holds no {missing}, which there is after step {step}: "
+                "only a part of it was saved or loaded."
+            )
+    for weight, one in zip(weights, found, strict=True):
+        take(weight, one)
+    for group, own in zip(groups, group_states, strict=True):
+        group.state = own
+    if measured:
+        # What was measured when the run was begun, not what was measured again just now.
+        budgets = state["settings"]["budgets"]
+        for group, (kept, total, *costs) in zip(groups, budgets, strict=True):
+            group.adopt(GroupBudget(group.budget.members, tuple(costs), total, kept))
+    return step
 
 
-def restore(weight: MaskedWeight, state: Mapping[str, Any], own: WeightState) -> None:
-    """Give a weight the state that `state_of` returned, and the method's part of it."""
-    weight.latent.copy_(state["latent"])
-    weight.mask = torch.empty_like(weight.mask).copy_(state["mask"])
-    weight.dual = None if state["dual"] is None else Dual(*state["dual"])
-    weight.active = state["active"]
-    weight.state = own
+def state_of(weight: MaskedWeight) -> dict[str, Any]:
+    """Return what a weight needs to continue from.
+
+    The keys are always the same, and what comes and goes during a run is one value, in a tuple:
+    `torch.distributed.checkpoint` loads into a state of another step, entry by entry.
+    """
+    own = {
+        "dual": None if weight.dual is None else list(weight.dual.astuple()),
+        "active": weight.active,
+        "newborn": weight.newborn,
+        "state": saved(weight.state),
+    }
+    return {"latent": weight.latent.clone(), "mask": weight.mask.clone(), "own": (own,)}
+
+
+def restored_weight(weight: MaskedWeight, state: Mapping[str, Any]) -> MaskedWeight:
+    """Return a weight as `state_of` told of it, for the same parameter; nothing is changed yet.
+
+    Raises:
+        StateError: The state is of another method.
+    """
+    (own,) = state["own"]
+    kind = type(weight.state)
+    return dataclasses.replace(
+        weight,
+        latent=torch.empty_like(weight.latent).copy_(state["latent"]),
+        stored_mask=torch.empty_like(weight.mask).copy_(state["mask"]),
+        dual=None if own["dual"] is None else Dual(*own["dual"]),
+        active=own["active"],
+        newborn=own["newborn"],
+        state=restored(kind, own["state"], weight.mask.device),
+        stepping=False,
+        pending=None,
+        counted=None,
+    )
+
+
+def take(weight: MaskedWeight, other: MaskedWeight) -> None:
+    """Let a weight go on from where another, restored one is."""
+    for field in ("latent", "dual", "active", "newborn", "state"):
+        setattr(weight, field, getattr(other, field))
+    weight.mask = other.stored_mask
 
 
 def check_state(
@@ -74,6 +158,9 @@ def check_state(
     for key in ("settings", "step", "weights", "groups"):
         if key not in state:
             raise StateError(f"The state is damaged: it holds no {key}.")
+    if set(state["settings"]) != set(settings):
+        differing = ", ".join(sorted(set(state["settings"]) ^ set(settings)))
+        raise StateError(f"The state is damaged: its settings differ in {differing}.")
     for key, value in state["settings"].items():
         if key == "budgets" and measured:
             _check_budgets(value, settings[key])
@@ -101,17 +188,21 @@ def _check_budgets(saved: Any, own: Sequence[Sequence[float]]) -> None:
 
 
 def _check_weight(values: dict[str, Any], weight: MaskedWeight) -> None:
-    for key in ("latent", "mask", "dual", "active", "state"):
+    for key in ("latent", "mask", "own"):
         if key not in values:
+            raise StateError(f"The state holds no {key} of {weight.name!r}.")
+    (own,) = values.pop("own") if len(values["own"]) == 1 else ({},)
+    for key in ("dual", "active", "newborn", "state"):
+        if key not in own:
             raise StateError(f"The state holds no {key} of {weight.name!r}.")
     _check_tensor(
         "latent", values.pop("latent"), [weight.latent.shape], weight.latent.dtype, weight
     )
     _check_tensor("mask", values.pop("mask"), [weight.mask.shape], torch.bool, weight)
-    dual = values.pop("dual")
+    dual = own["dual"]
     if dual is not None and len(dual) != 3:
         raise StateError(f"The state holds {dual!r} as dual of {weight.name!r}, not three numbers.")
-    for key, value in values["state"].items():
+    for key, value in own["state"].items():
         if isinstance(value, Tensor):  # one number a unit, or one a weight
             shapes = [weight.mask.shape, weight.latent.shape]
             _check_tensor(key, value, shapes, value.dtype, weight)

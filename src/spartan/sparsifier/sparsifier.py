@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +20,8 @@ from spartan.sparsifier.arguments import as_optimizers, as_pattern, check_model,
 from spartan.sparsifier.growing_run import GrowingRun
 from spartan.sparsifier.layer_summary import LayerSummary
 from spartan.sparsifier.masking_run import MaskingRun
+from spartan.sparsifier.projection import Target
+from spartan.weights.coverage import Coverage
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import NameFilter
 
@@ -31,10 +33,11 @@ class Sparsifier:
 
     Args:
         model: Any module; it is not modified, except for the values of its prunable weights.
-        optimizer: The optimizer, or several. A step is complete, and masks move, when the last
-            of them that steps a prunable weight has stepped. The price that couples Spartan's
-            gradients spans the weights of one optimizer. None hooks every optimizer that steps a
-            prunable weight.
+        optimizer: The optimizer, or several, or the handle of a trainer around one. A step is
+            complete, and masks move, when the last of them that steps a prunable weight has
+            stepped. The price that couples Spartan's gradients spans the weights of one optimizer.
+            None hooks every optimizer that steps a prunable weight; a step is complete when all
+            weights that have gradients were stepped.
         method: How masks are found: a method of `spartan.methods`, or its name.
         budget: How much may stay; a number is the density of a `Budget`.
         total_steps: Optimizer steps of the whole run; None only for methods without a schedule.
@@ -93,8 +96,12 @@ class Sparsifier:
 
     @property
     def density(self) -> float:
-        """Kept fraction of the prunable weights, counted."""
-        return self.run.density
+        """Kept fraction of the prunable weights, counted in what the model holds now.
+
+        Raises:
+            StateError: The model has other parameters now.
+        """
+        return self.run.facts.density
 
     @property
     def finalized(self) -> bool:
@@ -103,15 +110,15 @@ class Sparsifier:
 
     def layers(self) -> list[LayerSummary]:
         """Return what each prunable weight keeps, group by group."""
-        return self.run.layers()
+        return self.run.facts.layers()
 
     def monitor(self) -> dict[str, float]:
         """Return density and the method's numbers, averaged over groups of weights."""
-        return self.run.monitor()
+        return self.run.facts.monitor()
 
     def budgets(self) -> list[tuple[str, GroupBudget]]:
         """Return what each group of weights may keep, after the names of its weights."""
-        return self.run.budgets()
+        return self.run.facts.budgets()
 
     def progress_after(self, step: int) -> float:
         """Say how far the density has come after a step: from everything, 0, to the budget, 1."""
@@ -123,23 +130,57 @@ class Sparsifier:
 
     def selected(self) -> dict[str, Tensor]:
         """Return what of each weight is kept, to compare with later; see `churn`."""
-        return self.run.selected()
+        return self.run.facts.selected()
 
     def churn(self, before: Mapping[str, Tensor]) -> float:
         """Return the share of what is selected that has changed since `selected` returned this."""
-        return self.run.churn(before)
+        return self.run.facts.churn(before)
 
-    def finalize(self) -> None:
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model the budget speaks of; `str` says it in one line."""
+        return self.run.facts.coverage
+
+    def project(self, model: Target) -> Target:
+        """Make a copy of the model exact: an average, or the best weights of a run.
+
+        What the masks of now prune becomes zero in it, in place. It may be called before and after
+        `finalize`.
+
+        Args:
+            model: A copy, also inside a `torch.optim.swa_utils.AveragedModel` or another wrapper;
+                or a state dict.
+
+        Returns:
+            The same object.
+
+        Raises:
+            StateError: It is no copy of the model, or layers are always-sparse: these have
+                connections of their own.
+        """
+        return self.run.facts.project(model)
+
+    def finalize(self, keep: Literal["own", "model"] | None = None) -> None:
         """Leave an exactly sparse model and no hook; the sparsifier is done.
 
         Called before the schedule has reached the budget, it prunes the rest at once, with a
-        warning. Always-sparse layers stay so, see `always_sparse.to_dense`.
+        warning. Always-sparse layers stay so, see `always_sparse.to_dense`. A second call does
+        nothing, as long as the model still has its zeros.
+
+        Args:
+            keep: What becomes of weights that something else has written since the last step
+                (clipping, an average, float32 masters): with `"model"` the model keeps what it
+                holds, where masks keep it; with `"own"` it gets back what the last step left. By
+                default such weights are refused. `"model"` also ends a run whose parameters were
+                exchanged.
 
         Raises:
-            StateError: It was called before, or weights were written since the last step.
+            StateError: Weights were written or exchanged, and `keep` does not say what to do; or
+                the model was trained after a first call.
         """
-        self._require_attached()
-        self.run.finalize()
+        if keep not in (None, "own", "model"):
+            raise StateError(f"keep={keep!r}; known: 'own', 'model'.")
+        self.run.finalize(keep)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-for-bit resume needs, as plain values and tensors.
@@ -168,7 +209,7 @@ class Sparsifier:
 
     def _require_attached(self) -> None:
         if self.finalized:
-            raise StateError("This sparsifier was finalized; make a new one.")
+            raise StateError("finalize() was called: the run is over. Make a new sparsifier.")
 
     def __repr__(self) -> str:
         return (

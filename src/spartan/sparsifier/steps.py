@@ -1,91 +1,133 @@
-"""`OptimizerSteps`: hooks around the optimizer steps of a run, and their count."""
+"""`OptimizerSteps`: the training steps of a run: when one begins, is complete, and is one too many.
+
+Optimizers call each other, come and go. What counts as one step:
+
+* An optimizer that wraps another (Lookahead, SAM, sharding) and the wrapped one are one: the outer
+  step is the step.
+* Of several given optimizers the last of the list completes a step. Where none was given, a step is
+  complete when every weight that has a gradient was stepped.
+* A step with learning rate 0 and gradients of exactly 0 is none: tools that save optimizers do
+  such steps to fill their states.
+* An optimizer made anew takes the place of the given one that stepped the same weights. Another one
+  is refused: it would move weights past the masks.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
-from spartan.errors import NonFiniteError, ScheduleError
+from spartan.errors import NonFiniteError, StateError
 from spartan.kernels import finite
-from spartan.sparsifier.optimizers import parameters_of
+from spartan.sparsifier.optimizers import are_one, changes_nothing, parameters_of
+from spartan.sparsifier.step_hooks import RunningStep, StepHook, StepHooks
 from spartan.weights.prunable import Prunable
 
 
 class OptimizerSteps:
-    """The steps of the optimizers that step some weights.
-
-    A step is complete when the last of several optimizers that steps one of the weights has
-    stepped.
+    """The training steps in which optimizers step some weights.
 
     Args:
-        optimizers: Those to hook; none hooks every optimizer of the process.
+        optimizers: Those to hook; none hooks every optimizer that steps one of the weights.
         total: Steps of the whole run; None where there is no schedule.
         weights: The weights.
 
     Attributes:
         done: Steps completed.
+        optimizers: Those given, and those that took their place.
+        running: The step that has begun and not ended.
     """
 
     def __init__(
         self, optimizers: Sequence[Optimizer], total: int | None, weights: Sequence[Prunable]
     ) -> None:
-        self.optimizers = optimizers
+        self.optimizers = list(optimizers)
         self.total = total
         self.done = 0
+        self.running: RunningStep | None = None
         self._weights = weights
+        self._met: list[Optimizer] = []  # that stepped, where none was given
+        self._stepped: set[int] = set()  # weights stepped since the last step was complete
+        self._knows_whole_steps = False
+        self._said_surplus = False
 
     @property
     def horizon(self) -> int:
         """Steps of the whole run; without a schedule, more than there will ever be."""
         return self.total if self.total is not None else 2**62
 
-    def hook(self, before: Callable[..., Any], after: Callable[..., Any]) -> list[Any]:
-        """Call `before` and `after` around every step; returns the handles of the hooks."""
-        if not self.optimizers:
-            return [
-                register_optimizer_step_pre_hook(before),
-                register_optimizer_step_post_hook(after),
-            ]
-        return [
-            handle
-            for optimizer in self.optimizers
-            for handle in (
-                optimizer.register_step_pre_hook(before),
-                optimizer.register_step_post_hook(after),
-            )
-        ]
+    @property
+    def surplus(self) -> bool:
+        """Whether the step that is done or follows now is more than the run was to have."""
+        return self.total is not None and self.done >= self.total
+
+    @property
+    def steppers(self) -> list[Optimizer]:
+        """The optimizers that step the weights, as far as they are known."""
+        return self.optimizers or self._met
+
+    def hook(
+        self,
+        before: StepHook,
+        after: StepHook,
+        accept: Callable[[Optimizer], None],
+        other: Callable[[Optimizer], None],
+    ) -> StepHooks:
+        """Call functions around every step.
+
+        Args:
+            before: Before an optimizer moves weights.
+            after: After it.
+            accept: Called with an optimizer that was not given, before its first step; may raise.
+            other: Called before the step of an optimizer that steps none of the weights.
+
+        Returns:
+            What takes the hooks away.
+        """
+        self._before, self._after = before, after
+        self._accept, self._other = accept, other
+        hooks = StepHooks(self._meet, self._begin, self._end, lasting=not self.optimizers)
+        for optimizer in self.optimizers:
+            hooks.put_on(optimizer)
+        return hooks
 
     def weights_of(self, optimizer: Optimizer) -> list[Prunable]:
         """Return the weights an optimizer steps now; its parameter groups may have grown."""
-        if self.optimizers and not any(optimizer is known for known in self.optimizers):
-            return []
         stepped = parameters_of(optimizer)
         return [weight for weight in self._weights if id(weight.parameter) in stepped]
 
     def completed_by(self, optimizer: Optimizer) -> bool:
-        """Say whether a step is complete when this optimizer has stepped."""
-        if not self.optimizers:
+        """Say whether a step is complete now that this optimizer has stepped."""
+        if self.total is None:
             return True
-        return optimizer is [o for o in self.optimizers if self.weights_of(o)][-1]
-
-    def refuse_more(self, optimizer: Optimizer) -> None:
-        """Raise `ScheduleError` if the step that begins is one too many."""
-        over = self.total is not None and self.done >= self.total
-        if over and self.completed_by(optimizer):
-            raise ScheduleError(
-                f"This is step {self.done + 1}, but total_steps={self.total}: call "
-                "finalize() after the last step, or make the sparsifier with more steps."
-            )
+        if self.optimizers:
+            stepping = [one for one in self.optimizers if self.weights_of(one)]
+            return are_one(optimizer, stepping[-1])
+        self._stepped |= set(map(id, self.weights_of(optimizer)))
+        if any(_waits(w) for w in self._weights if id(w) not in self._stepped):
+            return False
+        self._stepped.clear()
+        self._knows_whole_steps = True
+        return True
 
     def require_finite_gradients(self, weights: Sequence[Prunable]) -> None:
-        """Raise `NonFiniteError` if a gradient of these weights is not finite."""
+        """Raise `NonFiniteError` if a gradient of these weights is not finite.
+
+        Raises:
+            StateError: A gradient is sparse.
+        """
         grads = {w.name: w.parameter.grad for w in weights if w.parameter.grad is not None}
+        for name, grad in grads.items():
+            if grad.layout != torch.strided:
+                raise StateError(
+                    f"The gradient of {name!r} is {grad.layout}: masks need all of it; make the "
+                    "embedding with sparse=False, or exclude it."
+                )
         # A GPU is not waited for: a broken gradient shows in the weights after the step.
         if any(grad.is_cuda for grad in grads.values()):
             return
@@ -96,3 +138,99 @@ class OptimizerSteps:
                     "and masks are unchanged. Lower the learning rate, clip gradients, or use a "
                     "GradScaler with float16."
                 )
+
+    # Around a step ------------------------------------------------------------------------------
+
+    def _meet(self, optimizer: Optimizer) -> bool:
+        """Look at an optimizer that begins a step, and say whether it is to be hooked."""
+        weights = self.weights_of(optimizer)
+        if not weights:
+            self._other(optimizer)
+            return False
+        if self._is_within_a_step or changes_nothing(optimizer):
+            return True
+        known = self.optimizers or self._met
+        if not any(are_one(optimizer, one) for one in known):
+            if self.optimizers:
+                self._replace(optimizer, weights)
+            else:
+                self._accept(optimizer)
+                self._met.append(optimizer)
+        return True
+
+    def _replace(self, optimizer: Optimizer, weights: Sequence[Prunable]) -> None:
+        """Let an optimizer take the place of the given one that stepped the same weights."""
+        kind, names = type(optimizer).__name__, ", ".join(repr(w.name) for w in weights[:3])
+        names += f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+        for place, one in enumerate(self.optimizers):
+            if self.weights_of(one) == list(weights):
+                self._accept(optimizer)
+                self.optimizers[place] = optimizer
+                warnings.warn(
+                    f"Another {kind} than the one given steps {names} from step {self.done + 1} "
+                    "on: it takes its place.",
+                    stacklevel=4,
+                )
+                return
+        raise StateError(
+            f"This {kind} steps {names}, and was not given to the sparsifier: it would move "
+            "weights past the masks. Make the sparsifier with all optimizers that step the model, "
+            "in a list, or with optimizer=None."
+        )
+
+    @property
+    def _is_within_a_step(self) -> bool:
+        return self.running is not None and self.running.alive
+
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._is_within_a_step:
+            return None
+        self.running = None
+        weights = self.weights_of(optimizer)
+        if not weights or changes_nothing(optimizer):
+            return None
+        self._require_countable(weights)
+        if self.surplus and not self._said_surplus:
+            self._said_surplus = True
+            warnings.warn(
+                f"This is step {self.done + 1} of total_steps={self.total}: the masks stay as they "
+                "are from here on, and the rest trains. Call finalize() after the last step.",
+                stacklevel=3,
+            )
+        result = self._before(optimizer, args, kwargs)
+        self.running = RunningStep(optimizer, sys._getframe(1))
+        return result
+
+    def _end(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.running is None or not self.running.is_ended_in(sys._getframe(1)):
+            return
+        self.running = None
+        self._after(optimizer, args, kwargs)
+
+    def _require_countable(self, weights: Sequence[Prunable]) -> None:
+        """Raise `StateError` where it cannot be known what one training step is."""
+        if self.total is None or len(weights) == len(self._weights):
+            return
+        if torch._C._current_graph_task_id() != -1:
+            raise StateError(
+                "Optimizers step single weights inside a backward pass: it cannot be known when a "
+                "training step is complete. Step one optimizer after the backward pass."
+            )
+        again = next((weight for weight in weights if id(weight) in self._stepped), None)
+        if again is None:
+            return
+        if not self._knows_whole_steps:
+            waiting = [w.name for w in self._weights if _waits(w) and id(w) not in self._stepped]
+            others = ", ".join(map(repr, waiting[:3])) or "others"
+            raise StateError(
+                f"{again.name!r} is stepped a second time before {others} was, so it cannot be "
+                "known when a training step is complete. Give the optimizers in a list: the last "
+                "one completes a step. Exclude weights that none of them steps."
+            )
+        self._stepped.clear()  # another optimizer skipped its step: that one does not count
+
+
+def _waits(weight: Prunable) -> bool:
+    """Whether a weight has a gradient that some optimizer is going to use."""
+    grad = weight.parameter.grad
+    return grad is not None and bool(grad.any())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -99,13 +100,15 @@ class Block(Pattern):
             raise PatternError(f"Block({self.rows}, {self.cols}): both sizes must be at least 1.")
 
     def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        _require_layout(weight)
         out, inputs, *kernel = weight.oriented_shape
         if out % self.rows or inputs % self.cols:
             raise PatternError(
                 f"Blocks of {self.rows}x{self.cols} do not divide {weight.name!r} with {out} "
                 f"outputs and {inputs} inputs; choose sizes that divide it, or exclude it."
             )
-        return (out // self.rows, inputs // self.cols, *kernel)
+        units = (out // self.rows, inputs // self.cols, *kernel)
+        return (weight.experts, *units) if weight.stacked else units
 
     def unit_numel(self, weight: Prunable) -> int:
         return self.rows * self.cols
@@ -137,6 +140,7 @@ class NM(Pattern):
             raise PatternError(f"NM({self.n}, {self.m}): 1 <= n <= m must hold.")
 
     def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
+        _require_layout(weight)
         inputs = weight.oriented_shape[1]
         if inputs % self.m:
             raise PatternError(
@@ -167,6 +171,8 @@ class NM(Pattern):
 class Channel(Pattern):
     """A unit is everything that computes one output: a row of a Linear, a filter of a conv.
 
+    Of experts stacked in one parameter it is one row of one expert.
+
     Attributes:
         inputs: Instead, a unit is everything that reads one input: a column of a Linear, an input
             channel of all filters.
@@ -175,10 +181,11 @@ class Channel(Pattern):
     inputs: bool = False
 
     def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
-        return (weight.oriented_shape[self.inputs],)
+        _require_layout(weight)
+        return (weight.experts * weight.oriented_shape[self.inputs],)
 
     def unit_numel(self, weight: Prunable) -> int:
-        return weight.parameter.numel() // weight.oriented_shape[self.inputs]
+        return weight.parameter.numel() // (weight.experts * weight.oriented_shape[self.inputs])
 
     def grid(self, weight: Prunable) -> Grid:
         out, inputs = weight.oriented_shape[:2]
@@ -194,7 +201,41 @@ def _grid(weight: Prunable, block: tuple[int, int, int], strides: tuple[int, int
     """Turn a division of (out, in, kernel position) into one of the weight as stored."""
     out, inputs = weight.oriented_shape[:2]
     grid = Grid((out, inputs, weight.kernel_numel), block, strides)
-    return grid.transposed() if weight.input_first else grid
+    grid = grid.transposed() if weight.input_first else grid
+    return grid.repeated(weight.experts) if weight.stacked else grid
+
+
+def _require_layout(weight: Prunable) -> None:
+    """Raise `PatternError` unless it is known which dimension of a weight is the inputs."""
+    if not weight.layout_known:
+        raise PatternError(
+            f"It is not known which dimension of {weight.name!r} {tuple(weight.shape)} is the "
+            f"inputs: say include=['{weight.name}:out,in'] where a product reads them from the "
+            f"last one, as nn.Linear does, or ['{weight.name}:in,out']."
+        )
+
+
+def check_fits(pattern: Pattern, weights: Sequence[Prunable]) -> None:
+    """Raise `PatternError` unless a pattern fits all weights; the message names those it does not.
+
+    Args:
+        pattern: The pattern.
+        weights: The weights.
+    """
+    misfits: dict[str, PatternError] = {}
+    for weight in weights:
+        try:
+            pattern.unit_shape(weight)
+        except PatternError as error:
+            misfits[weight.name] = error
+    if len(misfits) > 1:
+        raise PatternError(
+            f"{pattern} does not fit {len(misfits)} of {len(weights)} weights: "
+            f"{', '.join(map(repr, misfits))}. Choose another pattern, or exclude=[…] them. "
+            f"The first: {next(iter(misfits.values()))}"
+        )
+    for misfit in misfits.values():
+        raise misfit
 
 
 def parse_pattern(text: str) -> Pattern:

@@ -62,12 +62,14 @@ class GrowingLayer:
         tried: Every pair that was ever connected, as keys output * inputs + input: int64, rising.
         rounds: For each of `tried`, how many updates found it connected; zeros where the method
             does not count them.
+        known: The graph that the run has last seen.
     """
 
     prunable: ConnectionValues
     module: SparseLayer
     tried: Tensor
     rounds: Tensor
+    known: Connections
 
     @property
     def name(self) -> str:
@@ -92,6 +94,17 @@ class GrowingLayer:
             StateError: An input was overwritten since.
         """
         return self.module.passes.checked(self.name) if self.module.passes is not None else []
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether something else than the run has given the layer another graph."""
+        now = self.connections
+        if now is self.known:
+            return False
+        if now.count == self.known.count and torch.equal(now.keys(), self.known.keys()):
+            self.known = now
+            return False
+        return True
 
     def gradient(self, keys: Tensor) -> Tensor:
         """Return the weight gradient at pairs, averaged over processes: float32 or float64."""

@@ -99,6 +99,10 @@ class MaskingMethod(Registered, ABC):
         """Return the θ that gives this w where it is kept."""
         return w
 
+    def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
+        """Say what is missing in the restored state of a weight to go on after `step`; or None."""
+        return None
+
     def with_max_layer_sparsity(self, most: float) -> Self:
         """Return the method with a bound on what a layer may lose, if it learns rates.
 

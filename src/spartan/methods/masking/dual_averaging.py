@@ -92,5 +92,12 @@ class DualAveraging(AnnealedMasking):
         if step >= self._last_update(total_steps):
             mask_gradients(weights, [weight.mask for weight in weights])
         elif self.backward_density < 1.0:
-            backward = [weight.state_as(BackwardMask).backward for weight in weights]
-            mask_gradients(weights, [mask for mask in backward if mask is not None])
+            known = [
+                (w, b) for w in weights if (b := w.state_as(BackwardMask).backward) is not None
+            ]
+            mask_gradients([weight for weight, _ in known], [mask for _, mask in known])
+
+    def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
+        narrow = self.backward_density < 1.0 and step < self._last_update(total_steps)
+        missing = narrow and weight.state_as(BackwardMask).backward is None and not weight.newborn
+        return "backward" if missing else None

@@ -167,6 +167,10 @@ class FCPTS(MaskingMethod):
             factors.append(torch.where(weight.mask, 1.0, returning))
         scale_gradients(weights, factors)
 
+    def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
+        rows = weight.pattern.fixed_ratio is not None  # whose rates are given
+        return None if rows or _rate(weight).rate is not None else "rate"
+
     def monitor(self, group: BudgetGroup) -> dict[str, float]:
         rates = [_rate(weight).rate for weight in group.weights]
         thin = [logistic(rate) for rate in rates if rate is not None]

@@ -175,6 +175,13 @@ class Gated(MaskingMethod):
             gates_of(weight).pulled = pulled.mul_(sample.slope).div_(weight.loss_scale)
         scale_gradients(weights, [sample.gate for sample in samples])
 
+    def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
+        own = gates_of(weight)
+        if step >= self._last_update(total_steps):
+            return "fixed gates" if own.fixed is None else None
+        moments = (own.log_alpha, own.mean, own.square)
+        return "gates" if any(tensor is None for tensor in moments) else None
+
     # Gates --------------------------------------------------------------------------------------
 
     def select(self, groups: Sequence[BudgetGroup], step: int, total_steps: int) -> None:

@@ -46,16 +46,26 @@ class BudgetGroup:
     def competition(self, progress: float) -> Competition:
         """Return the weights whose masks may move now, and the budget they compete for.
 
-        There are three phases. While the budget shrinks, all weights take part. At the first
-        selection at the target all take part once more, also those without a gradient: they would
-        keep what they had when the budget was larger. After it (`settled`), a weight without a
-        gradient keeps its mask, and the others compete for what it leaves.
+        There are three phases. While the budget shrinks, all weights take part that began as
+        something: those that began as zeros would lose everything to them, and stay whole. At the
+        first selection at the target all take part once more, also those without a gradient: they
+        would keep what they had when the budget was larger. After it (`settled`), a weight without
+        a gradient keeps its mask, and the others compete for what it leaves.
         """
-        idle = [weight for weight in self.weights if not weight.active]
         at_target = progress >= 1.0
         kind = RowCompetition if isinstance(self.budget, RowBudget) else Competition
-        if not at_target or not idle or not self.state.settled:
-            self.state.settled |= at_target
+        if not at_target:
+            grown = [weight for weight in self.weights if not weight.newborn]
+            budget = self.budget.at(progress)
+            if len(grown) < len(self.weights) and kind is Competition:
+                budget *= sum(w.cost * w.units for w in grown) / self.budget.total
+                budget = float(round(budget)) if self.budget.counted else budget
+            return kind(self, grown, budget, at_target)
+        idle = [weight for weight in self.weights if not weight.active]
+        if not idle or not self.state.settled:
+            self.state.settled = True
+            for weight in self.weights:
+                weight.newborn = False
             return kind(self, self.weights, self.budget.at(progress), at_target)
         active = [weight for weight in self.weights if weight.active]
         left = self.budget.without(sum(weight.cost * weight.kept for weight in idle))

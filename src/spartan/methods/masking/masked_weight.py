@@ -56,6 +56,8 @@ class MaskedWeight:
         dual: Dual variable of the soft mask, for methods that have one and do not store the mask.
         state: What the method keeps of the weight, saved with the run.
         active: Whether the parameter had a gradient in the current step.
+        newborn: Whether it began as nothing but zeros, as new heads and adapters do, and has not
+            competed yet: it learns, dense, until the budget is reached.
         stepping: Whether the parameter holds θ: inside a step.
         sampled: Whether the parameter holds the w of a training pass, of methods that sample.
         loss_scale: What the gradient of the current step is multiplied by: 1, but under a
@@ -73,6 +75,7 @@ class MaskedWeight:
     dual: Dual | None = None
     state: WeightState = field(default_factory=WeightState)
     active: bool = True
+    newborn: bool = False
     stepping: bool = False
     sampled: bool = False
     loss_scale: float = 1.0

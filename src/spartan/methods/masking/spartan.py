@@ -243,7 +243,11 @@ class Spartan(AnnealedMasking):
     ) -> None:
         if step >= self._last_update(total_steps):
             scale_gradients(weights, [_soft_mask(weight) for weight in weights])
-        elif all(weight.dual is not None for weight in weights):
+            return
+        weights = [weight for weight in weights if not weight.newborn]  # w = θ of the others
+        if not weights:
+            return
+        if all(weight.dual is not None for weight in weights):
             kernels.pull_back(
                 [weight.required_grad for weight in weights],
                 [weight.latent for weight in weights],
@@ -253,6 +257,11 @@ class Spartan(AnnealedMasking):
             )
         else:
             _pull_back_units(group, weights)
+
+    def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
+        fixed = step >= self._last_update(total_steps)
+        known = _stored(weight) is not None or (weight.dual is not None and not fixed)
+        return None if known or weight.newborn else "soft mask"
 
     def monitor(self, group: BudgetGroup) -> dict[str, float]:
         state = _sharpness(group)

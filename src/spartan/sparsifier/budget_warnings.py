@@ -1,0 +1,91 @@
+"""What a masking run tells once: how much it governs, what starts at zero, which layers died."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.groups import BudgetGroup
+from spartan.methods.masking.masked_weight import MaskedWeight
+from spartan.methods.masking.powerpropagation import Powerpropagation
+from spartan.weights.coverage import Coverage
+
+_log = logging.getLogger("spartan")
+# A layer this much sparser than the budget of its group has lost practically everything: with
+# ordinary allocations layers differ by a factor of ten.
+_NEXT_TO_NOTHING = 0.01
+
+
+def say_coverage(coverage: Coverage, decided: bool) -> None:
+    """Say in one line how much of the model the budget governs; loudly if under half of it.
+
+    Args:
+        coverage: What was counted.
+        decided: Whether the user has decided what to leave out.
+    """
+    if coverage.computed and not decided:
+        warnings.warn(
+            f"Left out, and dense: {', '.join(coverage.computed)}. To prune them, make their "
+            "weights plain parameters first (remove_parametrizations, remove_weight_norm, "
+            "prune.remove).",
+            stacklevel=4,
+        )
+    if coverage.low and not decided:
+        warnings.warn(
+            f"The budget speaks of less than half of the model: {coverage}. Name modules or "
+            "parameters in include= to prune them too.",
+            stacklevel=4,
+        )
+    else:
+        _log.info("%s", coverage)
+
+
+def note_newborn(weights: Sequence[MaskedWeight], method: MaskingMethod, reached: bool) -> None:
+    """Note which weights begin as nothing but zeros, before they compete with trained ones.
+
+    Args:
+        weights: All weights.
+        method: The method that masks them.
+        reached: Whether the budget holds from the very beginning.
+    """
+    for weight in weights:
+        weight.newborn = not bool(torch.count_nonzero(weight.parameter))
+    names = ", ".join(repr(weight.name) for weight in weights if weight.newborn)
+    if not names:
+        return
+    if isinstance(method, Powerpropagation) and method.alpha > 1:
+        warnings.warn(
+            f"{names} begins as all zeros, which is a fixed point of 'powerpropagation': it never "
+            "moves. Initialise it, exclude it, or take another method.",
+            stacklevel=4,
+        )
+    elif reached and method.finds_masks:
+        warnings.warn(
+            f"{names} begins as all zeros, and the budget holds from the first step: the other "
+            "weights take all of it. Exclude it, initialise it, or let the method warm up.",
+            stacklevel=4,
+        )
+
+
+def warn_of_dead_layers(groups: Sequence[BudgetGroup], step: int) -> None:
+    """Name the layers that keep nothing, or next to nothing, of what they had."""
+    dead, dying = [], []
+    for group in groups:
+        share = group.kept / sum(weight.cost * weight.units for weight in group.weights)
+        for weight in group.weights:
+            if weight.kept == 0:
+                dead.append(repr(weight.name))
+            elif weight.kept < _NEXT_TO_NOTHING * share * weight.units:
+                dying.append(f"{weight.name!r} ({weight.kept:,} of {weight.units:,} units)")
+    told = [f"Nothing is kept of {', '.join(dead)}"] if dead else []
+    told += [f"Next to nothing is kept of {', '.join(dying)}"] if dying else []
+    if told:
+        warnings.warn(
+            f"{'. '.join(told)} at step {step}. Weights can come back while masks move; if these "
+            "do not, spread the budget with allocation='erk' or 'uniform', or exclude them.",
+            stacklevel=3,
+        )

@@ -1,0 +1,107 @@
+"""`StepHooks`: the last hook before an optimizer moves, and the first after it has moved."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class StepHooks:
+    """Hooks around the steps of optimizers, inside of all hooks of others.
+
+    Whatever other hooks do (saving, averaging, clipping, in whatever order they were registered),
+    they do before the one and after the other. Optimizers are met when they step, those given
+    earlier too.
+
+    Args:
+        meet: Called when any optimizer of the process begins a step; whether to hook it.
+        before: A hook before steps.
+        after: A hook after steps.
+        lasting: Whether the hooks stay while nobody else refers to them. Else they go when the
+            optimizers go on which they are.
+    """
+
+    def __init__(
+        self, meet: Callable[[Optimizer], bool], before: StepHook, after: StepHook, lasting: bool
+    ) -> None:
+        self._meet, self._before, self._after = meet, before, after
+        self._handles: weakref.WeakKeyDictionary[
+            Optimizer, tuple[RemovableHandle, RemovableHandle]
+        ] = weakref.WeakKeyDictionary()
+        # Hooks of the process run before those of an optimizer: here their order can be changed.
+        hook = self._arrive if lasting else _weakly(self._arrive)
+        self._arrival = register_optimizer_step_pre_hook(hook)
+        weakref.finalize(self, self._arrival.remove)
+
+    def put_on(self, optimizer: Optimizer) -> None:
+        """Hook the steps of an optimizer, innermost."""
+        if optimizer not in self._handles:
+            self._handles[optimizer] = (
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            )
+        before, after = self._handles[optimizer]
+        earlier: Any = optimizer._optimizer_step_pre_hooks  # ordered dicts, by the ids of handles
+        later: Any = optimizer._optimizer_step_post_hooks
+        if next(reversed(earlier)) != before.id:
+            earlier.move_to_end(before.id)
+        if next(iter(later)) != after.id:
+            later.move_to_end(after.id, last=False)
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        self._arrival.remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+
+    def _arrive(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._meet(optimizer):
+            self.put_on(optimizer)
+
+
+def _weakly(method: Callable[..., None]) -> StepHook:
+    found = weakref.WeakMethod(method)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = found()
+        if alive is not None:
+            alive(optimizer, args, kwargs)
+
+    return hook
+
+
+class RunningStep:
+    """A step that has begun. Made by a hook before it.
+
+    Attributes:
+        optimizer: Whose step it is.
+    """
+
+    def __init__(self, optimizer: Optimizer, frame: FrameType) -> None:
+        self.optimizer = optimizer
+        self._frame = frame
+        self._thread = threading.get_ident()
+
+    def is_ended_in(self, frame: FrameType) -> bool:
+        """Whether a hook that this frame calls is that after the step, and not of one within."""
+        return frame is self._frame
+
+    @property
+    def alive(self) -> bool:
+        """Whether the step is being done still: not broken off by an exception."""
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
