@@ -104,14 +104,11 @@ class GrowingRun:
         self.steps = OptimizerSteps(optimizers, total_steps, values)
         self._listeners: list[RemovableHandle] = []
         self._listen()
-        guard = model.register_load_state_dict_pre_hook(check_first)
+        self._guard = model.register_load_state_dict_pre_hook(check_first)
         accept = partial(check_growth_optimizer, method)
         self.facts = GrowingModel(model, self.weights, self._budgets)
         say_coverage(self.facts.coverage, decided=False)
-        hooks = self.steps.hook(
-            self._before_step, self._after_step, accept, self.facts.watch.other_step
-        )
-        self._handles: list[Any] = [hooks, guard]
+        self.steps.hook(self._before_step, self._after_step, accept, self.facts.watch.other_step)
 
     # What the user asks -------------------------------------------------------------------------
 
@@ -128,9 +125,8 @@ class GrowingRun:
         if keep != "model" and self.attached:
             self.facts.watch.require_present()
         self.facts.watch.stop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self.steps.stop()
+        self._guard.remove()
         self._stop_listening()
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,7 +317,7 @@ class GrowingRun:
     @property
     def attached(self) -> bool:
         """Whether the hooks are there still."""
-        return bool(self._handles)
+        return not self.steps.over
 
     # Small parts --------------------------------------------------------------------------------
 

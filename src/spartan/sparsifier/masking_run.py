@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from spartan.always_sparse.conversion import sparse_layers
 from spartan.budgets.budget import Budget
@@ -108,7 +109,6 @@ class MaskingRun:
         note_newborn(self.weights, method, method.progress(0, self.steps.horizon) >= 1)
         for weight in self.weights:
             weight.latent.copy_(method.to_latent(weight, weight.latent))
-        self._handles: list[Any] = []
         self._writer = WeightWriter(method, self.weights)
         self._inside: list[MaskedWeight] = []  # weights that are being stepped now
         self._guard = ModelGuard(model, self._show_w, self._hide_w)
@@ -176,9 +176,9 @@ class MaskingRun:
             )
         self._end_step()
         self.facts.watch.stop()
+        self.steps.stop()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         for weight in self.weights:
             weight.latent = torch.empty(0)
 
@@ -211,18 +211,18 @@ class MaskingRun:
 
     # Around a step ------------------------------------------------------------------------------
 
-    def _register_hooks(self) -> list[Any]:
-        passes: list[Any] = []
+    def _register_hooks(self) -> list[RemovableHandle]:
+        passes: list[RemovableHandle] = []
         if self.method.samples(0, self.steps.horizon):
             shown, saved = (
                 PassHook(self.model, f) for f in (self._before_pass, self._before_saving)
             )
             passes.append(self.model.register_forward_pre_hook(shown))
             passes.append(self.model.register_state_dict_pre_hook(saved))
-        hooks = self.steps.hook(
+        self.steps.hook(
             self._before_step, self._after_step, lambda _: None, self.facts.watch.other_step
         )
-        return [*passes, hooks]
+        return passes
 
     @torch.no_grad()
     def _before_pass(self, training: bool) -> None:
@@ -376,7 +376,7 @@ class MaskingRun:
     @property
     def attached(self) -> bool:
         """Whether the hooks are there still."""
-        return bool(self._handles)
+        return not self.steps.over
 
     def _at_budget(self) -> bool:
         return all(group.kept <= group.budget.kept for group in self.groups)

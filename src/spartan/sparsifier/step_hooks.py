@@ -16,6 +16,18 @@ from torch.utils.hooks import RemovableHandle
 StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
 
 
+# One hook of the process tells all, and stays: hooks that come and go while torch walks through
+# them, as garbage is collected, would end the step.
+_every: weakref.WeakSet[StepHooks] = weakref.WeakSet()
+_lasting: set[StepHooks] = set()
+_registered: list[RemovableHandle] = []
+
+
+def _tell_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for hooks in [*_every]:
+        hooks.arrive(optimizer)
+
+
 class StepHooks:
     """Hooks around the steps of optimizers, inside of all hooks of others.
 
@@ -38,10 +50,16 @@ class StepHooks:
         self._handles: weakref.WeakKeyDictionary[
             Optimizer, tuple[RemovableHandle, RemovableHandle]
         ] = weakref.WeakKeyDictionary()
-        # Hooks of the process run before those of an optimizer: here their order can be changed.
-        hook = self._arrive if lasting else _weakly(self._arrive)
-        self._arrival = register_optimizer_step_pre_hook(hook)
-        weakref.finalize(self, self._arrival.remove)
+        if not _registered:
+            _registered.append(register_optimizer_step_pre_hook(_tell_all))
+        _every.add(self)
+        if lasting:
+            _lasting.add(self)
+
+    def arrive(self, optimizer: Optimizer) -> None:
+        """Take note that an optimizer begins a step; its own hooks are called after this."""
+        if self._meet(optimizer):
+            self.put_on(optimizer)
 
     def put_on(self, optimizer: Optimizer) -> None:
         """Hook the steps of an optimizer, innermost."""
@@ -59,27 +77,24 @@ class StepHooks:
             later.move_to_end(after.id, last=False)
 
     def remove(self) -> None:
-        """Take all hooks away."""
-        self._arrival.remove()
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
+        """Take all hooks away; from within a hook they stay where they are, and do nothing."""
+        _every.discard(self)
+        _lasting.discard(self)
+        if not _within_a_step():
+            for handles in self._handles.values():
+                for handle in handles:
+                    handle.remove()
         self._handles.clear()
 
-    def _arrive(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._meet(optimizer):
-            self.put_on(optimizer)
 
-
-def _weakly(method: Callable[..., None]) -> StepHook:
-    found = weakref.WeakMethod(method)
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        alive = found()
-        if alive is not None:
-            alive(optimizer, args, kwargs)
-
-    return hook
+def _within_a_step() -> bool:
+    """Whether some optimizer's step is on the stack, whose hooks may be being called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.optim.optimizer":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class RunningStep:

@@ -41,6 +41,7 @@ class OptimizerSteps:
         done: Steps completed.
         optimizers: Those given, and those that took their place.
         running: The step that has begun and not ended.
+        over: Whether the run has ended.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class OptimizerSteps:
         self.total = total
         self.done = 0
         self.running: RunningStep | None = None
+        self.over = False
         self._weights = weights
         self._met: list[Optimizer] = []  # that stepped, where none was given
         self._stepped: set[int] = set()  # weights stepped since the last step was complete
@@ -77,24 +79,25 @@ class OptimizerSteps:
         after: StepHook,
         accept: Callable[[Optimizer], None],
         other: Callable[[Optimizer], None],
-    ) -> StepHooks:
-        """Call functions around every step.
+    ) -> None:
+        """Call functions around every step, until `stop`.
 
         Args:
             before: Before an optimizer moves weights.
             after: After it.
             accept: Called with an optimizer that was not given, before its first step; may raise.
             other: Called before the step of an optimizer that steps none of the weights.
-
-        Returns:
-            What takes the hooks away.
         """
         self._before, self._after = before, after
         self._accept, self._other = accept, other
-        hooks = StepHooks(self._meet, self._begin, self._end, lasting=not self.optimizers)
+        self._hooks = StepHooks(self._meet, self._begin, self._end, lasting=not self.optimizers)
         for optimizer in self.optimizers:
-            hooks.put_on(optimizer)
-        return hooks
+            self._hooks.put_on(optimizer)
+
+    def stop(self) -> None:
+        """Take the hooks away: the run is over."""
+        self.over = True
+        self._hooks.remove()
 
     def weights_of(self, optimizer: Optimizer) -> list[Prunable]:
         """Return the weights an optimizer steps now; its parameter groups may have grown."""
@@ -183,7 +186,7 @@ class OptimizerSteps:
         return self.running is not None and self.running.alive
 
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_within_a_step:
+        if self._is_within_a_step or self.over:
             return None
         self.running = None
         weights = self.weights_of(optimizer)
