@@ -29,6 +29,7 @@ from spartan.methods.growth.contract import (
 )
 from spartan.sparsifier.budget_warnings import say_coverage
 from spartan.sparsifier.connection_moves import Move, apply, check_carried
+from spartan.sparsifier.governors import govern
 from spartan.sparsifier.growing_checks import (
     STATE_VERSION,
     check_counts,
@@ -47,6 +48,7 @@ from spartan.sparsifier.optimizers import (
 from spartan.sparsifier.projection import Keep
 from spartan.sparsifier.steps import OptimizerSteps
 from spartan.weights.maskable import check_maskable
+from spartan.weights.names import plain_name, wrapper_prefix
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import NameFilter, Prunable
 
@@ -93,7 +95,8 @@ class GrowingRun:
                 "Growth governs all always-sparse layers: name layers in always_sparse.convert."
             )
         check_growth_support(method, budget, pattern, optimizers, layers)
-        values = [_values_of(name, layer) for name, layer in layers.items()]
+        prefix = wrapper_prefix(model)
+        values = [_values_of(plain_name(n, prefix), layer) for n, layer in layers.items()]
         self._budgets = _by_values(budget).plan(model, values, pattern)
         check_optimizers(optimizers, values, "neither trained nor grown.")
         check_maskable(values)
@@ -101,6 +104,7 @@ class GrowingRun:
             _growing(one, layer) for one, layer in zip(values, layers.values(), strict=True)
         ]
         check_counts(budget, self._budgets, self.weights, method.moves)
+        govern(values, self)
         self.steps = OptimizerSteps(optimizers, total_steps, values)
         self._listeners: list[RemovableHandle] = []
         self._listen()
@@ -124,6 +128,10 @@ class GrowingRun:
         """Take the hooks away; the layers stay always-sparse, see `always_sparse.to_dense`."""
         if keep != "model" and self.attached:
             self.facts.watch.require_present()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Take the hooks away."""
         self.facts.watch.stop()
         self.steps.stop()
         self._guard.remove()
@@ -199,6 +207,7 @@ class GrowingRun:
         self.steps.done += 1
         for move in moves:
             apply(move, self.steps.steppers, self.method.counts_rounds)
+        self.facts.note()
         self._listen()
         if moves:
             self._warn_dead()

@@ -29,6 +29,7 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import make_group, require_finite
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.sparsifier.budget_warnings import note_newborn, say_coverage, warn_of_dead_layers
+from spartan.sparsifier.governors import govern
 from spartan.sparsifier.masked_model import MaskedModel
 from spartan.sparsifier.model_guard import ModelGuard
 from spartan.sparsifier.optimizers import (
@@ -105,6 +106,7 @@ class MaskingRun:
         self.groups = [make_group(one, prunables, pattern, *kinds) for one in budgets]
         by_name = {weight.name: weight for group in self.groups for weight in group.weights}
         self.weights = [by_name[prunable.name] for prunable in prunables]
+        govern(prunables, self)
         self.steps = OptimizerSteps(optimizers, total_steps, prunables)
         note_newborn(self.weights, method, method.progress(0, self.steps.horizon) >= 1)
         for weight in self.weights:
@@ -163,6 +165,11 @@ class MaskingRun:
         kept = written if keep == "model" else []
         self._writer.write([weight for weight in self.weights if weight not in kept])
         self.facts.mask_what_is_there(kept)
+        self._detach()
+
+    def abandon(self) -> None:
+        """Take all hooks away, and leave the model as it is."""
+        self._leave_step()
         self._detach()
 
     def _detach(self) -> None:
@@ -227,6 +234,8 @@ class MaskingRun:
     @torch.no_grad()
     def _before_pass(self, training: bool) -> None:
         """Let a training pass see sampled weights, and every other one the plain w."""
+        if self._inside and self.steps.is_within_one:
+            return  # the guard shows w
         self._leave_step()
         self._writer.adopt(self.weights, self.steps.done)
         if training and self.method.samples(self.steps.done, self.steps.horizon):
@@ -329,7 +338,7 @@ class MaskingRun:
 
     def _show_w(self) -> None:
         """Let the model hold w for whoever uses it inside of a step; end one that broke off."""
-        if self.steps.running is None or not self.steps.running.alive:
+        if not self.steps.is_within_one:
             self._leave_step()
         elif self._inside:
             self._writer.write(self._inside)

@@ -53,7 +53,7 @@ class OptimizerSteps:
         self.running: RunningStep | None = None
         self.over = False
         self._weights = weights
-        self._met: list[Optimizer] = []  # that stepped, where none was given
+        self._met: list[Optimizer] = []  # others that stepped: where none was given, or wrappers
         self._stepped: set[int] = set()  # weights stepped since the last step was complete
         self._knows_whole_steps = False
         self._said_surplus = False
@@ -69,9 +69,14 @@ class OptimizerSteps:
         return self.total is not None and self.done >= self.total
 
     @property
+    def is_within_one(self) -> bool:
+        """Whether a step is being done now: begun, not ended, and not broken off."""
+        return self.running is not None and self.running.alive
+
+    @property
     def steppers(self) -> list[Optimizer]:
         """The optimizers that step the weights, as far as they are known."""
-        return self.optimizers or self._met
+        return [*self.optimizers, *(one for one in self._met if one not in self.optimizers)]
 
     def hook(
         self,
@@ -150,15 +155,15 @@ class OptimizerSteps:
         if not weights:
             self._other(optimizer)
             return False
-        if self._is_within_a_step or changes_nothing(optimizer):
+        if self.is_within_one or changes_nothing(optimizer):
             return True
-        known = self.optimizers or self._met
-        if not any(are_one(optimizer, one) for one in known):
-            if self.optimizers:
-                self._replace(optimizer, weights)
-            else:
-                self._accept(optimizer)
-                self._met.append(optimizer)
+        if optimizer in self.steppers:
+            return True
+        if self.optimizers and not any(are_one(optimizer, one) for one in self.optimizers):
+            self._replace(optimizer, weights)
+        else:
+            self._accept(optimizer)
+            self._met.append(optimizer)
         return True
 
     def _replace(self, optimizer: Optimizer, weights: Sequence[Prunable]) -> None:
@@ -181,12 +186,8 @@ class OptimizerSteps:
             "in a list, or with optimizer=None."
         )
 
-    @property
-    def _is_within_a_step(self) -> bool:
-        return self.running is not None and self.running.alive
-
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_within_a_step or self.over:
+        if self.is_within_one or self.over:
             return None
         self.running = None
         weights = self.weights_of(optimizer)
