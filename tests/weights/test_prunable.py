@@ -87,7 +87,7 @@ def test_a_bare_layer_and_subclasses() -> None:
 def test_refusals() -> None:
     with pytest.raises(PrunableError, match="did you mean 'conv1"):
         names(include="convv1")
-    with pytest.raises(PrunableError, match="'norm' adds nothing: .* are no floating-point"):
+    with pytest.raises(PrunableError, match="'norm' adds nothing: no floating-point matrix"):
         names(include="norm")
     with pytest.raises(PrunableError, match="Nothing to prune"):
         find_prunable(nn.LayerNorm(4))

@@ -17,7 +17,8 @@ from spartan.weights.coverage import Coverage
 _log = logging.getLogger("spartan")
 # A layer this much sparser than the budget of its group has lost practically everything: with
 # ordinary allocations layers differ by a factor of ten.
-_NEXT_TO_NOTHING = 0.01
+_NEXT_TO_NOTHING = 0.05
+_EXPECTED = 10  # units by the share of the group; of fewer, one that is left says nothing
 
 
 def say_coverage(coverage: Coverage, decided: bool) -> None:
@@ -29,12 +30,12 @@ def say_coverage(coverage: Coverage, decided: bool) -> None:
     """
     if coverage.computed and not decided:
         warnings.warn(
-            f"Left out, and dense: {', '.join(coverage.computed)}. To prune them, make their "
-            "weights plain parameters first (remove_parametrizations, remove_weight_norm, "
-            "prune.remove).",
+            f"Left out, and dense: {', '.join(coverage.computed)}; prunable are "
+            f"{coverage.prunable:,} of {coverage.total:,} weights. To prune the others, make them "
+            "plain parameters first (remove_parametrizations, remove_weight_norm, prune.remove).",
             stacklevel=4,
         )
-    if coverage.low and not decided:
+    elif coverage.low and not decided:
         warnings.warn(
             f"The budget speaks of less than half of the model: {coverage}. Name modules or "
             "parameters in include= to prune them too.",
@@ -77,9 +78,10 @@ def warn_of_dead_layers(groups: Sequence[BudgetGroup], step: int) -> None:
     for group in groups:
         share = group.kept / sum(weight.cost * weight.units for weight in group.weights)
         for weight in group.weights:
+            expected = share * weight.units
             if weight.kept == 0:
                 dead.append(repr(weight.name))
-            elif weight.kept < _NEXT_TO_NOTHING * share * weight.units:
+            elif weight.kept <= max(1, _NEXT_TO_NOTHING * expected) and expected >= _EXPECTED:
                 dying.append(f"{weight.name!r} ({weight.kept:,} of {weight.units:,} units)")
     told = [f"Nothing is kept of {', '.join(dead)}"] if dead else []
     told += [f"Next to nothing is kept of {', '.join(dying)}"] if dying else []

@@ -82,11 +82,12 @@ def check_carried(layer: GrowingLayer, optimizers: Iterable[Optimizer]) -> None:
         kept = {
             f"state[{name!r}]": entries for name, entries in optimizer.state.get(values, {}).items()
         }
-        own = {
-            name: value
-            for name, value in vars(optimizer).items()
-            if name not in ("state", "param_groups", "defaults") and _holds_alike(value, values)
-        }
+        # What it keeps elsewhere: in attributes, and in its state under other keys.
+        known = {"state", "param_groups", "defaults"}
+        elsewhere = {k: v for k, v in vars(optimizer).items() if k not in known}
+        elsewhere |= {repr(k): v for k, v in optimizer.state.items() if not isinstance(k, Tensor)}
+        total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        own = [name for name, value in elsewhere.items() if _holds_some(value, values, total)]
         wrong = [name for name, entries in kept.items() if not _follows(entries, values)]
         for name in [*wrong, *own]:
             raise MethodError(
@@ -103,15 +104,14 @@ def _follows(entries: object, values: Tensor) -> bool:
     return entries is None or isinstance(entries, bool | int | float | str)
 
 
-def _holds_alike(value: object, values: Tensor, depth: int = 3) -> bool:
-    """Whether something holds tensors with as many entries as a layer has values."""
+def _holds_some(value: object, values: Tensor, total: int, depth: int = 3) -> bool:
+    """Whether something holds tensors of as many entries as a layer, or all layers, have values."""
     if isinstance(value, Tensor):
         same = value is values or value is values.grad
-        return not same and 1 < values.numel() == value.numel()
-    if depth and isinstance(value, list | tuple):
-        return any(_holds_alike(one, values, depth - 1) for one in value)
-    if depth and isinstance(value, dict):
-        return any(_holds_alike(one, values, depth - 1) for one in value.values())
+        return not same and values.numel() > 1 and value.numel() in (values.numel(), total)
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if depth and isinstance(inner, list | tuple):
+        return any(_holds_some(one, values, total, depth - 1) for one in inner)
     return False
 
 

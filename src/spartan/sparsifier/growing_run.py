@@ -104,7 +104,6 @@ class GrowingRun:
             _growing(one, layer) for one, layer in zip(values, layers.values(), strict=True)
         ]
         check_counts(budget, self._budgets, self.weights, method.moves)
-        govern(values, self)
         self.steps = OptimizerSteps(optimizers, total_steps, values)
         self._listeners: list[RemovableHandle] = []
         self._listen()
@@ -112,6 +111,7 @@ class GrowingRun:
         accept = partial(check_growth_optimizer, method)
         self.facts = GrowingModel(model, self.weights, self._budgets)
         say_coverage(self.facts.coverage, decided=False)
+        govern(values, self)
         self.steps.hook(self._before_step, self._after_step, accept, self.facts.watch.other_step)
 
     # What the user asks -------------------------------------------------------------------------

@@ -106,7 +106,6 @@ class MaskingRun:
         self.groups = [make_group(one, prunables, pattern, *kinds) for one in budgets]
         by_name = {weight.name: weight for group in self.groups for weight in group.weights}
         self.weights = [by_name[prunable.name] for prunable in prunables]
-        govern(prunables, self)
         self.steps = OptimizerSteps(optimizers, total_steps, prunables)
         note_newborn(self.weights, method, method.progress(0, self.steps.horizon) >= 1)
         for weight in self.weights:
@@ -122,6 +121,7 @@ class MaskingRun:
         self._warn_dead()
         self.facts = MaskedModel(model, method, self.groups, self.weights, self._writer)
         say_coverage(self.facts.coverage, include is not None or not method.finds_masks)
+        govern(prunables, self)
         self._handles = self._register_hooks()
 
     # What the user asks -------------------------------------------------------------------------

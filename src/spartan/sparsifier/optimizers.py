@@ -87,7 +87,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 def check_optimizers(
     optimizers: Sequence[Optimizer],
     weights: Sequence[Prunable],
-    consequence: str = "masked, but not trained. Exclude them to keep them dense.",
+    consequence: str = "masked as it is. Exclude it to keep it dense.",
     trains: bool = True,
 ) -> None:
     """Warn of weights that no optimizer steps, and what follows from it.
@@ -96,25 +96,21 @@ def check_optimizers(
         optimizers: Those given; none for all there will be.
         weights: The weights.
         consequence: What follows.
-        trains: Whether weights are meant to be trained; else it is enough that one is.
+        trains: Whether weights are meant to be trained.
 
     Raises:
         StateError: The optimizers step none of the weights.
     """
     anywhere = set().union(*map(parameters_of, optimizers))
-    missing = [
-        w.name
-        for w in weights
-        if (optimizers and id(w.parameter) not in anywhere) or not w.parameter.requires_grad
-    ]
-    if optimizers and len(missing) == len(weights):
+    unstepped = [w.name for w in weights if optimizers and id(w.parameter) not in anywhere]
+    frozen = [w.name for w in weights if not w.parameter.requires_grad and w.name not in unstepped]
+    if trains and optimizers and len(unstepped) + len(frozen) == len(weights):
         raise StateError(
-            "The optimizer steps no prunable weight: give the one that trains the model, made "
-            "from its present parameters (and so made after always_sparse.convert, which replaces "
-            "weights), or let the weights require gradients."
+            "The optimizer steps no prunable weight that requires a gradient: give the one that "
+            "trains the model, made from its present parameters (and so made after "
+            "always_sparse.convert, which replaces weights). Factors of LoRA are prunable only "
+            "where include= names them."
         )
-    if missing and trains:
-        warnings.warn(
-            f"No optimizer steps {', '.join(map(repr, missing))}: {consequence}",
-            stacklevel=4,
-        )
+    for names, why in ((unstepped, "No optimizer steps"), (frozen, "No gradient is required of")):
+        if names and trains:
+            warnings.warn(f"{why} {', '.join(map(repr, names))}: {consequence}", stacklevel=4)

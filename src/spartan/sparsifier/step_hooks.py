@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +24,7 @@ _lasting: set[StepHooks] = set()
 _registered: list[RemovableHandle] = []
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _tell_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for hooks in [*_every]:
         hooks.arrive(optimizer)
@@ -80,21 +82,19 @@ class StepHooks:
         """Take all hooks away; from within a hook they stay where they are, and do nothing."""
         _every.discard(self)
         _lasting.discard(self)
-        if not _within_a_step():
+        if _frame_of_a_step() is None:
             for handles in self._handles.values():
                 for handle in handles:
                     handle.remove()
         self._handles.clear()
 
 
-def _within_a_step() -> bool:
-    """Whether some optimizer's step is on the stack, whose hooks may be being called."""
+def _frame_of_a_step() -> FrameType | None:
+    """Return the innermost frame on the stack in which torch calls the hooks of a step."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.optim.optimizer":
-            return True
+    while frame is not None and frame.f_globals.get("__name__") != "torch.optim.optimizer":
         frame = frame.f_back
-    return False
+    return frame
 
 
 class RunningStep:
@@ -102,16 +102,14 @@ class RunningStep:
 
     Attributes:
         optimizer: Whose step it is.
+        inner: How many steps of the same optimizer have begun within: `super().step()` calls hooks.
     """
 
-    def __init__(self, optimizer: Optimizer, frame: FrameType) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._frame = frame
+        self.inner = 0
+        self._frame = _frame_of_a_step() or sys._getframe(1)
         self._thread = threading.get_ident()
-
-    def is_ended_in(self, frame: FrameType) -> bool:
-        """Whether a hook that this frame calls is that after the step, and not of one within."""
-        return frame is self._frame
 
     @property
     def alive(self) -> bool:

@@ -14,7 +14,6 @@ Optimizers call each other, come and go. What counts as one step:
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,7 +54,8 @@ class OptimizerSteps:
         self._weights = weights
         self._met: list[Optimizer] = []  # others that stepped: where none was given, or wrappers
         self._stepped: set[int] = set()  # weights stepped since the last step was complete
-        self._knows_whole_steps = False
+        self._whole: set[int] = set()  # weights stepped in complete steps
+        self._said_skipped = False
         self._said_surplus = False
 
     @property
@@ -119,8 +119,8 @@ class OptimizerSteps:
         self._stepped |= set(map(id, self.weights_of(optimizer)))
         if any(_waits(w) for w in self._weights if id(w) not in self._stepped):
             return False
+        self._whole |= self._stepped
         self._stepped.clear()
-        self._knows_whole_steps = True
         return True
 
     def require_finite_gradients(self, weights: Sequence[Prunable]) -> None:
@@ -186,8 +186,12 @@ class OptimizerSteps:
             "in a list, or with optimizer=None."
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.is_within_one or self.over:
+        if self.running is not None and self.is_within_one:
+            self.running.inner += self.running.optimizer is optimizer
+            return None
+        if self.over:
             return None
         self.running = None
         weights = self.weights_of(optimizer)
@@ -202,11 +206,15 @@ class OptimizerSteps:
                 stacklevel=3,
             )
         result = self._before(optimizer, args, kwargs)
-        self.running = RunningStep(optimizer, sys._getframe(1))
+        self.running = RunningStep(optimizer)
         return result
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.running is None or not self.running.is_ended_in(sys._getframe(1)):
+        if self.running is None or self.running.optimizer is not optimizer:
+            return
+        if self.running.inner:
+            self.running.inner -= 1
             return
         self.running = None
         self._after(optimizer, args, kwargs)
@@ -220,10 +228,18 @@ class OptimizerSteps:
                 "Optimizers step single weights inside a backward pass: it cannot be known when a "
                 "training step is complete. Step one optimizer after the backward pass."
             )
+        if self.optimizers:
+            return
+        if not self._stepped and self._whole and not self._whole & set(map(id, weights)):
+            raise StateError(
+                f"Optimizers take turns: {weights[0].name!r} is stepped apart from what was "
+                f"stepped in the {self.done} training steps before, so it cannot be known what one "
+                "step is. Give the optimizers in a list: the last one completes a step."
+            )
         again = next((weight for weight in weights if id(weight) in self._stepped), None)
         if again is None:
             return
-        if not self._knows_whole_steps:
+        if not self._whole:
             waiting = [w.name for w in self._weights if _waits(w) and id(w) not in self._stepped]
             others = ", ".join(map(repr, waiting[:3])) or "others"
             raise StateError(
@@ -231,7 +247,14 @@ class OptimizerSteps:
                 "known when a training step is complete. Give the optimizers in a list: the last "
                 "one completes a step. Exclude weights that none of them steps."
             )
-        self._stepped.clear()  # another optimizer skipped its step: that one does not count
+        self._stepped.clear()  # another optimizer skipped its step
+        if not self._said_skipped:
+            self._said_skipped = True
+            warnings.warn(
+                f"After step {self.done} an optimizer stepped {again.name!r} and none the other "
+                "weights that have gradients: such steps are not counted.",
+                stacklevel=5,
+            )
 
 
 def _waits(weight: Prunable) -> bool:

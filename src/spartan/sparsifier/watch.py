@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spartan.errors import StateError
@@ -40,7 +41,7 @@ class Watch:
         trained = [weight.parameter for weight in weights if weight.parameter.requires_grad]
         self._listener: Any = None
         if trained:
-            self._listener = trained[0].register_post_accumulate_grad_hook(self._count_pass)
+            self._listener = trained[0].register_post_accumulate_grad_hook(_weakly(self))
 
     def stop(self) -> None:
         """Stop watching."""
@@ -83,7 +84,7 @@ class Watch:
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             self._refuse([i for i in self.gone() if id(self._now_at(i)) in stepped])
 
-    def _count_pass(self, parameter: nn.Parameter) -> None:
+    def count_pass(self) -> None:
         """Take note of a backward pass, and say so if weights have changed without a step."""
         self._passes += 1
         names = self._changed() if self._passes in _COMPARED and not self._said else []
@@ -120,3 +121,15 @@ class Watch:
                 "wrapped or converted. Do so first, and make the optimizer and the sparsifier "
                 "after it; finalize(keep='model') ends this one."
             )
+
+
+def _weakly(watch: Watch) -> Callable[[Tensor], None]:
+    """Return a hook that does not keep the model alive, as hooks of its tensors would."""
+    found = weakref.ref(watch)
+
+    def hook(parameter: Tensor) -> None:
+        alive = found()
+        if alive is not None:
+            alive.count_pass()
+
+    return hook

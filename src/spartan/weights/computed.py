@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 
 def computed_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Map each parameter that is not the weight itself to what is done with it, in words.
+    """Map each parameter that is not the weight itself to what it is instead, in words.
 
     A zero in such a parameter is no zero of the weight, and zeros in some (the direction of a
     weight norm) are divided by.
@@ -17,7 +17,7 @@ def computed_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
         if isinstance(module, parametrize.ParametrizationList):
             kinds = ", ".join(type(step).__name__.lstrip("_") for step in module)
             for own in module.parameters(recurse=False):
-                found[own] = f"is parametrized by {kinds}"
+                found[own] = f"parametrized by {kinds}"
         for key, parameter in module._parameters.items():
             kind = _old_style(module, key)
             if parameter is not None and kind is not None:
@@ -32,5 +32,5 @@ def _old_style(module: nn.Module, key: str) -> str | None:
     if name == key or isinstance(weight, nn.Parameter) or not isinstance(weight, Tensor):
         return None
     if f"{name}_mask" in module._buffers:
-        return "torch.nn.utils.prune has masked"
-    return "a weight or spectral norm divides"
+        return "masked by torch.nn.utils.prune"
+    return "under a weight or spectral norm"

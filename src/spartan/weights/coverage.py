@@ -66,8 +66,9 @@ def coverage_of(model: nn.Module, weights: Sequence[Prunable]) -> Coverage:
             total += parameter.numel()
             kind = computed.get(parameter, type(module).__name__)
             if parameter in computed:
-                owner = name.partition(".parametrizations.")[0].removesuffix("parametrizations")
-                broken.append(f"{owner or name} {kind}".strip())
+                name = name.partition(".parametrizations")[0]
+                name = "" if name.startswith("parametrizations") else name
+                broken.append(f"{name!r} ({kind})")
             shown = name if type(module).__module__.startswith("torch.nn") and name else ""
             shown = shown or f"{name}.{key}".lstrip(".")
             left[shown] = kind, left.get(shown, ("", 0))[1] + parameter.numel()

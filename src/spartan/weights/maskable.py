@@ -38,7 +38,7 @@ def _hindrance(parameter: nn.Parameter) -> str | None:
     if parameter.is_meta:
         return "on the meta device there are no values to rank; load the model first."
     if kind == "FlatParameter":
-        return "FSDP has flattened the weights into one; train without it."
+        return "FSDP has flattened weights into one, which cannot be masked; train with DDP."
     if kind == "DTensor" or type(parameter.data).__name__ == "DTensor":
         return (
             "sharded parameters (DTensor) are not supported; make the sparsifier before sharding."

@@ -112,10 +112,12 @@ def find_prunable(
         if parameter in chosen and parameter.numel() > 0
     ]
     if not found:
+        computed = computed_parameters(model)
+        reasons = [f" {names[p][0]!r} is {computed[p]}." for p in names if p in computed]
         raise PrunableError(
             f"Nothing to prune: none of the model's {len(names)} parameters is left. Prunable are "
-            "weights of Linear, convolution and attention layers; check include= and exclude=, "
-            "or name other parameters in include=."
+            "floating-point weights of Linear, convolution and attention layers; check include= "
+            f"and exclude=, or name other parameters in include=.{''.join(reasons[:1])}"
         )
     return found
 
@@ -188,8 +190,8 @@ def _included(
         exact = {p for p in hits if word in names[p] and _is_matrix(p)}
         for parameter in exact & set(computed):
             raise PrunableError(
-                f"include={word!r} names a parameter that {computed[parameter]}: zeros in it are "
-                "not zeros of the weight. Make the weight a plain parameter first "
+                f"include={word!r} names a parameter that is {computed[parameter]}: zeros in it "
+                "are not zeros of the weight. Make the weight a plain parameter first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
                 "prune.remove)."
             )
@@ -211,11 +213,11 @@ def _adds_nothing(
 ) -> str:
     said = f"include={word!r} adds nothing:"
     for parameter in (p for p in names if p in hits and p in computed):
-        return f"{said} {names[parameter][0]!r} {computed[parameter]}. Leave the word out."
+        return f"{said} {names[parameter][0]!r} is {computed[parameter]}. Leave the word out."
     matrices = [names[p][0] for p in names if p in hits and _is_matrix(p)]
     if matrices:
         return f"{said} name the parameter itself to prune it ({matrices[0]!r})."
-    return f"{said} {_examples(names, hits)} are no floating-point matrices. Leave the word out."
+    return f"{said} no floating-point matrix is in {_examples(names, hits)}. Leave the word out."
 
 
 def _excluded(
