@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spartan.budgets.budget import Budget, as_budget
-from spartan.errors import BudgetError, CalibrationError, MethodError, NonFiniteError
+from spartan.errors import BudgetError, CalibrationError, MethodError
 from spartan.example_inputs import run_on
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.post_training.allocation import Allocation
@@ -31,6 +31,8 @@ from spartan.post_training.network import (
 from spartan.post_training.phases import Clock, Outcome, run_phases
 from spartan.post_training.report import CompressionReport, LayerReport
 from spartan.post_training.solver import LayerSolver
+from spartan.weights.coverage import coverage_of, say_coverage
+from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern, Unstructured
 from spartan.weights.prunable import NameFilter, find_prunable
 
@@ -196,9 +198,8 @@ def _prepare(
     """Look at the model and the samples; also return the names of weights that are not reached."""
     require_dense(model)
     found = find_prunable(model, *names)
-    for weight in found:
-        if not bool(torch.isfinite(weight.parameter).all()):
-            raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")
+    check_maskable(found)
+    say_coverage(coverage_of(model, found), decided=names != (None, None), stacklevel=4)
     if len(samples) < 2:
         raise CalibrationError(
             f"There is {len(samples)} calibration sample: at least 2 are needed, one of them to "

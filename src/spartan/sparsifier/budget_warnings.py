@@ -1,8 +1,7 @@
-"""What a masking run tells once: how much it governs, what starts at zero, which layers died."""
+"""What a masking run tells once: what starts at zero, and which layers died."""
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 
@@ -12,37 +11,11 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.powerpropagation import Powerpropagation
-from spartan.weights.coverage import Coverage
 
-_log = logging.getLogger("spartan")
 # A layer this much sparser than the budget of its group has lost practically everything: with
 # ordinary allocations layers differ by a factor of ten.
 _NEXT_TO_NOTHING = 0.05
 _EXPECTED = 10  # units by the share of the group; of fewer, one that is left says nothing
-
-
-def say_coverage(coverage: Coverage, decided: bool) -> None:
-    """Say in one line how much of the model the budget governs; loudly if under half of it.
-
-    Args:
-        coverage: What was counted.
-        decided: Whether the user has decided what to leave out.
-    """
-    if coverage.computed and not decided:
-        warnings.warn(
-            f"Left out, and dense: {', '.join(coverage.computed)}; prunable are "
-            f"{coverage.prunable:,} of {coverage.total:,} weights. To prune the others, make them "
-            "plain parameters first (remove_parametrizations, remove_weight_norm, prune.remove).",
-            stacklevel=4,
-        )
-    elif coverage.low and not decided:
-        warnings.warn(
-            f"The budget speaks of less than half of the model: {coverage}. Name modules or "
-            "parameters in include= to prune them too.",
-            stacklevel=4,
-        )
-    else:
-        _log.info("%s", coverage)
 
 
 def note_newborn(weights: Sequence[MaskedWeight], method: MaskingMethod, reached: bool) -> None:

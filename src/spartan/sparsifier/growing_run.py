@@ -27,7 +27,6 @@ from spartan.methods.growth.contract import (
     averaged,
     largest,
 )
-from spartan.sparsifier.budget_warnings import say_coverage
 from spartan.sparsifier.connection_moves import Move, apply, check_carried
 from spartan.sparsifier.governors import govern
 from spartan.sparsifier.growing_checks import (
@@ -47,6 +46,7 @@ from spartan.sparsifier.optimizers import (
 )
 from spartan.sparsifier.projection import Keep
 from spartan.sparsifier.steps import OptimizerSteps
+from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.names import plain_name, wrapper_prefix
 from spartan.weights.patterns import Pattern
@@ -110,7 +110,7 @@ class GrowingRun:
         self._guard = model.register_load_state_dict_pre_hook(check_first)
         accept = partial(check_growth_optimizer, method)
         self.facts = GrowingModel(model, self.weights, self._budgets)
-        say_coverage(self.facts.coverage, decided=False)
+        say_coverage(self.facts.coverage, decided=False, stacklevel=4)
         govern(values, self)
         self.steps.hook(self._before_step, self._after_step, accept, self.facts.watch.other_step)
 

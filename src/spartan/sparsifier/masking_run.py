@@ -28,7 +28,7 @@ from spartan.errors import MethodError, NonFiniteError, StateError
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import make_group, require_finite
 from spartan.methods.masking.masked_weight import MaskedWeight
-from spartan.sparsifier.budget_warnings import note_newborn, say_coverage, warn_of_dead_layers
+from spartan.sparsifier.budget_warnings import note_newborn, warn_of_dead_layers
 from spartan.sparsifier.governors import govern
 from spartan.sparsifier.masked_model import MaskedModel
 from spartan.sparsifier.model_guard import ModelGuard
@@ -44,6 +44,7 @@ from spartan.sparsifier.projection import Keep
 from spartan.sparsifier.saved_state import load_run, run_state
 from spartan.sparsifier.steps import OptimizerSteps
 from spartan.sparsifier.weight_writer import WeightWriter
+from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import NameFilter, find_prunable
@@ -120,7 +121,8 @@ class MaskingRun:
         self._writer.write(self.weights)
         self._warn_dead()
         self.facts = MaskedModel(model, method, self.groups, self.weights, self._writer)
-        say_coverage(self.facts.coverage, include is not None or not method.finds_masks)
+        decided = include is not None or not method.finds_masks
+        say_coverage(self.facts.coverage, decided, stacklevel=4)
         govern(prunables, self)
         self._handles = self._register_hooks()
 

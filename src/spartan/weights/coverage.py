@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +13,7 @@ from spartan.weights.computed import computed_parameters
 from spartan.weights.names import plain_name, wrapper_prefix
 from spartan.weights.prunable import Prunable
 
+_log = logging.getLogger("spartan")
 _SHOWN = 4  # names; more make no line
 
 
@@ -76,3 +79,28 @@ def coverage_of(model: nn.Module, weights: Sequence[Prunable]) -> Coverage:
     return Coverage(
         total - sum(count for _, _, count in rows), total, tuple(rows), tuple(dict.fromkeys(broken))
     )
+
+
+def say_coverage(coverage: Coverage, decided: bool, stacklevel: int) -> None:
+    """Say in one line how much of the model the budget governs; loudly if under half of it.
+
+    Args:
+        coverage: What was counted.
+        decided: Whether the user has decided what to leave out.
+        stacklevel: Of the warnings: whose line they name.
+    """
+    if coverage.computed and not decided:
+        warnings.warn(
+            f"Left out, and dense: {', '.join(coverage.computed)}; prunable are "
+            f"{coverage.prunable:,} of {coverage.total:,} weights. To prune the others, make them "
+            "plain parameters first (remove_parametrizations, remove_weight_norm, prune.remove).",
+            stacklevel=stacklevel,
+        )
+    elif coverage.low and not decided:
+        warnings.warn(
+            f"The budget speaks of less than half of the model: {coverage}. Name modules or "
+            "parameters in include= to prune them too.",
+            stacklevel=stacklevel,
+        )
+    else:
+        _log.info("%s", coverage)

@@ -15,6 +15,8 @@ from spartan.commands.report.page import write_page
 from spartan.commands.runs.folder import Run
 from spartan.commands.terminal.display import Phases
 from spartan.commands.terminal.tables import print_layers
+from spartan.weights.coverage import coverage_of
+from spartan.weights.prunable import find_prunable
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Compress:
         console = Console()
         Run(Path(options.out)).refuse_existing()
         job = open_job(options)
+        prunable = find_prunable(job.model, options.include or None, options.exclude or None)
+        console.print(str(coverage_of(job.model, prunable)), highlight=False, soft_wrap=True)
         with Phases(console) as phases:
             run, report = run_job(options, job, phases.tick)
         write_page([run], run.report_path)

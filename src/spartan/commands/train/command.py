@@ -81,6 +81,7 @@ def _train(config: TrainConfig, resume: bool) -> int:
         console.print(f"resuming {config.out} at step {trainer.step} of {trainer.total_steps}")
     else:
         run = Run.create(config)
+    console.print(str(trainer.sparsifier.coverage), highlight=False, soft_wrap=True)
     with Display(console, trainer.total_steps, trainer.step) as display:
         row = trainer.fit(run, display.show, display.tick)
     write_page([run], run.report_path)

@@ -19,6 +19,7 @@ def print_plan(console: Console, trainer: Trainer) -> None:
             row.name, shape_of(row.shape), f"{row.numel:,}", f"{row.units:,}", f"{row.cost:.4g}"
         )
     console.print(table)
+    console.print(str(sparsifier.coverage), highlight=False, soft_wrap=True)
     for names, budget in sparsifier.budgets():
         unit = "units" if budget.counted else "of cost"
         where = " in each row" if isinstance(budget, RowBudget) else ""
