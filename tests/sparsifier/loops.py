@@ -142,7 +142,9 @@ def grad_scaler(t: Training) -> None:
     t.attach(optimizer)
     for x, y in t.batches():
         optimizer.zero_grad()
-        scaler.scale(nn.functional.cross_entropy(t.model(x), y)).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(t.model(x), y)
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 

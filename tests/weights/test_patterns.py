@@ -9,7 +9,7 @@ from torch import nn
 from spartan import NM, Block, Channel, Unstructured
 from spartan.errors import PatternError
 from spartan.kernels.units import pool_magnitudes, pool_products
-from spartan.weights.patterns import Pattern, parse_pattern
+from spartan.weights.patterns import Pattern, check_fits, parse_pattern
 from spartan.weights.prunable import Prunable
 from tests.conftest import assert_rounded
 
@@ -20,8 +20,14 @@ WEIGHTS = {
     "conv3d": Prunable("conv3d", nn.Parameter(torch.zeros(4, 4, 2, 2, 2))),
     "transposed": Prunable("transposed", nn.Parameter(torch.zeros(12, 8)), input_first=True),
     "deconv": Prunable("deconv", nn.Parameter(torch.zeros(4, 8, 3)), input_first=True),
+    "experts": Prunable("experts", nn.Parameter(torch.zeros(3, 8, 12)), stacked=True),
+    "experts, inputs first": Prunable(
+        "experts", nn.Parameter(torch.zeros(3, 12, 8)), input_first=True, stacked=True
+    ),
 }
-PATTERNS = [Unstructured(), Block(2, 4), Block(4, 1), NM(1, 4), NM(2, 4), Channel()]
+PATTERNS = [
+    Unstructured(), Block(2, 4), Block(4, 1), NM(1, 4), NM(2, 4), Channel(), Channel(inputs=True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -90,3 +96,32 @@ def test_sizes_that_do_not_divide_name_the_weight() -> None:
         Block(3, 4).unit_shape(WEIGHTS["linear"])
     with pytest.raises(PatternError, match="groups of 8, but 'conv2d' has 4 inputs"):
         NM(2, 8).unit_shape(WEIGHTS["conv2d"])
+
+
+@pytest.mark.parametrize("name", ["experts", "experts, inputs first"])
+def test_units_lie_in_one_expert(name: str) -> None:
+    """And there as in a matrix of its own."""
+    stacked = WEIGHTS[name]
+    alone = Prunable("one", nn.Parameter(stacked.parameter[0].detach()), stacked.input_first)
+    for pattern in (Block(2, 4), NM(2, 4), Channel(), Channel(inputs=True)):
+        shape = pattern.unit_shape(stacked)
+        units = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        each = units.view(3, *pattern.unit_shape(alone))
+        wanted = torch.stack([pattern.spread(one, alone) for one in each])
+        assert torch.equal(pattern.spread(units, stacked), wanted)
+
+
+def test_all_weights_that_do_not_fit_are_named() -> None:
+    weights = [Prunable(f"layer{n}", nn.Parameter(torch.zeros(4, n))) for n in (4, 6, 7, 8)]
+    with pytest.raises(PatternError, match="2 of 4 weights: 'layer6', 'layer7'"):
+        check_fits(NM(2, 4), weights)
+    with pytest.raises(PatternError, match="groups of 4, but 'layer6' has"):
+        check_fits(NM(2, 4), weights[:2])
+
+
+def test_the_inputs_of_an_unknown_layout_must_be_named() -> None:
+    unknown = Prunable("w", nn.Parameter(torch.zeros(2, 4, 4)), stacked=True, layout_known=False)
+    for pattern in (Block(2, 2), NM(2, 4), Channel()):
+        with pytest.raises(PatternError, match=r"include=\['w:out,in'\]"):
+            pattern.unit_shape(unknown)
+    assert Unstructured().unit_shape(unknown) == (2, 4, 4)

@@ -229,6 +229,8 @@ class Spartan(AnnealedMasking):
             torch._foreach_mul_(parameters, [_soft_mask(weight) for weight in fixed])
 
     def materialize(self, weight: MaskedWeight) -> Tensor:
+        if weight.newborn:  # all of it is kept, without a soft mask
+            return super().materialize(weight)
         if _stored(weight) is None:
             weight.apply_pending()
             w = torch.empty_like(weight.latent)
