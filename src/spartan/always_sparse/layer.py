@@ -128,8 +128,6 @@ class SparseLayer(nn.Module):
                 "values of different connections. Average when connections no longer move (end=), "
                 "or average always_sparse.to_dense(copy.deepcopy(model))."
             )
-        if self.training and self.values.requires_grad and torch.is_grad_enabled():
-            self.begin_lineage()  # a copy that is trained itself
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._copied_at is not None:
@@ -226,6 +224,14 @@ class SparseLayer(nn.Module):
         super().__setstate__({"_lineage": Lineage(), **state})  # type: ignore[no-untyped-call]
         self._copied_at = self._lineage.moves
         self._lineage.copies.add(self)
+        if self.values.requires_grad:  # a copy that gets a gradient is trained itself
+            copied = weakref.ref(self)
+            self.values.register_post_accumulate_grad_hook(lambda _: _trained(copied()))
+
+
+def _trained(layer: SparseLayer | None) -> None:
+    if layer is not None and layer._copied_at is not None:
+        layer.begin_lineage()
 
 
 class Lineage:
