@@ -160,3 +160,23 @@ def test_a_compiled_step_counts() -> None:
     sparsifier.finalize()
     assert sparsifier.step == STEPS
     assert kept(model) == KEPT
+
+
+def test_an_optimizer_of_a_second_phase_takes_the_place_of_those_it_covers() -> None:
+    model = Net()
+    head = torch.optim.SGD(model.fc2.parameters(), lr=0.05)
+    body = torch.optim.SGD(model.fc1.parameters(), lr=0.05)
+    with pytest.warns(UserWarning, match="No optimizer steps 'conv.weight'"):
+        sparsifier = Sparsifier(model, [head, body], Magnitude(), 0.2, STEPS)
+    for step in range(4):
+        backward(model, step)
+        head.step()
+        body.step()
+    everything = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.warns(UserWarning, match="from step 5 on: it takes its place"):
+        train_step(model, everything, 4)
+    for step in range(5, STEPS):
+        train_step(model, everything, step)
+    sparsifier.finalize()
+    assert sparsifier.step == STEPS
+    assert kept(model) == KEPT

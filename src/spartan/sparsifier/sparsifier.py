@@ -213,6 +213,6 @@ class Sparsifier:
 
     def __repr__(self) -> str:
         return (
-            f"Sparsifier({self.method}, pattern={self.pattern}, weights={len(self.weights)}, "
+            f"Sparsifier({self.method}, pattern={self.pattern}, {self.coverage}, "
             f"step={self.step}/{self.total_steps})"
         )

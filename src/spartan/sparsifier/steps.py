@@ -167,23 +167,27 @@ class OptimizerSteps:
         return True
 
     def _replace(self, optimizer: Optimizer, weights: Sequence[Prunable]) -> None:
-        """Let an optimizer take the place of the given one that stepped the same weights."""
+        """Let an optimizer take the place of the given ones whose weights it steps, all of them."""
+        stepped = set(map(id, weights))
+        parts = [set(map(id, self.weights_of(one))) for one in self.optimizers]
+        covered = [i for i, part in enumerate(parts) if part and part <= stepped]
+        touched = [i for i, part in enumerate(parts) if part & stepped]
         kind, names = type(optimizer).__name__, ", ".join(repr(w.name) for w in weights[:3])
         names += f" and {len(weights) - 3} more" if len(weights) > 3 else ""
-        for place, one in enumerate(self.optimizers):
-            if self.weights_of(one) == list(weights):
-                self._accept(optimizer)
-                self.optimizers[place] = optimizer
-                warnings.warn(
-                    f"Another {kind} than the one given steps {names} from step {self.done + 1} "
-                    "on: it takes its place.",
-                    stacklevel=4,
-                )
-                return
-        raise StateError(
-            f"This {kind} steps {names}, and was not given to the sparsifier: it would move "
-            "weights past the masks. Make the sparsifier with all optimizers that step the model, "
-            "in a list, or with optimizer=None."
+        if not covered or touched != covered:
+            raise StateError(
+                f"This {kind} steps {names}, and was not given to the sparsifier: it would move "
+                "weights past the masks. Make the sparsifier with all optimizers that step the "
+                "model, in a list, or with optimizer=None."
+            )
+        self._accept(optimizer)
+        self.optimizers[covered[-1]] = optimizer
+        for i in reversed(covered[:-1]):
+            del self.optimizers[i]
+        warnings.warn(
+            f"Another {kind} than the one given steps {names} from step {self.done + 1} on: it "
+            "takes its place.",
+            stacklevel=4,
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
