@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from spartan import Block, Budget, Channel, Sparsifier
 from spartan.errors import NonFiniteError, StateError
-from spartan.methods import Magnitude, Spartan
+from spartan.methods import ConstrainedL0, Magnitude, Spartan
 from tests.conftest import Net, batch, train_step
 
 STEPS = 12
@@ -261,3 +261,127 @@ def test_a_state_in_part_is_refused(part: str) -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     x, _ = batch(0)
     assert bool(torch.isfinite(model(x)).all())
+
+
+# Innocent loops ----------------------------------------------------------------------------------
+
+
+def change_memory_format(model: Net) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def transpose_in_memory(model: Net) -> None:
+    model.fc1.weight.data = model.fc1.weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize("change", [change_memory_format, transpose_in_memory])
+@pytest.mark.parametrize("method", [Magnitude(), Spartan()], ids=["magnitude", "spartan"])
+def test_another_order_in_memory_changes_nothing(
+    method: Any, change: Callable[[Net], None], at: int
+) -> None:
+    finals = []
+    for disturbed in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        sparsifier = Sparsifier(model, optimizer, method, 0.2, STEPS)
+        for step in range(STEPS):
+            if disturbed and step == at:
+                change(model)
+            train_step(model, optimizer, step)
+        sparsifier.finalize()
+        finals.append(model.state_dict())
+    for name in WEIGHTS:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=0, atol=1e-5)
+        assert torch.equal(finals[0][name] != 0, finals[1][name] != 0)
+
+
+@pytest.mark.filterwarnings("ignore:The gates of", "ignore:Next to nothing")
+@pytest.mark.parametrize("method", [Magnitude(), Spartan(), ConstrainedL0()], ids=repr)
+def test_weights_swapped_for_an_evaluation_and_back_change_nothing(method: Any) -> None:
+    finals = []
+    for swaps in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        sparsifier = Sparsifier(model, optimizer, method, 0.2, 24)
+        for step in range(24):
+            train_step(model, optimizer, step)
+            if swaps:
+                own = [p.detach().clone() for p in model.parameters()]
+                for p in model.parameters():
+                    p.data.mul_(0.9)
+                model.eval()(batch(step)[0])
+                for p, old in zip(model.parameters(), own, strict=True):
+                    p.data.copy_(old)
+                model.train()
+        sparsifier.finalize()
+        finals.append(model.state_dict())
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in WEIGHTS)
+
+
+def test_roundings_on_the_way_away_and_back_are_no_writes() -> None:
+    model, optimizer, sparsifier = trained(Spartan())
+    latent = [weight.latent.clone() for weight in sparsifier.weights]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 / 3).mul_(3.0)
+    sparsifier.state_dict()
+    assert all(map(torch.equal, latent, [weight.latent for weight in sparsifier.weights]))
+    sparsifier.finalize()
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_weights_perturbed_between_many_passes_raise_no_alarm() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier = Sparsifier(model, optimizer, Magnitude(), 0.2, STEPS)
+    for step in range(STEPS):
+        own = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        for half in range(2):
+            for part in range(6):
+                x, y = batch(100 * step + part)
+                nn.functional.cross_entropy(model(x), y).backward()
+            if half == 0:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.add_(p.grad, alpha=0.01)
+                optimizer.zero_grad()
+        for p, old in zip(model.parameters(), own, strict=True):
+            p.data = old
+        optimizer.step()
+    sparsifier.finalize()
+    assert kept(model) == round(0.2 * (288 + 2048 + 128))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: "checkpoint.pt",
+        lambda state: None,
+        lambda state: {**state, "step": -3},
+        lambda state: {**state, "step": "5"},
+        lambda state: {**state, "weights": [*state["weights"].values()]},
+        lambda state: {**state, "groups": None},
+        lambda state: {**state, "settings": None},
+        lambda state: state["weights"]["fc1.weight"]["latent"].fill_(torch.nan) is None or state,
+    ],
+)
+def test_what_is_no_state_is_refused(damage: Callable[[Any], Any]) -> None:
+    _, _, sparsifier = trained()
+    state = copy.deepcopy(sparsifier.state_dict())
+    with pytest.raises(StateError):
+        sparsifier.load_state_dict(damage(state))
+    assert sparsifier.step == STEPS
+
+
+def test_a_state_may_be_loaded_in_inference_mode() -> None:
+    model, optimizer, sparsifier = trained()
+    state = copy.deepcopy(sparsifier.state_dict())
+    with torch.inference_mode():
+        sparsifier.load_state_dict(state)
+    with pytest.warns(UserWarning, match="the masks stay"):
+        train_step(model, optimizer, 0)
+    sparsifier.finalize()

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear, to_dense
 from spartan.errors import MethodError, StateError
-from spartan.methods import SET, RigL
+from spartan.methods import DSTEE, SET, RigL
 
 STEPS = 20
 
@@ -302,5 +302,81 @@ def test_values_that_others_train_are_told() -> None:
             for p in model.parameters():
                 p.data.sub_(p.grad, alpha=0.1)
 
-    with pytest.warns(UserWarning, match="'0.values', '2.values' changed in 3 backward passes"):
-        step_by_hand(4)
+    with pytest.warns(UserWarning, match="'0.values', '2.values' changed in 10 backward passes"):
+        step_by_hand(12)
+
+
+def test_momentum_follows_where_optimizers_take_turns_by_phase() -> None:
+    model = network()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for _ in range(2))
+    sparsifier = attach(model, first)
+    train(model, first, 2)
+    with pytest.warns(UserWarning, match="it takes its place"):
+        train(model, second, 2)
+    train(model, first, 2)  # known: nothing is said again
+    for optimizer in (first, second):
+        sizes = {p: s["momentum_buffer"].shape for p, s in optimizer.state.items()}
+        assert all(size == p.shape for p, size in sizes.items())
+    assert sparsifier.step == 6
+
+
+def test_a_second_sparsifier_sees_the_gradients_of_its_first_step() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = attach(model, optimizer)
+    with pytest.warns(UserWarning, match="that one ends here"):
+        second = attach(model, optimizer)
+    first.finalize()
+    before = second.selected()
+    train(model, optimizer, 1)
+    assert second.churn(before) > 0
+
+
+def test_layers_that_a_batch_skips_are_told_once() -> None:
+    model = nn.ModuleList([network(), network()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+
+    def steps(count: int) -> None:
+        for step in range(count):
+            optimizer.zero_grad()
+            backward(model[0], step)
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="Experts that a batch skips are fine"):
+        steps(1)
+    steps(3)
+
+
+def test_one_clipped_entry_is_fine() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = attach(model, optimizer)
+    backward(model)
+    grad = model[2].values.grad
+    assert grad is not None
+    bound = float(grad.abs().topk(2).values.mean())
+    grad.clamp_(-bound, bound)
+    optimizer.step()
+    assert sparsifier.step == 1
+
+
+def test_no_step_at_all_is_told_at_the_end() -> None:
+    sparsifier = attach(network(), None)
+    with pytest.warns(UserWarning, match="after 0 of 20 steps: no connection has moved"):
+        sparsifier.finalize()
+
+
+def test_states_stay_what_they_were() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = attach(model, optimizer, DSTEE(period=1, end=1.0))
+    state = sparsifier.state_dict()
+    saved = copy.deepcopy(state)
+    train(model, optimizer, 3)
+    for name, (held,) in state["weights"].items():
+        assert torch.equal(held["rounds"], saved["weights"][name][0]["rounds"])
+    with pytest.raises(StateError, match="saved after step -1"):
+        sparsifier.load_state_dict({**saved, "step": -1})
+    with pytest.raises(StateError, match="is damaged"):
+        sparsifier.load_state_dict({**saved, "weights": None})

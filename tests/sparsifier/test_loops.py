@@ -50,7 +50,7 @@ ROWS: dict[Loop, Row] = {
     loops.average_copied_into_the_model: Row("exact", "refused", "different connections"),
     loops.best_weights_loaded: Row("exact", "exact"),
     loops.written_after_the_last_step: Row("refused", "exact", "finalize(keep='model')"),
-    loops.clipped_through_data: Row("told", "exact", "written outside the optimizer"),
+    loops.clipped_through_data: Row("told", "told", "written outside the optimizer"),
     loops.float32_masters: Row("refused", "told", "finalize(keep='model')|backward passes"),
     # Optimizers around optimizers, others, anew
     loops.handle_of_a_trainer: Row("exact", "exact"),

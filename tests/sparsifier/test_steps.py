@@ -93,7 +93,7 @@ def test_steps_that_one_optimizer_skips_are_told() -> None:
     backward(model, 2)
     first.step()
     backward(model, 3)
-    with pytest.warns(UserWarning, match="After step 2 an optimizer stepped 'conv.weight'"):
+    with pytest.warns(UserWarning, match="After step 2 'conv.weight' is stepped again before"):
         first.step()
     second.step()
     assert sparsifier.step == 3
@@ -180,3 +180,88 @@ def test_an_optimizer_of_a_second_phase_takes_the_place_of_those_it_covers() -> 
     sparsifier.finalize()
     assert sparsifier.step == STEPS
     assert kept(model) == KEPT
+
+
+def test_optimizers_that_share_weights_are_refused_where_none_was_given() -> None:
+    """A trunk with two heads, whose optimizers both step the trunk, after passes of their own."""
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("trunk", "actor", "critic")})
+    optimizers = {
+        name: torch.optim.SGD([*model["trunk"].parameters(), *model[name].parameters()], lr=0.1)
+        for name in ("actor", "critic")
+    }
+    Sparsifier(model, None, Magnitude(), 0.2, STEPS)
+
+    def turn(name: str) -> None:
+        optimizers[name].zero_grad()
+        model[name](model["trunk"](torch.randn(4, 8))).square().sum().backward()
+        optimizers[name].step()
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            turn("actor")
+            turn("critic")
+
+    with pytest.warns(UserWarning, match="is stepped again before"):
+        rounds(2)
+    with pytest.raises(StateError, match="it cannot be known when a training step is complete"):
+        rounds(5)
+
+
+def test_a_layer_that_is_frozen_midway_holds_no_step_up() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier = Sparsifier(model, None, Magnitude(), 0.2, STEPS)
+    for step in range(6):
+        train_step(model, optimizer, step)
+    model.conv.requires_grad_(False)  # its gradients stay behind
+    rest = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    for step in range(6, STEPS):
+        train_step(model, rest, step)
+    assert sparsifier.step == STEPS
+    sparsifier.finalize()
+    assert kept(model) == KEPT
+
+
+def test_many_steps_without_the_last_of_a_list_are_told() -> None:
+    model = Net()
+    first = torch.optim.SGD(model.conv.parameters(), lr=0.05)
+    last = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    sparsifier = Sparsifier(model, [first, last], Magnitude(), 0.2, STEPS)
+
+    def critic_steps(count: int) -> None:
+        for step in range(count):
+            backward(model, step)
+            first.step()
+
+    critic_steps(5)
+    last.step()
+    with pytest.warns(UserWarning, match="steps without one of the SGD that is last in the list"):
+        critic_steps(10)
+    assert sparsifier.step == 1
+
+
+def test_a_step_without_any_gradient_is_none() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier = Sparsifier(model, optimizer, Magnitude(), 0.2, STEPS)
+    optimizer.step()  # as some do to silence schedulers
+    assert sparsifier.step == 0
+
+
+def test_a_handle_that_cannot_be_hooked_is_unwrapped_or_refused() -> None:
+    class Handle(torch.optim.Optimizer):
+        def __init__(self, **own: Any) -> None:
+            vars(self).update(own)
+
+        def step(self, closure: Any = None) -> Any:
+            return self.base.step(closure)
+
+    model = Net()
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    handle = Handle(base=base, param_groups=base.param_groups)
+    sparsifier = Sparsifier(model, handle, Magnitude(), 0.2, STEPS)
+    backward(model, 0)
+    handle.step()
+    assert sparsifier.step == 1
+    with pytest.raises(StateError, match="whose steps cannot be hooked"):
+        Sparsifier(Net(), Handle(param_groups=[]), Magnitude(), 0.2, STEPS)

@@ -17,6 +17,7 @@ from spartan.always_sparse.product import Passes, product
 from spartan.always_sparse.random_graphs import random_connections
 from spartan.errors import BudgetError, KernelError, StateError
 from spartan.kernels.connections import Connections
+from spartan.kernels.memory import sample
 
 
 class SparseLayer(nn.Module):
@@ -60,6 +61,7 @@ class SparseLayer(nn.Module):
         self._known: tuple[tuple[int, ...], Connections] | None = None
         self._lineage = Lineage()
         self._copied_at: int | None = None  # moves of the lineage when this layer was copied
+        self._copied: Tensor | None = None  # some of the values it had then
         self.passes: Passes | None = None
         self.reset_parameters()
 
@@ -108,20 +110,31 @@ class SparseLayer(nn.Module):
         else:
             self.begin_lineage()
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a copy of another layer, and has not been trained itself."""
+        return self._copied_at is not None
+
     def begin_lineage(self) -> None:
-        """Let the connections move on their own from here on, of a copy too."""
+        """Let the connections of a copy move on their own from here on."""
         self._lineage.copies.discard(self)
         self._lineage, self._copied_at = Lineage(), None
 
     @property
     def averaged(self) -> bool:
         """Whether something writes into a copy of this layer that is not trained itself."""
-        return any(layer.values._version > 0 for layer in self._lineage.copies)
+        return any(layer.was_written for layer in self._lineage.copies)
+
+    @property
+    def was_written(self) -> bool:
+        """Whether something has written values into this copy."""
+        now = self.values.detach()
+        return self._copied is not None and not torch.equal(sample(now), self._copied)
 
     def _require_unmixed(self) -> None:
         """Raise `StateError` if this is an average over connections that have moved."""
         moved = self._copied_at is not None and self._lineage.moves != self._copied_at
-        if moved and self.values._version > 0:
+        if moved and self.was_written:
             raise StateError(
                 "Values were written into this copy of an always-sparse layer, as averages of a "
                 "model do, and connections of the layer have moved since it was copied: they are "
@@ -223,6 +236,7 @@ class SparseLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_lineage": Lineage(), **state})  # type: ignore[no-untyped-call]
         self._copied_at = self._lineage.moves
+        self._copied = sample(self.values.detach())
         self._lineage.copies.add(self)
         if self.values.requires_grad:  # a copy that gets a gradient is trained itself
             copied = weakref.ref(self)

@@ -112,10 +112,8 @@ def _graph_task() -> int:
 
 def _same_direction(gradient: Tensor, other: Tensor) -> bool:
     size = gradient.abs()
-    clipped = size == size.max()
-    if int(clipped.sum()) > 1:  # several entries of one size: they were clipped to it
-        gradient, other = gradient[~clipped], other[~clipped]
-    gradient, other = gradient.double(), other.double()
+    below = size < size.max()  # the largest may have been clipped to this
+    gradient, other = gradient[below].double(), other[below].double()
     product, norms = float(gradient @ other), float(gradient.norm() * other.norm())
     if norms == 0:
         return float(gradient.norm()) == float(other.norm())

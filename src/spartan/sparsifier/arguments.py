@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from numbers import Integral
 
 from torch import nn
 from torch.optim import Optimizer
@@ -43,7 +44,13 @@ def _as_optimizer(given: object) -> Optimizer:
                 "steps the model, several of them in a list, or None for every one that does."
             )
         given = inner
-    return unwrapped(given)
+    optimizer = unwrapped(given)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise StateError(
+            f"optimizer= holds a {type(optimizer).__name__} whose steps cannot be hooked, for "
+            "torch.optim.Optimizer.__init__ was never called: give the optimizer that it wraps."
+        )
+    return optimizer
 
 
 def as_pattern(pattern: Pattern | str | None) -> Pattern:
@@ -68,12 +75,18 @@ def as_pattern(pattern: Pattern | str | None) -> Pattern:
     )
 
 
-def check_steps(total_steps: int | None, method: Registered) -> None:
-    """Raise `ScheduleError` unless a method can run for so many steps."""
+def check_steps(total_steps: int | None, method: Registered) -> int | None:
+    """Return the number of steps, as a plain integer.
+
+    Raises:
+        ScheduleError: A method cannot run for so many steps.
+    """
     if total_steps is None:
         if method.scheduled:
             raise ScheduleError(f"The method {method.name!r} needs total_steps= for its schedule.")
-    elif isinstance(total_steps, bool) or not isinstance(total_steps, int):
+        return None
+    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral):
         raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of steps.")
-    elif total_steps < 1:
+    if total_steps < 1:
         raise ScheduleError(f"total_steps={total_steps} must be at least 1.")
+    return int(total_steps)

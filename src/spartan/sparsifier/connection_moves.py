@@ -58,7 +58,7 @@ def apply(move: Move, optimizers: Iterable[Optimizer], count_rounds: bool) -> No
     shape = old.shape
     values = carried(old.detach())
     gradient = None if old.grad is None else carried(old.grad)
-    for optimizer in (inner for one in optimizers for inner in nested(one)):
+    for optimizer in nested(*optimizers):
         state = optimizer.state.get(old, {})
         for name, entries in state.items():
             if isinstance(entries, Tensor) and entries.shape == shape:
@@ -78,7 +78,7 @@ def check_carried(layer: GrowingLayer, optimizers: Iterable[Optimizer]) -> None:
     connections.
     """
     values = layer.module.values
-    for optimizer in (inner for one in optimizers for inner in nested(one)):
+    for optimizer in nested(*optimizers):
         kept = {
             f"state[{name!r}]": entries for name, entries in optimizer.state.get(values, {}).items()
         }

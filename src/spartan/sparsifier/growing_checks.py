@@ -92,6 +92,9 @@ def check_growth_state(
     for key in ("settings", "step"):
         if key not in state:
             raise StateError(f"The state is damaged: it holds no {key}.")
+    step = state["step"]
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise StateError(f"The state is damaged: it was saved after step {step!r}.")
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise StateError(

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import StateError
 from spartan.kernels.key_lists import is_in
+from spartan.kernels.memory import sample
 from spartan.methods.growth.contract import GrowingLayer, density_of
 from spartan.sparsifier.layer_summary import LayerSummary, named
 from spartan.sparsifier.projection import Target
 from spartan.sparsifier.watch import Watch
-from spartan.sparsifier.weight_writer import sample
 from spartan.weights.coverage import coverage_of
 
 
@@ -37,20 +37,19 @@ class GrowingModel:
         self._layers, self._budgets = layers, budgets
         values = [layer.prunable for layer in layers]
         self.coverage = coverage_of(model, values)
-        self.watch = Watch(model, values, self._changed)
+        self.watch = Watch(model, values, self.changed)
         self.note()
 
     def note(self) -> None:
         """Take note of what the layers hold after a step."""
-        found = (sample(layer.module.values.detach()) for layer in self._layers)
-        self._samples = [None if entries is None else entries.clone() for entries in found]
+        self._samples = [sample(layer.module.values.detach()) for layer in self._layers]
 
-    def _changed(self) -> list[str]:
+    def changed(self) -> list[str]:
         """Return the layers into which something else has written since, by a few values."""
         return [
             layer.name
             for layer, before in zip(self._layers, self._samples, strict=True)
-            if before is not None and _differs(layer, before)
+            if not torch.equal(sample(layer.module.values.detach()), before)
         ]
 
     @property
@@ -114,8 +113,3 @@ class GrowingModel:
             "connections mean nothing: average when connections no longer move (end=), or average "
             "always_sparse.to_dense(copy.deepcopy(model))."
         )
-
-
-def _differs(layer: GrowingLayer, before: Tensor) -> bool:
-    now = sample(layer.module.values.detach())
-    return now is not None and not torch.equal(now, before)

@@ -28,7 +28,7 @@ from spartan.methods.growth.contract import (
     largest,
 )
 from spartan.sparsifier.connection_moves import Move, apply, check_carried
-from spartan.sparsifier.governors import govern
+from spartan.sparsifier.governors import govern, release
 from spartan.sparsifier.growing_checks import (
     STATE_VERSION,
     check_counts,
@@ -37,7 +37,7 @@ from spartan.sparsifier.growing_checks import (
     check_growth_support,
 )
 from spartan.sparsifier.growing_model import GrowingModel
-from spartan.sparsifier.old_states import upgraded_growth
+from spartan.sparsifier.old_states import understood, upgraded_growth
 from spartan.sparsifier.optimizers import (
     check_optimizers,
     parameters_of,
@@ -106,12 +106,14 @@ class GrowingRun:
         check_counts(budget, self._budgets, self.weights, method.moves)
         self.steps = OptimizerSteps(optimizers, total_steps, values)
         self._listeners: list[RemovableHandle] = []
+        self._said_written = False
+        self._idle: set[str] = set()  # layers of which it was said that no gradient came
+        self.facts = GrowingModel(model, self.weights, self._budgets)
+        govern(values, self)
         self._listen()
         self._guard = model.register_load_state_dict_pre_hook(check_first)
         accept = partial(check_growth_optimizer, method)
-        self.facts = GrowingModel(model, self.weights, self._budgets)
         say_coverage(self.facts.coverage, decided=False, stacklevel=4)
-        govern(values, self)
         self.steps.hook(self._before_step, self._after_step, accept, self.facts.watch.other_step)
 
     # What the user asks -------------------------------------------------------------------------
@@ -128,11 +130,20 @@ class GrowingRun:
         """Take the hooks away; the layers stay always-sparse, see `always_sparse.to_dense`."""
         if keep != "model" and self.attached:
             self.facts.watch.require_present()
+        if not self.attached:
+            return
+        if self.steps.done == 0 and self.method.moves:
+            warnings.warn(
+                f"finalize() after 0 of {self.steps.total} steps: no connection has moved. Steps "
+                "are those of a torch.optim.Optimizer.",
+                stacklevel=3,
+            )
         self.abandon()
 
     def abandon(self) -> None:
         """Take the hooks away."""
         self.facts.watch.stop()
+        release([layer.prunable for layer in self.weights], self)
         self.steps.stop()
         self._guard.remove()
         self._stop_listening()
@@ -143,13 +154,17 @@ class GrowingRun:
             "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self.steps.done,
-            "weights": {s.name: ({"tried": s.tried, "rounds": s.rounds},) for s in self.weights},
+            "weights": {
+                s.name: ({"tried": s.tried.clone(), "rounds": s.rounds.clone()},)
+                for s in self.weights
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; the model's own state, with the connections, is loaded before."""
-        state = upgraded_growth(state)
-        check_growth_state(state, self._settings(), self.weights)
+        with understood():
+            state = upgraded_growth(state)
+            check_growth_state(state, self._settings(), self.weights)
         check_counts(self.budget, self._budgets, self.weights, self.method.moves)
         self.steps.done = int(state["step"])
         for layer in self.weights:
@@ -158,6 +173,7 @@ class GrowingRun:
             layer.tried = saved["tried"].to(device, copy=True)
             layer.rounds = saved["rounds"].to(device, copy=True)
             layer.known = layer.connections
+        self.facts.note()
         self._listen()
 
     # Around a step ------------------------------------------------------------------------------
@@ -167,6 +183,7 @@ class GrowingRun:
         weights = self.steps.weights_of(optimizer)
         self.facts.watch.step()
         self._require_known_graphs()
+        self._say_written()
 
         def checking(closure: Callable[[], Any]) -> Callable[[], Any]:
             def evaluate() -> Any:
@@ -189,6 +206,7 @@ class GrowingRun:
         if skips_step(optimizer):
             self._listen()
             return
+        self.facts.note()
         if not self.steps.completed_by(optimizer):
             return
         broken = [s.name for s, ok in zip(self.weights, self._finite(), strict=True) if not ok]
@@ -278,6 +296,18 @@ class GrowingRun:
                     "and then the sparsifier's, before the next step."
                 )
 
+    def _say_written(self) -> None:
+        """Say once that something else has written values, which go on from there."""
+        names = [] if self._said_written else self.facts.changed()
+        if names:
+            self._said_written = True
+            warnings.warn(
+                f"{', '.join(map(repr, names))} was written outside the optimizer since step "
+                f"{self.steps.done}; the written values are taken for the connections of now. An "
+                "average of earlier ones would mix values of different connections.",
+                stacklevel=3,
+            )
+
     def _require_explained(self, weights: Sequence[Prunable]) -> None:
         """Raise `StateError` if the coming step grows by other gradients than it steps by."""
         stepped = set(map(id, weights))
@@ -306,13 +336,17 @@ class GrowingRun:
                 )
 
     def _warn_idle(self, layers: list[GrowingLayer]) -> None:
-        names = ", ".join(repr(layer.name) for layer in layers)
-        warnings.warn(
-            f"No gradient of {names} has come before step {self.steps.done + 1}, after which "
-            "connections were to move: nothing moves. If several optimizers step the model, give "
-            "them all.",
-            stacklevel=2,
-        )
+        """Say once of each layer that it has nothing to grow by."""
+        new = [layer.name for layer in layers if layer.name not in self._idle]
+        self._idle.update(new)
+        if new:
+            warnings.warn(
+                f"No gradient of {', '.join(map(repr, new))} has come before step "
+                f"{self.steps.done + 1}, after which connections were to move: nothing moves there "
+                "in such steps. Experts that a batch skips are fine; if an optimizer was not "
+                "given, give it too.",
+                stacklevel=2,
+            )
 
     def _warn_dead(self) -> None:
         dead = [repr(layer.name) for layer in self.weights if layer.connections.count == 0]
@@ -368,6 +402,7 @@ def _values_of(name: str, layer: SparseLayer) -> ConnectionValues:
 
 def _growing(values: ConnectionValues, layer: SparseLayer) -> GrowingLayer:
     keys = layer.connections.keys()
-    layer.begin_lineage()
+    if layer.is_copy:
+        layer.begin_lineage()
     rounds = torch.zeros_like(keys, dtype=torch.int32)
     return GrowingLayer(values, layer, keys, rounds, layer.connections)

@@ -69,9 +69,8 @@ class MaskedModel:
             StateError: The model has other parameters now.
         """
         self.watch.require_present()
-        written = set(map(id, self.overwritten()))
         return [
-            summarize(weight, _units_held(weight) if id(weight) in written else weight.kept)
+            summarize(weight, weight.kept if self._holds_w(weight) else _units_held(weight))
             for group in self._groups
             for weight in group.weights
         ]
@@ -96,6 +95,9 @@ class MaskedModel:
         """Return the share of all units whose mask has changed since."""
         changed = sum(int((weight.mask != before[weight.name]).sum()) for weight in self._weights)
         return changed / sum(weight.mask.numel() for weight in self._weights)
+
+    def _holds_w(self, weight: MaskedWeight) -> bool:
+        return weight.stepping or self._writer.holds_w(weight)
 
     def overwritten(self) -> list[MaskedWeight]:
         """Return the weights that others have written, of those that the model still has."""

@@ -29,7 +29,7 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import make_group, require_finite
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.sparsifier.budget_warnings import note_newborn, warn_of_dead_layers
-from spartan.sparsifier.governors import govern
+from spartan.sparsifier.governors import govern, release
 from spartan.sparsifier.masked_model import MaskedModel
 from spartan.sparsifier.model_guard import ModelGuard
 from spartan.sparsifier.optimizers import (
@@ -114,7 +114,7 @@ class MaskingRun:
         self._writer = WeightWriter(method, self.weights)
         self._inside: list[MaskedWeight] = []  # weights that are being stepped now
         self._guard = ModelGuard(model, self._show_w, self._hide_w)
-        self._checked_dead = False
+        self._checked_dead = self._abandoned = False
         self._mark_active()
         if self.method.moves_masks(0, self.steps.horizon):
             self.method.select(self.groups, 0, self.steps.horizon)
@@ -171,6 +171,7 @@ class MaskingRun:
 
     def abandon(self) -> None:
         """Take all hooks away, and leave the model as it is."""
+        self._abandoned = True
         self._leave_step()
         self._detach()
 
@@ -186,6 +187,7 @@ class MaskingRun:
         self._end_step()
         self.facts.watch.stop()
         self.steps.stop()
+        release([weight.prunable for weight in self.weights], self)
         for handle in self._handles:
             handle.remove()
         for weight in self.weights:
@@ -193,6 +195,8 @@ class MaskingRun:
 
     def _require_unchanged(self) -> None:
         """Raise `StateError` unless the model still is what `finalize` left."""
+        if self._abandoned:
+            raise StateError("This sparsifier ended when another one was made for its weights.")
         if self.facts.watch.gone() or self.facts.overwritten():
             raise StateError(
                 "finalize() was called before, and the model was trained or written since: it is "
@@ -239,6 +243,8 @@ class MaskingRun:
         if self._inside and self.steps.is_within_one:
             return  # the guard shows w
         self._leave_step()
+        if not training and any(self._writer.changes(w, False) is not None for w in self.weights):
+            return  # an average, say, that is swapped in to be evaluated, and swapped out again
         self._writer.adopt(self.weights, self.steps.done)
         if training and self.method.samples(self.steps.done, self.steps.horizon):
             self._writer.write_sample(self.weights, self.steps.done)

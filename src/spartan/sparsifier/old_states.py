@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from spartan.errors import StateError
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Read a state; whatever it holds in the place of what is expected is `StateError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        kind = type(error).__name__
+        raise StateError(
+            f"The state is damaged, or is none of a sparsifier ({kind}: {error})."
+        ) from error
+
 
 _RENAMED = {"gate": "fixed"}  # fields of weights
 

@@ -68,20 +68,25 @@ def are_one(first: Optimizer, second: Optimizer) -> bool:
     return any(id(group) in groups for group in second.param_groups)
 
 
-def nested(optimizer: Optimizer) -> list[Optimizer]:
-    """Return an optimizer and those that it wraps, which may keep states of their own."""
-    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    return [optimizer, *(one for value in inner for one in nested(value))]
+def nested(*optimizers: Optimizer) -> list[Optimizer]:
+    """Return optimizers and those that they wrap, which may keep states of their own, each once."""
+    found: list[Optimizer] = []
+    for optimizer in optimizers:
+        if all(optimizer is not one for one in found):
+            inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+            found += [one for one in nested(*inner) if all(one is not known for known in found)]
+            found.append(optimizer)
+    return found
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that takes the steps of a handle that a trainer has put around it.
 
-    Handles pass for an optimizer and hand on to their `.optimizer`, without the hooks of torch.
+    Handles pass for an optimizer and hand on to another one, without the hooks of torch.
     """
-    inner = getattr(optimizer, "optimizer", None)
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
     hooked = getattr(type(optimizer).step, "hooked", False)
-    return unwrapped(inner) if isinstance(inner, Optimizer) and not hooked else optimizer
+    return unwrapped(inner[0]) if len(inner) == 1 and not hooked else optimizer
 
 
 def check_optimizers(

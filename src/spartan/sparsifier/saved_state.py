@@ -17,7 +17,7 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import restored, saved
-from spartan.sparsifier.old_states import upgraded
+from spartan.sparsifier.old_states import understood, upgraded
 
 STATE_VERSION = 4  # earlier ones: see `old_states`
 
@@ -64,11 +64,12 @@ def load_run(
     Raises:
         StateError: The state does not fit, or is not whole. Nothing is changed then.
     """
-    state = upgraded(state, method.weight_state, method.group_state)
-    check_state(state, settings, weights, len(groups), measured)
-    device, step = weights[0].latent.device, int(state["step"])
-    group_states = [restored(method.group_state, one, device) for one in state["groups"]]
-    found = [restored_weight(weight, state["weights"][weight.name]) for weight in weights]
+    with understood():
+        state = upgraded(state, method.weight_state, method.group_state)
+        check_state(state, settings, weights, len(groups), measured)
+        device, step = weights[0].latent.device, int(state["step"])
+        group_states = [restored(method.group_state, one, device) for one in state["groups"]]
+        found = [restored_weight(weight, state["weights"][weight.name]) for weight in weights]
     for one in found:
         missing = method.lacks(one, step, total_steps)
         if missing is not None:
@@ -158,6 +159,9 @@ def check_state(
     for key in ("settings", "step", "weights", "groups"):
         if key not in state:
             raise StateError(f"The state is damaged: it holds no {key}.")
+    step = state["step"]
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise StateError(f"The state is damaged: it was saved after step {step!r}.")
     if set(state["settings"]) != set(settings):
         differing = ", ".join(sorted(set(state["settings"]) ^ set(settings)))
         raise StateError(f"The state is damaged: its settings differ in {differing}.")
@@ -195,9 +199,9 @@ def _check_weight(values: dict[str, Any], weight: MaskedWeight) -> None:
     for key in ("dual", "active", "newborn", "state"):
         if key not in own:
             raise StateError(f"The state holds no {key} of {weight.name!r}.")
-    _check_tensor(
-        "latent", values.pop("latent"), [weight.latent.shape], weight.latent.dtype, weight
-    )
+    latent = values.pop("latent")
+    _check_tensor("latent", latent, [weight.latent.shape], weight.latent.dtype, weight)
+    _check_finite(weight, latent)
     _check_tensor("mask", values.pop("mask"), [weight.mask.shape], torch.bool, weight)
     dual = own["dual"]
     if dual is not None and len(dual) != 3:
@@ -206,6 +210,11 @@ def _check_weight(values: dict[str, Any], weight: MaskedWeight) -> None:
         if isinstance(value, Tensor):  # one number a unit, or one a weight
             shapes = [weight.mask.shape, weight.latent.shape]
             _check_tensor(key, value, shapes, value.dtype, weight)
+
+
+def _check_finite(weight: MaskedWeight, latent: Tensor) -> None:
+    if not bool(torch.isfinite(latent).all()):
+        raise StateError(f"The state is damaged: the latent {weight.name!r} holds NaN or infinity.")
 
 
 def _check_tensor(

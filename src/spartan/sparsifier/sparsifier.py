@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,10 +35,11 @@ class Sparsifier:
     Args:
         model: Any module; it is not modified, except for the values of its prunable weights.
         optimizer: The optimizer, or several, or the handle of a trainer around one. A step is
-            complete, and masks move, when the last of them that steps a prunable weight has
-            stepped. The price that couples Spartan's gradients spans the weights of one optimizer.
-            None hooks every optimizer that steps a prunable weight; a step is complete when all
-            weights that have gradients were stepped.
+            complete, and masks of all weights move, when the last of the list that steps a
+            prunable weight has stepped: let it be the one that steps last in the loop. The price
+            that couples Spartan's gradients spans the weights of one optimizer. None hooks every
+            optimizer that steps a prunable weight; a step is complete when all weights that have
+            gradients were stepped.
         method: How masks are found: a method of `spartan.methods`, or its name.
         budget: How much may stay; a number is the density of a `Budget`.
         total_steps: Optimizer steps of the whole run; None only for methods without a schedule.
@@ -74,15 +76,15 @@ class Sparsifier:
         self.method = as_method(method)
         self.budget = as_budget(budget)
         self.pattern = as_pattern(pattern)
-        self.total_steps = total_steps
         optimizers = as_optimizers(optimizer)
-        check_steps(total_steps, self.method)
-        common = self.budget, total_steps, self.pattern, include, exclude
+        self.total_steps = check_steps(total_steps, self.method)
+        common = self.budget, self.total_steps, self.pattern, include, exclude
         self.run: MaskingRun | GrowingRun
         if isinstance(self.method, GrowthMethod):
             self.run = GrowingRun(model, optimizers, self.method, *common)
         else:
             self.run = MaskingRun(model, optimizers, self.method, *common)
+        self.run.steps.note_handles(optimizer)
 
     @property
     def step(self) -> int:
@@ -198,7 +200,12 @@ class Sparsifier:
                 changed then.
         """
         self._require_attached()
-        self.run.load_state_dict(state)
+        if not isinstance(state, Mapping):
+            raise StateError(
+                f"A state is what state_dict() returned, not a {type(state).__name__}."
+            )
+        with torch.inference_mode(False):  # what is kept is to be trained
+            self.run.load_state_dict(state)
 
     def __getattr__(self, name: str) -> Any:
         """Find what version 0.1 called otherwise."""

@@ -15,7 +15,7 @@ Optimizers call each other, come and go. What counts as one step:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ from spartan.kernels import finite
 from spartan.sparsifier.optimizers import are_one, changes_nothing, parameters_of
 from spartan.sparsifier.step_hooks import RunningStep, StepHook, StepHooks
 from spartan.weights.prunable import Prunable
+
+# Critics are stepped five times as often as what they criticise, as a rule, and rarely more.
+_MANY_TURNS = 10
+_MOST_SKIPPED = 5  # in a row: so often a loss scale is halved before both of two optimizers go on
 
 
 class OptimizerSteps:
@@ -52,10 +56,13 @@ class OptimizerSteps:
         self.running: RunningStep | None = None
         self.over = False
         self._weights = weights
-        self._met: list[Optimizer] = []  # others that stepped: where none was given, or wrappers
+        # Others that may keep something for the weights: wrappers, those whose place was taken, and
+        # all that stepped where none was given.
+        self._met: list[Optimizer] = []
         self._stepped: set[int] = set()  # weights stepped since the last step was complete
         self._whole: set[int] = set()  # weights stepped in complete steps
-        self._said_skipped = False
+        self._skipped = 0  # incomplete steps in a row
+        self._uncounted = 0  # optimizers' steps since the last one that completed one
         self._said_surplus = False
 
     @property
@@ -76,7 +83,7 @@ class OptimizerSteps:
     @property
     def steppers(self) -> list[Optimizer]:
         """The optimizers that step the weights, as far as they are known."""
-        return [*self.optimizers, *(one for one in self._met if one not in self.optimizers)]
+        return list(dict.fromkeys([*self.optimizers, *self._met]))
 
     def hook(
         self,
@@ -104,6 +111,12 @@ class OptimizerSteps:
         self.over = True
         self._hooks.remove()
 
+    def note_handles(self, given: object) -> None:
+        """Take note of handles around the optimizers, which may keep something for weights too."""
+        for one in given if isinstance(given, Iterable) else [given]:
+            if isinstance(one, Optimizer) and one not in self.optimizers:
+                self._met.append(one)
+
     def weights_of(self, optimizer: Optimizer) -> list[Prunable]:
         """Return the weights an optimizer steps now; its parameter groups may have grown."""
         stepped = parameters_of(optimizer)
@@ -115,12 +128,22 @@ class OptimizerSteps:
             return True
         if self.optimizers:
             stepping = [one for one in self.optimizers if self.weights_of(one)]
-            return are_one(optimizer, stepping[-1])
+            completes = are_one(optimizer, stepping[-1])
+            self._uncounted = 0 if completes else self._uncounted + 1
+            if self._uncounted == _MANY_TURNS:
+                warnings.warn(
+                    f"After step {self.done} there were {_MANY_TURNS} steps without one of the "
+                    f"{type(stepping[-1]).__name__} that is last in the list of optimizers, and "
+                    "completes a step: they are not counted, and masks do not move.",
+                    stacklevel=5,
+                )
+            return completes
         self._stepped |= set(map(id, self.weights_of(optimizer)))
         if any(_waits(w) for w in self._weights if id(w) not in self._stepped):
             return False
         self._whole |= self._stepped
         self._stepped.clear()
+        self._skipped = 0
         return True
 
     def require_finite_gradients(self, weights: Sequence[Prunable]) -> None:
@@ -157,11 +180,9 @@ class OptimizerSteps:
             return False
         if self.is_within_one or changes_nothing(optimizer):
             return True
-        if optimizer in self.steppers:
-            return True
         if self.optimizers and not any(are_one(optimizer, one) for one in self.optimizers):
             self._replace(optimizer, weights)
-        else:
+        elif optimizer not in self.steppers:
             self._accept(optimizer)
             self._met.append(optimizer)
         return True
@@ -180,15 +201,19 @@ class OptimizerSteps:
                 "weights past the masks. Make the sparsifier with all optimizers that step the "
                 "model, in a list, or with optimizer=None."
             )
-        self._accept(optimizer)
+        known = optimizer in self.steppers
+        if not known:
+            self._accept(optimizer)
+        self._met += [self.optimizers[i] for i in covered]
         self.optimizers[covered[-1]] = optimizer
         for i in reversed(covered[:-1]):
             del self.optimizers[i]
-        warnings.warn(
-            f"Another {kind} than the one given steps {names} from step {self.done + 1} on: it "
-            "takes its place.",
-            stacklevel=4,
-        )
+        if not known:
+            warnings.warn(
+                f"Another {kind} than the one given steps {names} from step {self.done + 1} on: it "
+                "takes its place.",
+                stacklevel=4,
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -199,7 +224,7 @@ class OptimizerSteps:
             return None
         self.running = None
         weights = self.weights_of(optimizer)
-        if not weights or changes_nothing(optimizer):
+        if not weights or changes_nothing(optimizer) or _has_nothing_to_do(optimizer, args, kwargs):
             return None
         self._require_countable(weights)
         if self.surplus and not self._said_surplus:
@@ -243,20 +268,20 @@ class OptimizerSteps:
         again = next((weight for weight in weights if id(weight) in self._stepped), None)
         if again is None:
             return
-        if not self._whole:
-            waiting = [w.name for w in self._weights if _waits(w) and id(w) not in self._stepped]
-            others = ", ".join(map(repr, waiting[:3])) or "others"
+        waiting = [w.name for w in self._weights if _waits(w) and id(w) not in self._stepped]
+        others = ", ".join(map(repr, waiting[:3])) or "others"
+        self._skipped += 1
+        if not self._whole or self._skipped == _MOST_SKIPPED:
             raise StateError(
                 f"{again.name!r} is stepped a second time before {others} was, so it cannot be "
                 "known when a training step is complete. Give the optimizers in a list: the last "
                 "one completes a step. Exclude weights that none of them steps."
             )
         self._stepped.clear()  # another optimizer skipped its step
-        if not self._said_skipped:
-            self._said_skipped = True
+        if self._skipped == 1:
             warnings.warn(
-                f"After step {self.done} an optimizer stepped {again.name!r} and none the other "
-                "weights that have gradients: such steps are not counted.",
+                f"After step {self.done} {again.name!r} is stepped again before {others} was, as "
+                "when a GradScaler skips one of two optimizers: that step is not counted.",
                 stacklevel=5,
             )
 
@@ -264,4 +289,11 @@ class OptimizerSteps:
 def _waits(weight: Prunable) -> bool:
     """Whether a weight has a gradient that some optimizer is going to use."""
     grad = weight.parameter.grad
-    return grad is not None and bool(grad.any())
+    return weight.parameter.requires_grad and grad is not None and bool(grad.any())
+
+
+def _has_nothing_to_do(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no parameter has a gradient, and no closure will make one."""
+    if len(args) > 1 or kwargs.get("closure") is not None:
+        return False
+    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])

@@ -7,15 +7,19 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spartan.errors import StateError
+from spartan.kernels.memory import sample
 from spartan.weights.prunable import Prunable
 
-# Passes without a step after which values are compared. Gradients may be accumulated over many
-# passes: then nothing has changed, and it is looked again much later.
-_COMPARED = (3, 10, 30, 100, 300, 1000)
+# Weights that change three times between backward passes, in ten or more of them, and in three
+# times as many as there ever were before a step, are trained otherwise. Accumulated gradients
+# change none, and whoever perturbs weights (SAM) or clips them does so once or twice.
+_CHANGES, _PASSES, _LONGER = 3, 10, 3
+_LOOKED_UP = (1, 3, 10, 30, 100, 300, 1000)  # steps of other optimizers
 _BY_STEP = 4  # parameters looked up in each step, in turn: a few microseconds each
 _ALL_STEPS = 3  # in so many first steps all are looked up
 
@@ -37,6 +41,8 @@ class Watch:
         self._paths = [paths[id(weight.parameter)] for weight in weights]
         self._next = 0
         self._steps = self._passes = self._other_steps = 0
+        self._longest = self._changes = 0  # passes before a step, at most; changes since the last
+        self._seen: Tensor | None = None
         self._said = False
         trained = [weight.parameter for weight in weights if weight.parameter.requires_grad]
         self._listener: Any = None
@@ -71,7 +77,9 @@ class Watch:
             self._refuse(self.gone([(self._next + i) % len(self._weights) for i in range(count)]))
             self._next = (self._next + count) % len(self._weights)
         self._steps += 1
-        self._passes = self._other_steps = 0
+        self._longest = max(self._longest, self._passes)
+        self._passes = self._changes = self._other_steps = 0
+        self._seen = None
 
     def other_step(self, optimizer: Optimizer) -> None:
         """Take note of a step of an optimizer that steps no governed weight.
@@ -80,14 +88,20 @@ class Watch:
             StateError: It steps what the model has in the place of one.
         """
         self._other_steps += 1
-        if self._other_steps == 1 or self._other_steps in _COMPARED:
+        if self._other_steps in _LOOKED_UP:
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             self._refuse([i for i in self.gone() if id(self._now_at(i)) in stepped])
 
-    def count_pass(self) -> None:
-        """Take note of a backward pass, and say so if weights have changed without a step."""
+    def count_pass(self, parameter: Tensor) -> None:
+        """Take note of a backward pass, and say so if weights are trained without a step."""
         self._passes += 1
-        names = self._changed() if self._passes in _COMPARED and not self._said else []
+        if self._passes > 1 and not self._said:
+            now = sample(parameter.detach())
+            changed = self._seen is not None and not torch.equal(now, self._seen)
+            self._seen, self._changes = now, self._changes + changed
+        if self._changes < _CHANGES or self._passes < max(_PASSES, _LONGER * self._longest):
+            return
+        names = [] if self._said else self._changed()
         if not names:
             return
         self._said = True
@@ -116,10 +130,10 @@ class Watch:
             names = [repr(self._weights[i].name) for i in places]
             shown = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
             raise StateError(
-                f"The model has another parameter than the sparsifier in the place of {shown}: a "
-                "layer was exchanged, a state was loaded with assign=True, or the model was "
-                "wrapped or converted. Do so first, and make the optimizer and the sparsifier "
-                "after it; finalize(keep='model') ends this one."
+                f"The model has another parameter than the sparsifier in the place of {shown}, or "
+                "none: a layer was exchanged or moved, a state was loaded with assign=True, or the "
+                "model was wrapped or converted. Do so first, and make the optimizer and the "
+                "sparsifier after it; finalize(keep='model') ends this one."
             )
 
 
@@ -130,6 +144,6 @@ def _weakly(watch: Watch) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         alive = found()
         if alive is not None:
-            alive.count_pass()
+            alive.count_pass(parameter)
 
     return hook

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spartan.errors import NonFiniteError, StateError
-from spartan.kernels.memory import flat_view, is_dense
+from spartan.kernels.memory import sample
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.masked_weight import MaskedWeight
 
-_SAMPLED = 16  # entries that are compared in every step: as good as free
+_ROUNDINGS, _PRECISE = 8, (torch.float32, torch.float64)
 
 
 class WeightWriter:
@@ -54,30 +54,48 @@ class WeightWriter:
     def _note(self, weights: Sequence[MaskedWeight]) -> None:
         for weight in weights:
             self._versions[id(weight)] = weight.prunable.parameter._version
-            found = sample(weight.parameter)
-            if found is not None:
-                self._samples[id(weight)] = found.clone()
+            if weight.parameter.is_cpu:  # a GPU would have to be waited for
+                self._samples[id(weight)] = sample(weight.parameter)
 
-    def was_overwritten(self, weight: MaskedWeight, exact: bool = True) -> bool:
-        """Whether the parameter no longer holds the w that was written.
+    def changes(self, weight: MaskedWeight, exact: bool = True) -> Tensor | None:
+        """Return which entries others have changed since w was written, or None if none.
+
+        In float32 and float64 a few roundings of θ are no change: some optimizers write weights
+        away and back, and kernels for other memory orders may round otherwise.
 
         Args:
             weight: A weight outside of a step.
             exact: Compare all values. Otherwise only if writes were counted or a few entries
                 differ: it takes microseconds and misses what `.data` changed elsewhere.
         """
-        parameter = weight.prunable.parameter
+        parameter = weight.parameter
         if weight.latent.numel() == 0:  # after finalize: where w is zero is known still
-            return bool(weight.parameter.masked_fill(weight.spread(weight.mask), 0.0).any())
-        if not (exact or self._wary) and parameter._version == self._versions[id(weight)]:
-            found = sample(weight.parameter)
-            if found is None or torch.equal(found, self._samples[id(weight)]):
-                return False
-        return not torch.equal(parameter, self._method.materialize(weight))
+            filled = (parameter != 0) & ~weight.spread(weight.mask)
+            return filled if bool(filled.any()) else None
+        if not (exact or self._wary) and not self._counted(weight):
+            before = self._samples.get(id(weight))
+            if before is None or torch.equal(sample(parameter), before):
+                return None
+        w = self._method.materialize(weight)
+        if torch.equal(parameter, w):
+            return None
+        rounding = _ROUNDINGS * torch.finfo(w.dtype).eps if w.dtype in _PRECISE else 0.0
+        changed = ~((parameter - w).abs() <= rounding * weight.latent.abs())  # also NaN
+        return changed if bool(changed.any()) else None
+
+    def _counted(self, weight: MaskedWeight) -> bool:
+        """Whether autograd has counted a write since ours."""
+        return weight.prunable.parameter._version != self._versions[id(weight)]
+
+    def holds_w(self, weight: MaskedWeight) -> bool:
+        """Whether a parameter outside of a step holds w, to the bit."""
+        if weight.latent.numel() == 0:
+            return self.changes(weight) is None
+        return torch.equal(weight.parameter, self._method.materialize(weight))
 
     def overwritten(self, weights: Sequence[MaskedWeight]) -> list[MaskedWeight]:
         """Return the weights whose parameters no longer hold the w that was written."""
-        return [w for w in weights if not w.stepping and self.was_overwritten(w)]
+        return [w for w in weights if not w.stepping and self.changes(w) is not None]
 
     @torch.no_grad()
     def adopt(self, weights: Sequence[MaskedWeight], step: int, exact: bool = False) -> None:
@@ -95,17 +113,16 @@ class WeightWriter:
         """
         exact = exact or step & (step - 1) == 0
         for weight in weights:
-            parameter, latent = weight.prunable.parameter, weight.latent
+            parameter, latent = weight.parameter, weight.latent
             _require_same_kind(weight)
-            counted = parameter._version != self._versions[id(weight)]
-            if not self.was_overwritten(weight, exact):
+            changed = self.changes(weight, exact)
+            if changed is None:
                 continue
-            self._wary |= not counted
+            self._wary |= not self._counted(weight)
             if not bool(torch.isfinite(parameter).all()):
                 raise NonFiniteError(
                     f"NaN or infinity was written into {weight.name!r} after step {step}."
                 )
-            changed = parameter != self._method.materialize(weight)
             latent.copy_(torch.where(changed, self._method.to_latent(weight, parameter), latent))
             weight.sampled = False
             if not self._warned:
@@ -116,13 +133,6 @@ class WeightWriter:
                     "sparsifier's state after the model's.",
                     stacklevel=2,
                 )
-
-
-def sample(parameter: Tensor) -> Tensor | None:
-    """Return some entries, spread over the memory, or None where looking would take long."""
-    if not (parameter.is_cpu and is_dense(parameter)):
-        return None  # a GPU would have to be waited for
-    return flat_view(parameter)[:: max(1, parameter.numel() // _SAMPLED)]
 
 
 def _require_same_kind(weight: MaskedWeight) -> None:

@@ -310,7 +310,8 @@ def _described(
         return Prunable(name, parameter, layouts[parameter])
     owner = next(m for m in model.modules() if any(parameter is p for p in m._parameters.values()))
     known = isinstance(owner, nn.RNNBase | nn.RNNCellBase | nn.Bilinear | nn.Embedding)
-    stacked = not known and parameter.dim() == 3
+    kernel = isinstance(owner, nn.modules.conv._ConvNd)  # a transposed one with groups
+    stacked = not (known or kernel) and parameter.dim() == 3
     transposed = getattr(owner, "is_transposed", None)  # so say the experts of transformers
     if stacked and said is None and isinstance(transposed, bool):
         said = "in,out" if transposed else "out,in"

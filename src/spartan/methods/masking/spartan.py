@@ -233,7 +233,9 @@ class Spartan(AnnealedMasking):
             return super().materialize(weight)
         if _stored(weight) is None:
             weight.apply_pending()
-            w = torch.empty_like(weight.latent)
+            # In the memory order of the parameter, so that the same kernel writes the same bits.
+            like = weight.parameter
+            w = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
             write_masked([weight], [w])
             return w
         kept = torch.where(weight.mask, _soft_mask(weight), 0.0)
