@@ -76,6 +76,12 @@ class Prunable:
         return (inputs, out, *rest) if self.input_first else (out, inputs, *rest)
 
     @property
+    def output_dims(self) -> tuple[int, ...]:
+        """The dimensions, as stored, that number the outputs."""
+        outputs = int(self.input_first) + int(self.stacked)
+        return (0, outputs) if self.stacked else (outputs,)
+
+    @property
     def kernel_numel(self) -> int:
         """Number of kernel positions of a convolution; 1 for a matrix."""
         return math.prod(self.oriented_shape[2:])

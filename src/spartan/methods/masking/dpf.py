@@ -22,6 +22,7 @@ import torch
 
 from spartan.errors import MethodError
 from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.dead_outputs import hold_dead_outputs
 from spartan.methods.masking.groups import BudgetGroup, competitions_of, keep_largest
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.schedules import check_fraction, progress
@@ -71,7 +72,8 @@ class DPF(MaskingMethod):
     def pull_back(
         self, group: BudgetGroup, weights: Sequence[MaskedWeight], step: int, total_steps: int
     ) -> None:
-        """Leave the gradient of w as it is: it is given to all of θ."""
+        """Give the gradient of w to all of θ."""
+        hold_dead_outputs(weights)
 
     def monitor(self, group: BudgetGroup) -> dict[str, float]:
         squares = torch.zeros(2, dtype=torch.float64)

@@ -9,9 +9,9 @@ The forward pass uses the top |θ| only; a larger set receives gradients:
 so pruned weights keep accumulating gradients and enter A when they have grown. The penalty that
 Top-KAST puts on θ is the weight decay of the user's optimizer.
 
-Nothing but that decay holds pruned weights back. Under a global budget, at high sparsity and with
-norms between the layers, whole layers can lose all their weights (`benchmarks/cifar10.py` at 98 %);
-allocate per layer then.
+Nothing but that decay, and `dead_outputs`, holds pruned weights back. Under a global budget, at high
+sparsity and with norms between the layers, whole layers can lose all their weights
+(`benchmarks/cifar10.py` at 98 %); allocate per layer then.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from spartan.errors import MethodError
 from spartan.methods.masking.annealed import AnnealedMasking
 from spartan.methods.masking.contract import mask_gradients
+from spartan.methods.masking.dead_outputs import hold_dead_outputs
 from spartan.methods.masking.groups import BudgetGroup, Competition, competitions_of, keep_largest
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import WeightState
@@ -91,7 +92,9 @@ class DualAveraging(AnnealedMasking):
     ) -> None:
         if step >= self._last_update(total_steps):
             mask_gradients(weights, [weight.mask for weight in weights])
-        elif self.backward_density < 1.0:
+            return
+        hold_dead_outputs(weights)
+        if self.backward_density < 1.0:
             known = [
                 (w, b) for w in weights if (b := w.state_as(BackwardMask).backward) is not None
             ]

@@ -40,6 +40,7 @@ from spartan.kernels import Dual, ScanRequest, units
 from spartan.kernels.readback import read_back
 from spartan.methods.masking.annealed import AnnealedMasking
 from spartan.methods.masking.contract import scale_gradients
+from spartan.methods.masking.dead_outputs import hold_dead_outputs
 from spartan.methods.masking.groups import (
     BudgetGroup,
     Competition,
@@ -248,6 +249,8 @@ class Spartan(AnnealedMasking):
         if step >= self._last_update(total_steps):
             scale_gradients(weights, [_soft_mask(weight) for weight in weights])
             return
+        if self.beta_scale == "relative":  # "absolute" is the published rule
+            hold_dead_outputs(weights)
         weights = [weight for weight in weights if not weight.newborn]  # w = θ of the others
         if not weights:
             return
