@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from spartan import Block, Budget, Channel, Sparsifier
-from spartan.errors import NonFiniteError, StateError
-from spartan.methods import ConstrainedL0, Magnitude, Spartan
+from spartan.always_sparse import SparseLinear
+from spartan.errors import MethodError, NonFiniteError, StateError
+from spartan.methods import SET, ConstrainedL0, Magnitude, Spartan
 from tests.conftest import Net, batch, train_step
 
 STEPS = 12
@@ -385,3 +386,16 @@ def test_a_state_may_be_loaded_in_inference_mode() -> None:
     with pytest.warns(UserWarning, match="the masks stay"):
         train_step(model, optimizer, 0)
     sparsifier.finalize()
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_transforms_of_functions_are_refused_where_weights_are_written(grows: bool) -> None:
+    model: nn.Module = SparseLinear(8, 4, density=0.5) if grows else nn.Linear(8, 4)
+    Sparsifier(model, None, SET() if grows else ConstrainedL0(), 0.5, STEPS)
+    parameters = dict(model.named_parameters())
+
+    def loss(values: Any) -> Any:
+        return torch.func.functional_call(model, values, torch.ones(2, 8)).square().sum()
+
+    with pytest.raises(MethodError, match="inside of torch.func"):
+        torch.func.grad(loss)(parameters)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spartan.errors import StateError
+from spartan.errors import MethodError, StateError
 from spartan.kernels import connected
 from spartan.kernels.connections import Connections
 
@@ -191,7 +191,15 @@ def product(
     Returns:
         (samples, outputs), in which samples are neighbours in memory, or (images, outputs,
         samples).
+
+    Raises:
+        MethodError: It is called inside of a transform of `torch.func`.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise MethodError(
+            "Always-sparse layers do not go inside of torch.func (grad, vmap, jacrev): call the "
+            "model and backward() as usual, or make them dense with always_sparse.to_dense."
+        )
     y: Tensor = _SparseProduct.apply(  # type: ignore[no-untyped-call]
         x, values, bias, connections, passes
     )

@@ -242,6 +242,12 @@ class MaskingRun:
         """Let a training pass see sampled weights, and every other one the plain w."""
         if self._inside and self.steps.is_within_one:
             return  # the guard shows w
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise MethodError(
+                f"{self.method.name!r} writes random weights before each training pass, which "
+                "cannot be done inside of torch.func (grad, vmap, jacrev): call the model and "
+                "backward() as usual, or take a method without gates."
+            )
         self._leave_step()
         if not training and any(self._writer.changes(w, False) is not None for w in self.weights):
             return  # an average, say, that is swapped in to be evaluated, and swapped out again

@@ -9,8 +9,8 @@ The forward pass uses the top |θ| only; a larger set receives gradients:
 so pruned weights keep accumulating gradients and enter A when they have grown. The penalty that
 Top-KAST puts on θ is the weight decay of the user's optimizer.
 
-Nothing but that decay, and `dead_outputs`, holds pruned weights back. Under a global budget, at high
-sparsity and with norms between the layers, whole layers can lose all their weights
+Nothing but that decay, and `dead_outputs`, holds pruned weights back. Under a global budget, at
+high sparsity and with norms between the layers, whole layers can lose all their weights
 (`benchmarks/cifar10.py` at 98 %); allocate per layer then.
 """
 
