@@ -89,6 +89,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {shown}"
 
 
+def some_of(names: Iterable[str]) -> str:
+    """Return the first few names of a list, in quotes, for a sentence."""
+    listed = list(names)
+    others = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(map(repr, listed[:3])) + others
+
+
 def renamed(old: str, new: str, stacklevel: int = 4) -> None:
     """Warn that something is used by the name it had before."""
     warnings.warn(f"{old} is called {new} now.", DeprecationWarning, stacklevel=stacklevel)

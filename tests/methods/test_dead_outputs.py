@@ -112,8 +112,7 @@ def test_networks_with_norms_stay_whole_at_high_sparsity(method: Any) -> None:
         loss = nn.functional.cross_entropy(model(x), x[:, :8].argmax(1))
         loss.backward()
         optimizer.step()
-    # Otherwise latent weights grow 10¹²-fold under dual averaging and DPF, and the loss stays at
-    # chance: log 8 = 2.08.
+    # Otherwise latent weights grow 10¹²-fold under dual averaging and DPF; chance is log 8 = 2.08.
     assert max(float(w.latent.abs().max()) for w in sparsifier.weights) < 1000 * start
     assert float(loss) < 1.3
     sparsifier.finalize()

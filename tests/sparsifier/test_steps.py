@@ -12,7 +12,7 @@ import spartan
 from spartan import Sparsifier
 from spartan.errors import StateError
 from spartan.methods import Magnitude, Spartan
-from tests.conftest import Net, train_step
+from tests.conftest import Net, batch, train_step
 
 STEPS = 12
 KEPT = round(0.2 * (288 + 2048 + 128))
@@ -25,14 +25,14 @@ def kept(model: Net) -> int:
 
 
 def backward(model: nn.Module, step: int) -> None:
-    class Nothing:
-        def zero_grad(self) -> None:
-            model.zero_grad()
+    x, y = batch(step)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
 
-        def step(self) -> None:
-            pass
 
-    train_step(model, Nothing(), step)  # type: ignore[arg-type]
+def two_optimizers(model: Net) -> list[torch.optim.Optimizer]:
+    rest = [*model.fc1.parameters(), *model.fc2.parameters()]
+    return [torch.optim.SGD(part, lr=0.05) for part in (model.conv.parameters(), rest)]
 
 
 class Derived(torch.optim.SGD):
@@ -82,8 +82,7 @@ def test_a_step_that_breaks_off_is_healed_and_not_counted() -> None:
 
 def test_steps_that_one_optimizer_skips_are_told() -> None:
     model = Net()
-    first = torch.optim.SGD(model.conv.parameters(), lr=0.05)
-    second = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    first, second = two_optimizers(model)
     sparsifier = Sparsifier(model, None, Magnitude(), 0.2, STEPS)
     for step in range(2):
         backward(model, step)
@@ -101,8 +100,7 @@ def test_steps_that_one_optimizer_skips_are_told() -> None:
 
 def test_optimizers_that_take_turns_are_refused_before_they_are_mixed_up() -> None:
     model = Net()
-    first = torch.optim.SGD(model.conv.parameters(), lr=0.05)
-    second = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    first, second = two_optimizers(model)
     Sparsifier(model, None, Magnitude(), 0.2, STEPS)
     model.conv.weight.grad = torch.ones_like(model.conv.weight)
     first.step()
@@ -224,8 +222,7 @@ def test_a_layer_that_is_frozen_midway_holds_no_step_up() -> None:
 
 def test_many_steps_without_the_last_of_a_list_are_told() -> None:
     model = Net()
-    first = torch.optim.SGD(model.conv.parameters(), lr=0.05)
-    last = torch.optim.SGD([*model.fc1.parameters(), *model.fc2.parameters()], lr=0.05)
+    first, last = two_optimizers(model)
     sparsifier = Sparsifier(model, [first, last], Magnitude(), 0.2, STEPS)
 
     def critic_steps(count: int) -> None:

@@ -12,8 +12,8 @@ from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.powerpropagation import Powerpropagation
 
-# A layer this much sparser than the budget of its group has lost practically everything: with
-# ordinary allocations layers differ by a factor of ten.
+# A layer this much sparser than its group has lost practically everything. Layers of one budget do
+# differ: in the demo, 5 % in all, from 2.8 to 25 %.
 _NEXT_TO_NOTHING = 0.05
 _EXPECTED = 10  # units by the share of the group; of fewer, one that is left says nothing
 

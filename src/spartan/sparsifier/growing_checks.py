@@ -14,6 +14,7 @@ from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
 from spartan.kernels.key_lists import is_in
 from spartan.methods.growth.contract import GrowingLayer, GrowthMethod, density_of, processes
+from spartan.sparsifier.old_states import check_step
 from spartan.sparsifier.optimizers import nested
 from spartan.weights.patterns import Pattern, Unstructured
 
@@ -92,9 +93,7 @@ def check_growth_state(
     for key in ("settings", "step"):
         if key not in state:
             raise StateError(f"The state is damaged: it holds no {key}.")
-    step = state["step"]
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise StateError(f"The state is damaged: it was saved after step {step!r}.")
+    check_step(state["step"])
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise StateError(

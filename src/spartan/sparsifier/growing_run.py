@@ -128,10 +128,10 @@ class GrowingRun:
 
     def finalize(self, keep: Keep | None = None) -> None:
         """Take the hooks away; the layers stay always-sparse, see `always_sparse.to_dense`."""
-        if keep != "model" and self.attached:
-            self.facts.watch.require_present()
         if not self.attached:
             return
+        if keep != "model":
+            self.facts.watch.require_present()
         if self.steps.done == 0 and self.method.moves:
             warnings.warn(
                 f"finalize() after 0 of {self.steps.total} steps: no connection has moved. Steps "
@@ -166,7 +166,7 @@ class GrowingRun:
             state = upgraded_growth(state)
             check_growth_state(state, self._settings(), self.weights)
         check_counts(self.budget, self._budgets, self.weights, self.method.moves)
-        self.steps.done = int(state["step"])
+        self.steps.resume(int(state["step"]))
         for layer in self.weights:
             (saved,) = state["weights"][layer.name]
             device = layer.tried.device

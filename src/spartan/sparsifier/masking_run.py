@@ -216,10 +216,11 @@ class MaskingRun:
         self._leave_step()
         self.facts.watch.require_present()
         measured = self.budget.latency_ms is not None
-        self.steps.done = load_run(
+        step = load_run(
             state, self._settings(), self.method, self.weights, self.groups, self.steps.horizon,
             measured,
         )  # fmt: skip
+        self.steps.resume(step)
         self._writer.write(self.weights)
 
     # Around a step ------------------------------------------------------------------------------

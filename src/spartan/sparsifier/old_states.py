@@ -1,4 +1,4 @@
-"""Upgrades sparsifier states that earlier versions saved to the form of today."""
+"""Reads sparsifier states: refuses what is none, upgrades those of earlier versions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def understood() -> Iterator[None]:
         raise StateError(
             f"The state is damaged, or is none of a sparsifier ({kind}: {error})."
         ) from error
+
+
+def check_step(step: object) -> None:
+    """Raise `StateError` unless this is a number of steps."""
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise StateError(f"The state is damaged: it was saved after step {step!r}.")
 
 
 _RENAMED = {"gate": "fixed"}  # fields of weights

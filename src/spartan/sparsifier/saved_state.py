@@ -17,7 +17,7 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import restored, saved
-from spartan.sparsifier.old_states import understood, upgraded
+from spartan.sparsifier.old_states import check_step, understood, upgraded
 
 STATE_VERSION = 4  # earlier ones: see `old_states`
 
@@ -159,9 +159,7 @@ def check_state(
     for key in ("settings", "step", "weights", "groups"):
         if key not in state:
             raise StateError(f"The state is damaged: it holds no {key}.")
-    step = state["step"]
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise StateError(f"The state is damaged: it was saved after step {step!r}.")
+    check_step(state["step"])
     if set(state["settings"]) != set(settings):
         differing = ", ".join(sorted(set(state["settings"]) ^ set(settings)))
         raise StateError(f"The state is damaged: its settings differ in {differing}.")

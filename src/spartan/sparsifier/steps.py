@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from spartan.errors import NonFiniteError, StateError
+from spartan.errors import NonFiniteError, StateError, some_of
 from spartan.kernels import finite
 from spartan.sparsifier.optimizers import are_one, changes_nothing, parameters_of
 from spartan.sparsifier.step_hooks import RunningStep, StepHook, StepHooks
@@ -29,7 +29,7 @@ from spartan.weights.prunable import Prunable
 
 # Critics are stepped five times as often as what they criticise, as a rule, and rarely more.
 _MANY_TURNS = 10
-_MOST_SKIPPED = 5  # in a row: so often a loss scale is halved before both of two optimizers go on
+_MOST_SKIPPED = 5  # in a row: a GradScaler may skip one of two optimizers a few times
 
 
 class OptimizerSteps:
@@ -110,6 +110,12 @@ class OptimizerSteps:
         """Take the hooks away: the run is over."""
         self.over = True
         self._hooks.remove()
+
+    def resume(self, step: int) -> None:
+        """Go on after a step, as if nothing had been done since it."""
+        self.done = step
+        self._stepped.clear()
+        self._skipped = self._uncounted = 0
 
     def note_handles(self, given: object) -> None:
         """Take note of handles around the optimizers, which may keep something for weights too."""
@@ -193,8 +199,7 @@ class OptimizerSteps:
         parts = [set(map(id, self.weights_of(one))) for one in self.optimizers]
         covered = [i for i, part in enumerate(parts) if part and part <= stepped]
         touched = [i for i, part in enumerate(parts) if part & stepped]
-        kind, names = type(optimizer).__name__, ", ".join(repr(w.name) for w in weights[:3])
-        names += f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+        kind, names = type(optimizer).__name__, some_of(weight.name for weight in weights)
         if not covered or touched != covered:
             raise StateError(
                 f"This {kind} steps {names}, and was not given to the sparsifier: it would move "
@@ -269,7 +274,7 @@ class OptimizerSteps:
         if again is None:
             return
         waiting = [w.name for w in self._weights if _waits(w) and id(w) not in self._stepped]
-        others = ", ".join(map(repr, waiting[:3])) or "others"
+        others = some_of(waiting) or "others"
         self._skipped += 1
         if not self._whole or self._skipped == _MOST_SKIPPED:
             raise StateError(

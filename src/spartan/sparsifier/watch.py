@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spartan.errors import StateError
+from spartan.errors import StateError, some_of
 from spartan.kernels.memory import sample
 from spartan.weights.prunable import Prunable
 
@@ -105,12 +105,11 @@ class Watch:
         if not names:
             return
         self._said = True
-        shown = ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
         warnings.warn(
-            f"{shown} changed in {self._passes} backward passes, without a step of an optimizer "
-            "that steps them: masks are not held, and no step is counted. Where copies of the "
-            "weights are stepped, such as float32 masters, make the sparsifier for these; where "
-            "the update is written by hand, let a torch.optim.Optimizer do it.",
+            f"{some_of(names)} changed in {self._passes} backward passes, without a step of an "
+            "optimizer that steps them: masks are not held, and no step is counted. Where copies "
+            "of the weights are stepped, such as float32 masters, make the sparsifier for these; "
+            "where the update is written by hand, let a torch.optim.Optimizer do it.",
             stacklevel=2,
         )
 
@@ -127,8 +126,7 @@ class Watch:
 
     def _refuse(self, places: Sequence[int]) -> None:
         if places:
-            names = [repr(self._weights[i].name) for i in places]
-            shown = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+            shown = some_of(self._weights[i].name for i in places)
             raise StateError(
                 f"The model has another parameter than the sparsifier in the place of {shown}, or "
                 "none: a layer was exchanged or moved, a state was loaded with assign=True, or the "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spartan.errors import NonFiniteError, PrunableError
+from spartan.errors import NonFiniteError, PrunableError, some_of
 from spartan.weights.prunable import Prunable
 
 
@@ -22,11 +22,10 @@ def check_maskable(weights: Sequence[Prunable]) -> None:
     for weight in weights:
         hindrance = _hindrance(weight.parameter)
         if hindrance is not None:
-            found.setdefault(hindrance, []).append(repr(weight.name))
+            found.setdefault(hindrance, []).append(weight.name)
     if found:
         hindrance, names = next(iter(found.items()))
-        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise PrunableError(f"{', '.join(names[:3])}{others}: {hindrance}")
+        raise PrunableError(f"{some_of(names)}: {hindrance}")
     for weight in weights:
         if not bool(torch.isfinite(weight.parameter).all()):
             raise NonFiniteError(f"The weight {weight.name!r} holds NaN or infinity.")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spartan.errors import PrunableError, did_you_mean
+from spartan.errors import PrunableError, did_you_mean, some_of
 from spartan.weights.computed import computed_parameters
 from spartan.weights.names import plain_name, wrapper_prefix
 
@@ -274,8 +274,7 @@ def _where(
 
 
 def _examples(names: dict[nn.Parameter, list[str]], hits: set[nn.Parameter]) -> str:
-    first = [repr(names[p][0]) for p in names if p in hits]
-    return ", ".join(first[:3]) + (" and others" if len(first) > 3 else "")
+    return some_of(names[p][0] for p in names if p in hits)
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

@@ -2,8 +2,8 @@ r"""Holds the gradients of outputs that keep nothing to the size of the others'.
 
 An output (a row of a matrix, a filter) of which all weights are pruned is constant. A norm behind
 it divides by its standard deviation, √ε, and so multiplies its gradient by up to 1/√ε ≈ 316. With
-dense gradients its latent weights explode, take the budget of all others, and more outputs die: at
-98 % sparsity and with batch norms, whole networks end at chance. So, for each output r that keeps
+dense gradients its latent weights explode, take the budget of all others, and more outputs die,
+until networks end at chance (`benchmarks/dead_outputs.py`). So, for each output r that keeps
 nothing, before the gradient G of w is pulled back:
 
     G_r ← G_r · min(1, mean of ‖G_s‖ over the outputs s that keep something / ‖G_r‖)
