@@ -7,9 +7,11 @@ from spartan import adapters, always_sparse, kernels, methods, old_names, post_t
 from spartan.budgets import Budget
 from spartan.deploy import accelerate, load, purge, save
 from spartan.errors import SpartanError
+from spartan.norms import recalibrated
 from spartan.post_training import CompressionReport, compress
 from spartan.selection import hard_topk, soft_topk
 from spartan.sparsifier import Sparsifier, freeze
+from spartan.teachers import Teacher
 from spartan.weights import NM, Block, Channel, Unstructured
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "CompressionReport",
     "Sparsifier",
     "SpartanError",
+    "Teacher",
     "Unstructured",
     "accelerate",
     "adapters",
@@ -34,6 +37,7 @@ __all__ = [
     "methods",
     "post_training",
     "purge",
+    "recalibrated",
     "save",
     "soft_topk",
     "world_model",

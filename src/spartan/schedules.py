@@ -62,5 +62,5 @@ def check_order(warmup: float, finetune: float) -> None:
 
 def check_annealing(value: str) -> None:
     """Raise `MethodError` unless `value` names a shape that anneals two quantities alike."""
-    if value not in ("linear", "cosine"):
-        raise MethodError(f"annealing={value!r} is unknown; known: linear, cosine.")
+    if value not in ("linear", "cosine", "cubic"):
+        raise MethodError(f"annealing={value!r} is unknown; known: linear, cosine, cubic.")

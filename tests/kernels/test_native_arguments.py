@@ -121,7 +121,8 @@ def pool(**changed: Any) -> None:
 
 def scan(**changed: Any) -> None:
     named = {"tensors": [torch.ones(5)], "scales": [1.0], "costs": [1.0], "absolute": True}
-    named |= {"budget": 2.0, "bracket": (0.0, 0.0), "dual": None, "dropped": False, "threads": 1}
+    named |= {"budget": 2.0, "bracket": (0.0, 0.0), "dual": None, "dropped": False, "counted": True}
+    named |= {"threads": 1}
     native.scan(**(named | changed))
 
 

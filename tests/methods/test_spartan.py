@@ -36,8 +36,8 @@ def test_published_trajectory() -> None:
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2)).double()
     model.load_state_dict({k: tensors[f"init.{k}"] for k in model.state_dict()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    method = Spartan(beta=(1.0, 20.0), beta_scale="absolute", warmup=0.0, finetune=0.2)
-    budget = Budget(density=141 / 1408)
+    budget = Budget(density=141 / 1408, layer_floor=0)
+    method = Spartan.published(warmup=0.0)
     sparsifier = Sparsifier(model, optimizer, method, budget, facts["steps"])
     losses = []
     for _ in range(facts["steps"]):

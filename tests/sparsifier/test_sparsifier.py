@@ -33,7 +33,8 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def attach(model: nn.Module, optimizer: Any, steps: int | None = 10, **options: Any) -> Sparsifier:
     method = options.pop("method", Spartan(warmup=0.3))
-    budget = Budget(density=0.2, allocation=options.pop("allocation", "global"))
+    spread = {key: options.pop(key) for key in ("allocation", "layer_floor") if key in options}
+    budget = Budget(density=0.2, **spread)
     return Sparsifier(model, optimizer, method, budget, steps, **options)
 
 
@@ -131,7 +132,7 @@ def test_closure_sees_w_and_gives_the_same_run(make_net: Make) -> None:
 
 def test_lbfgs_calls_the_closure_many_times(make_net: Make) -> None:
     model = make_net().eval()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
     sparsifier = attach(model, optimizer, steps=4, method=Spartan(warmup=0.0))
     x, y = batch(0, size=64)
     kept = round(0.2 * sum(s.prunable.parameter.numel() for s in sparsifier.weights))
@@ -518,7 +519,7 @@ def test_a_layer_that_dies_is_named_once(make_net: Make) -> None:
         model.fc2.weight.mul_(1e-6)
     optimizer = sgd(model)
     with pytest.warns(UserWarning, match=r"Nothing is kept of 'conv.weight', 'fc2.weight'"):
-        attach(model, optimizer, method=Magnitude(schedule="one-shot"))
+        attach(model, optimizer, method=Magnitude(schedule="one-shot"), layer_floor=0)
 
 
 def test_parameter_groups_may_be_added_later(make_net: Make) -> None:

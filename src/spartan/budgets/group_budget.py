@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from spartan.errors import BudgetError
+from spartan.weights.prunable import Prunable
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,14 @@ class GroupBudget:
         costs: Cost of one unit of each member, in the currency of `total` and `kept`.
         total: Cost of keeping everything.
         kept: Cost that may be kept. An integer number of units when all units cost the same.
+        floors: Units that each member keeps at least, all together within `kept`; () for none.
     """
 
     members: tuple[int, ...]
     costs: tuple[float, ...]
     total: float
     kept: float
+    floors: tuple[int, ...] = ()
 
     @property
     def counted(self) -> bool:
@@ -82,3 +86,29 @@ def make_group_budget(
             f"reachable density is {min(scaled) / count:.3g}."
         )
     return GroupBudget(members, scaled, float(count), float(density) * count)
+
+
+def with_floors(
+    budget: GroupBudget, weights: Sequence[Prunable], units: list[int], share: float
+) -> GroupBudget:
+    """Return the budget with a floor for each weight, so that signals pass through every layer.
+
+    A floor is `share` of the units that the weight would keep if all layers had the same density,
+    and at most as many as it has outputs. Where all of them together take more than the budget,
+    there are none.
+
+    Args:
+        budget: The budget of weights that compete with each other.
+        weights: All prunable weights.
+        units: Units of each.
+        share: Fraction of the uniform share; 0 for no floors.
+    """
+    density = budget.kept / budget.total
+    floors = tuple(
+        min(units[i], weights[i].outputs, math.ceil(share * density * units[i]))
+        for i in budget.members
+    )
+    needed = sum(floor * cost for floor, cost in zip(floors, budget.costs, strict=True))
+    if not any(floors) or needed > budget.kept or isinstance(budget, RowBudget):
+        return budget
+    return replace(budget, floors=floors)

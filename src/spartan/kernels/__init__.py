@@ -12,7 +12,7 @@ from spartan.kernels.projection import mask_, project
 from spartan.kernels.scanning import ScanRequest, ScanResult, scan
 from spartan.kernels.scores import Scores
 from spartan.kernels.selection import Cutoff, kept, masks_of
-from spartan.kernels.soft import Dual, Mass, masses, pull_back
+from spartan.kernels.soft import Dual, Mass, damp, masses, pull_back
 
 __all__ = [
     "Backend",
@@ -23,6 +23,7 @@ __all__ = [
     "ScanResult",
     "Scores",
     "backend",
+    "damp",
     "finite",
     "kept",
     "mask_",

@@ -176,8 +176,9 @@ class Kernels:
         bracket: tuple[float, float],
         dual: tuple[float, float, float] | None,
         dropped: bool,
+        counted: bool,
         threads: int,
-    ) -> tuple[bool, float, list[int], tuple[float, float, float]]: ...
+    ) -> tuple[bool, float, list[int], list[int], tuple[float, float, float]]: ...
     @staticmethod
     def mass(
         *,
@@ -221,6 +222,16 @@ class Kernels:
         costs: Sequence[float],
         duals: Sequence[tuple[float, float, float]],
         price: float,
+        threads: int,
+    ) -> None: ...
+    @staticmethod
+    def damp(
+        *,
+        grads: Sequence[torch.Tensor],
+        thetas: Sequence[torch.Tensor],
+        scales: Sequence[float],
+        duals: Sequence[tuple[float, float, float]],
+        per_mask: Sequence[float],
         threads: int,
     ) -> None: ...
     @staticmethod

@@ -32,6 +32,7 @@ class ScanRequest:
         dual: If given, the soft mass at this dual variable is wanted too.
         dropped: Whether that is the mass of what is dropped.
         threshold_only: Whether the tie_ends of the cutoff are not wanted.
+        counted: Whether the entries above the threshold are to be counted, tensor by tensor.
     """
 
     scores: Scores
@@ -40,6 +41,7 @@ class ScanRequest:
     dual: Dual | None = None
     dropped: bool = False
     threshold_only: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class ScanResult:
         finite: Whether all scores are; the rest means nothing if not.
         cutoff: Which entries are kept.
         mass: The soft mass, if it was asked for.
+        above: How many entries of each tensor lie above the threshold, if that was asked for.
     """
 
     finite: bool
     cutoff: Cutoff
     mass: Mass | None
+    above: list[int]
 
 
 def scan(requests: Sequence[ScanRequest]) -> list[ScanResult]:
@@ -76,8 +80,8 @@ def _native(request: ScanRequest) -> ScanResult | None:
     cutoff = trivial_cutoff(scores, request.budget)
     if cutoff is not None:
         mass = None if dual is None else native_mass(scores, dual, request.dropped)
-        return ScanResult(all(finite(scores.tensors)), cutoff, mass)
-    ok, threshold, tie_ends, sums = native.scan(
+        return ScanResult(all(finite(scores.tensors)), cutoff, mass, cutoff.tie_ends)
+    ok, threshold, tie_ends, above, sums = native.scan(
         tensors=scores.tensors,
         scales=scores.scales,
         costs=costs,
@@ -86,30 +90,36 @@ def _native(request: ScanRequest) -> ScanResult | None:
         bracket=request.bracket,
         dual=None if dual is None else dual.astuple(),
         dropped=request.dropped,
+        counted=request.counted,
         threads=torch.get_num_threads(),
     )
-    return ScanResult(ok, Cutoff(threshold, list(tie_ends)), None if dual is None else Mass(*sums))
+    mass = None if dual is None else Mass(*sums)
+    return ScanResult(ok, Cutoff(threshold, list(tie_ends)), mass, list(above))
 
 
 def _on_device(request: ScanRequest) -> Tensor:
     """Return everything as one row of numbers."""
     scores = request.scores
-    row = torch.zeros(8, dtype=torch.float64, device=scores.device)
+    counts = len(scores.tensors) if request.counted else 0
+    row = torch.zeros(8 + counts, dtype=torch.float64, device=scores.device)
     row[0] = max_magnitude(scores.tensors).amax()
     if trivial_cutoff(scores, request.budget) is None:
         row[1:5] = boundary(scores, request.budget)
+        for i in range(counts):
+            row[8 + i] = (scores.of(scores.tensors[i], i) > row[1]).sum()
     if request.dual is not None:
-        row[5:] = mass_on_device(scores, request.dual, request.dropped)
+        row[5:8] = mass_on_device(scores, request.dual, request.dropped)
     return row
 
 
 def _read(request: ScanRequest, row: list[float]) -> ScanResult:
-    largest_entry, threshold, left, ties, number, *sums = row
+    largest_entry, threshold, left, ties, number = row[:5]
     ok = math.isfinite(largest_entry)
     cutoff = trivial_cutoff(request.scores, request.budget)
+    above = [int(count) for count in row[8:]] if cutoff is None else cutoff.tie_ends
     if cutoff is None:
         tie_ends: list[int] = []
         if ok and not request.threshold_only:
             tie_ends = tie_ends_of(request.scores, request.budget, threshold, left, ties, number)
         cutoff = Cutoff(threshold, tie_ends)
-    return ScanResult(ok, cutoff, None if request.dual is None else Mass(*sums))
+    return ScanResult(ok, cutoff, None if request.dual is None else Mass(*row[5:8]), above)

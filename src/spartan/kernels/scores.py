@@ -83,6 +83,11 @@ class Scores:
         plain = [c for c in self.costs if not isinstance(c, Tensor)]
         return plain if len(plain) == len(self.costs) else None
 
+    def part(self, indices: Sequence[int]) -> Scores:
+        """Return the scores of some of the tensors."""
+        tensors, scales = [self.tensors[i] for i in indices], [self.scales[i] for i in indices]
+        return Scores(tensors, scales, [self.costs[i] for i in indices], self.absolute)
+
     def of(self, x: Tensor, index: int) -> Tensor:
         """Return the scores of (a part of) one tensor, without negative zeros."""
         u = x.to(self.dtype)

@@ -8,7 +8,8 @@ native version first looks among the few entries inside a bracket around the las
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,10 +33,16 @@ class Cutoff:
         threshold: Entries with a larger score are kept. -inf keeps all, inf none.
         tie_ends: For each tensor: of the entries whose score is the threshold, those at positions
             before this, counted in the order of memory, are kept.
+        lowered: Thresholds of their own of tensors that are held to a floor, by index.
     """
 
     threshold: float
     tie_ends: list[int]
+    lowered: Mapping[int, float] = field(default_factory=dict)
+
+    def of(self, index: int) -> tuple[float, int]:
+        """Return threshold and tie_end of one tensor."""
+        return self.lowered.get(index, self.threshold), self.tie_ends[index]
 
 
 def trivial_cutoff(scores: Scores, budget: float) -> Cutoff | None:
@@ -126,8 +133,7 @@ def _tie_end_by_entry(scores: Scores, threshold: float, left: float) -> int:
 def masks_of(scores: Scores, cutoff: Cutoff) -> list[Tensor]:
     """Return the boolean mask of each tensor, True where kept."""
     return [
-        unflat(kept(scores.of(flat(x), i), cutoff.threshold, tie_end), x)
-        for i, (x, tie_end) in enumerate(zip(scores.tensors, cutoff.tie_ends, strict=True))
+        unflat(kept(scores.of(flat(x), i), *cutoff.of(i)), x) for i, x in enumerate(scores.tensors)
     ]
 
 

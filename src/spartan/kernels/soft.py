@@ -5,6 +5,9 @@ m = sigmoid(β (u - reference) + μ), and the gradient G of w = θ · m comes ba
 
     dL/dθ = m G + sign(θ) β scale s (q - price · cost),  q = G θ,  s = m (1 - m),
     price = Σ q s / Σ cost s.
+
+Where the model computes with w = θ of the kept entries instead, without their m, the gradient of
+what is pruned is damped: dL/dθ = min(1, m / m at the reference) G.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from torch import Tensor
 from spartan.kernels.dispatch import native_for
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, flat_pieces, wide
+
+_TINY = 1e-30  # below, a mask counts as zero: its inverse must stay within float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,17 @@ class Dual:
     def threshold(self) -> float:
         """The soft threshold: the score at which the mask is one half."""
         return self.reference - self.mu / self.beta
+
+    def centred(self, reference: float) -> Dual:
+        """Return the same masks, with their logits centred at another score."""
+        if math.isinf(self.mu) or math.isinf(reference):
+            return self
+        return Dual(self.beta, reference, self.mu + self.beta * (reference - self.reference))
+
+    @property
+    def at_reference(self) -> float:
+        """The soft mask at the reference."""
+        return 1.0 / (1.0 + math.exp(-self.mu)) if self.mu > -700 else 0.0
 
     def logits(self, scores: Tensor) -> Tensor:
         """Return the logits in the dtype of the scores."""
@@ -160,6 +176,41 @@ def pull_back(
     )
     for grad in grads:
         torch.autograd.graph.increment_version(grad)
+
+
+def damp(
+    grads: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    scales: Sequence[float],
+    duals: Sequence[Dual],
+) -> None:
+    """Multiply gradients by min(1, m / m at the reference), in place.
+
+    Args:
+        grads: G, overwritten.
+        thetas: θ, of the same shapes.
+        scales: Scores are u = scale · |θ|.
+        duals: The dual variable of each tensor, centred at the threshold of what is kept.
+    """
+    per_mask = [1.0 / max(dual.at_reference, _TINY) for dual in duals]
+    native = native_for(grads, thetas)
+    if native is not None:
+        native.damp(
+            grads=grads,
+            thetas=thetas,
+            scales=scales,
+            duals=[dual.astuple() for dual in duals],
+            per_mask=per_mask,
+            threads=torch.get_num_threads(),
+        )
+        for grad in grads:
+            torch.autograd.graph.increment_version(grad)
+        return
+    for grad, theta, scale, dual, factor in zip(
+        grads, thetas, scales, duals, per_mask, strict=True
+    ):
+        for g, x in flat_pieces(grad, theta):
+            g.mul_(dual.mask(wide(x).abs() * scale).mul_(factor).clamp_(max=1))
 
 
 def _pull_back(

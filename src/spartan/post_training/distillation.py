@@ -27,6 +27,7 @@ from spartan.post_training.calibration import Calibration
 from spartan.post_training.network import Network
 from spartan.seeds import derive_seed
 from spartan.sparsifier.sparsifier import Sparsifier
+from spartan.teachers import divergence
 
 Augment = Callable[[Any, torch.Generator], Any]
 
@@ -79,11 +80,7 @@ class Distillation:
         if self.loss == "kl" or (self.loss == "auto" and ours is not None):
             if ours is None or theirs is None:
                 ours, theirs = next(_tensors(output)), next(_tensors(wanted))
-            t = self.temperature
-            guess, truth = (
-                F.log_softmax(x.float().flatten(0, -2) / t, dim=-1) for x in (ours, theirs)
-            )
-            return t * t * F.kl_div(guess, truth, log_target=True, reduction="batchmean")
+            return divergence(ours, theirs, self.temperature)
         pairs_of = list(zip(_tensors(output), _tensors(wanted), strict=True))
         errors = [
             F.mse_loss(a.float(), b.float()) / b.float().var(correction=0).clamp_min(1e-12)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spartan.errors import BudgetError, renamed
-from spartan.kernels import Cutoff, ScanRequest, Scores, masks_of, scan
+from spartan.kernels import Cutoff, ScanRequest, ScanResult, Scores, masks_of, scan
 from spartan.kernels.selection import SLACK
 
 
@@ -34,9 +36,58 @@ def hard_topk(values: Tensor, budget: float, costs: Tensor | None = None) -> Ten
     return masks_of(scores, find_cutoff(scores, budget))[0]
 
 
-def find_cutoff(scores: Scores, budget: float) -> Cutoff:
-    """Find which entries a budget keeps; see `spartan.kernels.ScanRequest`."""
-    return scan([ScanRequest(scores, budget)])[0].cutoff
+def find_cutoff(scores: Scores, budget: float, floors: Sequence[int] = ()) -> Cutoff:
+    """Find which entries a budget keeps; see `spartan.kernels.ScanRequest`.
+
+    Args:
+        scores: The scores that compete.
+        budget: Total cost that may be kept.
+        floors: How many entries of each tensor stay at least; none by default.
+    """
+    request = ScanRequest(scores, budget, counted=bool(floors))
+    return held_to_floors(request, scan([request])[0], floors)
+
+
+def held_to_floors(request: ScanRequest, found: ScanResult, floors: Sequence[int]) -> Cutoff:
+    """Return the best choice of which every tensor keeps its floor.
+
+    A tensor that would keep less keeps its largest entries, as many as its floor; the others
+    compete for what that leaves. They get less than before, so that more of them may fall below
+    theirs, until none does.
+
+    Args:
+        request: What was looked for, with `counted`.
+        found: What was found.
+        floors: How many entries of each tensor stay at least; together they fit the budget. Empty
+            for none.
+    """
+    scores, cutoff = request.scores, found.cutoff
+    if not floors:
+        return cutoff
+    free, counts = list(range(len(floors))), found.above
+    held: dict[int, Cutoff] = {}
+    while short := [i for i, count in zip(free, counts, strict=True) if count < floors[i]]:
+        for i in short:
+            held[i] = find_cutoff(scores.part([i]), _cost(scores, i, floors[i]))
+        free = [i for i in free if i not in held]
+        if not free:
+            break
+        left = request.budget - sum(_cost(scores, i, floors[i]) for i in held)
+        again = dataclasses.replace(
+            request, scores=scores.part(free), budget=left, dual=None, threshold_only=False
+        )
+        rest = scan([again])[0]
+        counts, ends = rest.above, dict(zip(free, rest.cutoff.tie_ends, strict=True))
+        ends |= {i: one.tie_ends[0] for i, one in held.items()}
+        lowered = {i: one.threshold for i, one in held.items()}
+        cutoff = Cutoff(rest.cutoff.threshold, [ends[i] for i in sorted(ends)], lowered)
+    return cutoff
+
+
+def _cost(scores: Scores, index: int, count: int) -> float:
+    cost = scores.costs[index]
+    assert not isinstance(cost, Tensor)
+    return cost * count
 
 
 def select_rows(scores: Tensor, kept: int) -> Tensor:

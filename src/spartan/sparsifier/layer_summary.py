@@ -20,6 +20,9 @@ class LayerSummary:
         kept_units: Units kept.
         kept: Weights in kept units.
         cost: Relative cost of one unit in its budget group.
+        floor: Units that it keeps at least.
+        soft: Whether kept weights are multiplied by a soft mask, or a gate, while masks move.
+            Spartan decides it in the first steps: where a norm follows.
     """
 
     name: str
@@ -29,6 +32,8 @@ class LayerSummary:
     kept_units: int
     kept: int
     cost: float
+    floor: int = 0
+    soft: bool = False
 
     @property
     def density(self) -> float:
@@ -36,8 +41,8 @@ class LayerSummary:
         return self.kept / self.numel
 
 
-def summarize(weight: MaskedWeight, kept_units: int) -> LayerSummary:
-    """Return the row of a weight that keeps so many units."""
+def summarize(weight: MaskedWeight, kept_units: int, soft: bool) -> LayerSummary:
+    """Return the row of a weight that keeps so many units, with or without a soft mask."""
     return LayerSummary(
         name=weight.name,
         shape=tuple(weight.prunable.shape),
@@ -46,6 +51,8 @@ def summarize(weight: MaskedWeight, kept_units: int) -> LayerSummary:
         kept_units=kept_units,
         kept=kept_units * weight.pattern.unit_numel(weight.prunable),
         cost=weight.cost,
+        floor=weight.floor,
+        soft=soft,
     )
 
 

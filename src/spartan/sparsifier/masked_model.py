@@ -69,11 +69,11 @@ class MaskedModel:
             StateError: The model has other parameters now.
         """
         self.watch.require_present()
-        return [
-            summarize(weight, weight.kept if self._holds_w(weight) else _units_held(weight))
-            for group in self._groups
-            for weight in group.weights
-        ]
+        return [self._summary(weight) for group in self._groups for weight in group.weights]
+
+    def _summary(self, weight: MaskedWeight) -> LayerSummary:
+        kept = weight.kept if self._holds_w(weight) else _units_held(weight)
+        return summarize(weight, kept, self._method.is_soft(weight))
 
     def monitor(self) -> dict[str, float]:
         """Return density, of the masks, and the method's numbers, averaged over groups."""

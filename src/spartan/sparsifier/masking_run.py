@@ -32,6 +32,7 @@ from spartan.sparsifier.budget_warnings import note_newborn, warn_of_dead_layers
 from spartan.sparsifier.governors import govern, release
 from spartan.sparsifier.masked_model import MaskedModel
 from spartan.sparsifier.model_guard import ModelGuard
+from spartan.sparsifier.old_states import as_begun
 from spartan.sparsifier.optimizers import (
     check_optimizers,
     loss_scale,
@@ -216,10 +217,12 @@ class MaskingRun:
         self._leave_step()
         self.facts.watch.require_present()
         measured = self.budget.latency_ms is not None
+        method = as_begun(self.method, state)
         step = load_run(
-            state, self._settings(), self.method, self.weights, self.groups, self.steps.horizon,
-            measured,
+            state, self._settings() | {"method": method.settings()}, method, self.weights,
+            self.groups, self.steps.horizon, measured,
         )  # fmt: skip
+        self.method = method
         self.steps.resume(step)
         self._writer.write(self.weights)
 

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from spartan.errors import StateError
+from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.norm_follows import GRADIENTS
+from spartan.methods.masking.soft_mask import SoftMask
+from spartan.methods.masking.spartan import Spartan
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
 
 
@@ -29,10 +33,44 @@ def check_step(step: object) -> None:
         raise StateError(f"The state is damaged: it was saved after step {step!r}.")
 
 
+def as_begun(method: MaskingMethod, state: Mapping[str, Any]) -> MaskingMethod:
+    """Return the method with the defaults of the version that saved a state: the run goes on so.
+
+    Up to version 4 the β of `Spartan()` ended at 20, and it annealed in a line.
+    """
+    with understood():
+        if state.get("version") not in (2, 3, 4) or not isinstance(method, Spartan):
+            return method
+        begun = state.get("settings", {}).get("method", {})
+        if begun.get("beta") == [1.0, 20.0] and method.beta == Spartan.beta:
+            method = dataclasses.replace(method, beta=(1.0, 20.0))
+        if begun.get("annealing") == "linear" and method.annealing == Spartan.annealing:
+            method = dataclasses.replace(method, annealing="linear")
+        return method
+
+
 _RENAMED = {"gate": "fixed"}  # fields of weights
 
 
 def upgraded(
+    state: Mapping[str, Any], weight_state: type[WeightState], group_state: type[GroupState]
+) -> Mapping[str, Any]:
+    """Return a state of version 2, 3 or 4 as one of version 5; others as they are.
+
+    In version 4 Spartan multiplied every weight by its soft mask.
+    """
+    state = _as_version_4(state, weight_state, group_state)
+    if state.get("version") != 4 or "weights" not in state or weight_state is not SoftMask:
+        return {**state, "version": 5} if state.get("version") == 4 else state
+    decided = {"hard": False, "gradients": GRADIENTS}
+    weights = {}
+    for name, values in state["weights"].items():
+        (own,) = values["own"]
+        weights[name] = {**values, "own": ({**own, "state": {**decided, **own["state"]}},)}
+    return {**state, "version": 5, "weights": weights}
+
+
+def _as_version_4(
     state: Mapping[str, Any], weight_state: type[WeightState], group_state: type[GroupState]
 ) -> Mapping[str, Any]:
     """Return a state of version 2 or 3 as one of version 4; others as they are.

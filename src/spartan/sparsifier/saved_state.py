@@ -19,7 +19,7 @@ from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import restored, saved
 from spartan.sparsifier.old_states import check_step, understood, upgraded
 
-STATE_VERSION = 4  # earlier ones: see `old_states`
+STATE_VERSION = 5  # earlier ones: see `old_states`
 
 
 def run_state(

@@ -73,18 +73,23 @@ class Sparsifier:
     ) -> None:
         check_model(model)
         self.model = model
-        self.method = as_method(method)
+        chosen = as_method(method)
         self.budget = as_budget(budget)
         self.pattern = as_pattern(pattern)
         optimizers = as_optimizers(optimizer)
-        self.total_steps = check_steps(total_steps, self.method)
+        self.total_steps = check_steps(total_steps, chosen)
         common = self.budget, self.total_steps, self.pattern, include, exclude
         self.run: MaskingRun | GrowingRun
-        if isinstance(self.method, GrowthMethod):
-            self.run = GrowingRun(model, optimizers, self.method, *common)
+        if isinstance(chosen, GrowthMethod):
+            self.run = GrowingRun(model, optimizers, chosen, *common)
         else:
-            self.run = MaskingRun(model, optimizers, self.method, *common)
+            self.run = MaskingRun(model, optimizers, chosen, *common)
         self.run.steps.note_handles(optimizer)
+
+    @property
+    def method(self) -> MaskingMethod | GrowthMethod:
+        """The method, with the settings that the run was begun with."""
+        return self.run.method
 
     @property
     def step(self) -> int:

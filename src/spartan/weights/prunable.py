@@ -76,6 +76,11 @@ class Prunable:
         return (inputs, out, *rest) if self.input_first else (out, inputs, *rest)
 
     @property
+    def outputs(self) -> int:
+        """Number of outputs, of all experts."""
+        return self.experts * self.oriented_shape[0]
+
+    @property
     def output_dims(self) -> tuple[int, ...]:
         """The dimensions, as stored, that number the outputs."""
         outputs = int(self.input_first) + int(self.stacked)

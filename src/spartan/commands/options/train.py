@@ -56,6 +56,8 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
+    teacher: str | None = None
+    """A trained run, or weights of this model, to learn from beside the labels."""
     optimizer: str = "auto"
     """sgd (Nesterov momentum 0.9), adamw, or auto: adamw for transformers, else sgd."""
     lr: float | None = None

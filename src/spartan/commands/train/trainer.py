@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ from spartan.commands.options.train import TrainConfig
 from spartan.commands.runs.folder import Run
 from spartan.commands.runs.interrupt import InterruptedRunError, SignalGuard
 from spartan.commands.runs.metrics import MetricsLog, Row
+from spartan.commands.train.teacher import find_teacher
 from spartan.errors import ConfigError, StateError
 from spartan.files import load_state, save_state, save_tensors
 from spartan.methods.growth.contract import GrowthMethod
 from spartan.methods.registry import AnyMethod
+from spartan.norms import recalibrated
 from spartan.seeds import derive_seed
 from spartan.sparsifier.sparsifier import Sparsifier
 
+_RECALIBRATED = 512  # training images that batch norms are measured on while masks move
 _LOG_ROWS = 200  # training rows written over a whole run, at most one a step
 
 
@@ -58,6 +62,7 @@ class Trainer:
         self.model = build_model(config.model, data.channels, data.size, len(data.classes))
         self.model.to(self.device)
         self._check_model()
+        self._teacher = find_teacher(config, data, self.device)
         method = config.make_method()
         budget = config.make_budget(example_images(data.channels, data.size, device=self.device))
         self._convert(method, budget)
@@ -120,9 +125,27 @@ class Trainer:
             log.close()
 
     def evaluate(self) -> tuple[float, float]:
-        """Return mean loss and accuracy on the held-out images."""
-        workers = self.config.workers
-        return loss_and_accuracy(self.model, self.data.test, self.data, self.device, workers)
+        """Return mean loss and accuracy on the held-out images.
+
+        While masks move, running statistics of batch norms are behind the weights: they are then
+        taken of some training images instead.
+        """
+        moving = self.sparsifier.run.moves_after(self.step)
+        with recalibrated(self.model, self._some_inputs()) if moving else nullcontext():
+            workers = self.config.workers
+            return loss_and_accuracy(self.model, self.data.test, self.data, self.device, workers)
+
+    def _some_inputs(self) -> Iterator[Tensor]:
+        """Yield a few batches of training images, the same each time."""
+        chosen = range(min(_RECALIBRATED, len(self.data.train.labels)))
+        shifts = torch.Generator().manual_seed(derive_seed(self.config.seed, "recalibrate", 0))
+        for images, _ in batches(self.data.train, self.config.batch_size, chosen):
+            yield self._prepare(images.to(self.device), shifts)
+
+    def _prepare(self, images: Tensor, shifts: torch.Generator) -> Tensor:
+        """Return what the model is given in training."""
+        inputs = normalize(images, self.data)
+        return augment(inputs, self.data.flip, shifts) if self.config.augment else inputs
 
     def facts(self) -> Row:
         """Return what a reader of the saved model needs to know."""
@@ -253,13 +276,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_lr * lr_factor(config, self.step, self.total_steps)
         images, labels = images.to(self.device), labels.to(self.device)
-        inputs = normalize(images, self.data)
-        if config.augment:
-            shifts = torch.Generator().manual_seed(derive_seed(config.seed, "augment", self.step))
-            inputs = augment(inputs, self.data.flip, shifts)
+        shifts = torch.Generator().manual_seed(derive_seed(config.seed, "augment", self.step))
+        inputs = self._prepare(images, shifts)
         with self._autocast:
             logits = self._forward(inputs)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            loss = self._loss(logits, inputs, labels)
         self.optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         if config.clip is not None:
@@ -274,6 +295,12 @@ class Trainer:
             self._tally = self._tally.to(self.device)
             self._tally[:2] += counts
             self._tally[2] += len(labels)
+
+    def _loss(self, logits: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        if self._teacher is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return self._teacher.loss(logits, inputs, labels, label_smoothing=smoothing)
 
     def _stop(self, run: Run, signum: int) -> None:
         raise InterruptedRunError(

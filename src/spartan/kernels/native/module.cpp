@@ -59,12 +59,12 @@ std::vector<bool> finite(const Floats& tensors, Threads threads) {
   return result;
 }
 
-std::tuple<bool, float, Sizes, MassTuple> scan(const Floats& tensors,
-                                               const std::vector<float>& scales,
-                                               const std::vector<double>& costs, bool absolute,
-                                               double budget, Bracket bracket,
-                                               const std::optional<DualTuple>& dual, bool dropped,
-                                               Threads threads) {
+std::tuple<bool, float, Sizes, Sizes, MassTuple> scan(const Floats& tensors,
+                                                      const std::vector<float>& scales,
+                                                      const std::vector<double>& costs,
+                                                      bool absolute, double budget, Bracket bracket,
+                                                      const std::optional<DualTuple>& dual,
+                                                      bool dropped, bool counted, Threads threads) {
   require(!tensors.checked("tensors").sizes.empty(), "tensors", "must not be empty");
   require_one_each(scales, "scales", tensors);
   require_one_each(costs, "costs", tensors);
@@ -79,9 +79,11 @@ std::tuple<bool, float, Sizes, MassTuple> scan(const Floats& tensors,
                             std::get<1>(bracket),
                             dual ? &wanted : nullptr,
                             dropped,
+                            counted,
                             threads};
   Cutoff cutoff = find_cutoff(loops(), request);
-  return {cutoff.finite, cutoff.threshold, std::move(cutoff.tie_ends), tuple_of(cutoff.mass)};
+  return {cutoff.finite, cutoff.threshold, std::move(cutoff.tie_ends), std::move(cutoff.above),
+          tuple_of(cutoff.mass)};
 }
 
 MassTuple mass(const Floats& tensors, const std::vector<float>& scales,
@@ -184,6 +186,22 @@ void pull_back(const Floats& grads, const Floats& thetas, const std::vector<floa
   });
 }
 
+void damp(const Floats& grads, const Floats& thetas, const std::vector<float>& scales,
+          const Duals& duals, const std::vector<float>& per_mask, Threads threads) {
+  grads.checked("grads");
+  require_alike(thetas, "thetas", grads);
+  require_one_each(scales, "scales", grads);
+  require_one_each(duals, "duals", grads);
+  require_one_each(per_mask, "per_mask", grads);
+  const auto chunks = chunks_of(grads.sizes);
+  parallel(chunks.size(), threads, [&](int, std::int64_t c) {
+    const std::size_t t = chunks[c].tensor;
+    loops().damp(at<float>(grads.addresses, chunks[c]),
+                 at<const float>(thetas.addresses, chunks[c]), chunks[c].size, {scales[t], true},
+                 dual_of(duals[t]), per_mask[t]);
+  });
+}
+
 void mask(const Floats& tensors, const List<bool>& masks, Threads threads) {
   tensors.checked("tensors");
   require_alike(masks, "masks", tensors);
@@ -267,7 +285,7 @@ NB_MODULE(_native, m) {
   kernels.def_static("finite", &finite, Release(), named, "tensors"_a, "threads"_a);
   kernels.def_static("scan", &scan, Release(), named, "tensors"_a, "scales"_a, "costs"_a,
                      "absolute"_a, "budget"_a, "bracket"_a, "dual"_a.none(), "dropped"_a,
-                     "threads"_a);
+                     "counted"_a, "threads"_a);
   kernels.def_static("mass", &mass, Release(), named, "tensors"_a, "scales"_a, "costs"_a,
                      "absolute"_a, "dual"_a, "dropped"_a, "threads"_a);
   kernels.def_static("project", &project, Release(), named, "thetas"_a, "latents"_a, "weights"_a,
@@ -277,6 +295,8 @@ NB_MODULE(_native, m) {
                      "duals"_a, "threads"_a);
   kernels.def_static("pull_back", &pull_back, Release(), named, "grads"_a, "thetas"_a, "scales"_a,
                      "costs"_a, "duals"_a, "price"_a, "threads"_a);
+  kernels.def_static("damp", &damp, Release(), named, "grads"_a, "thetas"_a, "scales"_a, "duals"_a,
+                     "per_mask"_a, "threads"_a);
   kernels.def_static("mask", &mask, Release(), named, "tensors"_a, "masks"_a, "threads"_a);
   kernels.def_static("pool_units", &pool_units, Release(), named, "grid"_a, "x"_a, "y"_a.none(),
                      "units"_a, "threads"_a);

@@ -55,7 +55,7 @@ class Search {
     std::vector<std::int64_t> offsets(chunks_.size() + 1, 0);
     for (std::size_t c = 0; c < chunks_.size(); ++c)
       offsets[c + 1] = offsets[c] + std::max(chunks_[c].size / 64, kSmall);
-    const std::unique_ptr<std::int32_t[]> found(new std::int32_t[offsets.back()]);
+    std::unique_ptr<std::int32_t[]> found(new std::int32_t[offsets.back()]);
     std::vector<Near> near(chunks_.size());
     parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
       visit(c);
@@ -72,7 +72,9 @@ class Search {
       for (std::int64_t i = 0; i < near[c].found; ++i)
         candidates.push_back({found[offsets[c] + i], static_cast<std::int32_t>(kind(c))});
     }
-    return !reaches(above) && among(candidates, above, boundary);
+    if (reaches(above) || !among(candidates, above, boundary)) return false;
+    near_ = std::move(near), found_ = std::move(found), offsets_ = std::move(offsets);
+    return true;
   }
 
   // Digit by digit, from the top: a histogram of those that share the digits found so far.
@@ -108,6 +110,18 @@ class Search {
     return tie_ends;
   }
 
+  // How many entries of each tensor lie above the boundary.
+  std::vector<std::int64_t> above(const Boundary& boundary) {
+    if (near_.empty()) count_above(boundary.key);
+    std::vector<std::int64_t> above(request_.sizes.size(), 0);
+    for (std::size_t c = 0; c < chunks_.size(); ++c) {
+      above[chunks_[c].tensor] += near_[c].above;
+      for (std::int64_t i = 0; i < near_[c].found; ++i)
+        above[chunks_[c].tensor] += found_[offsets_[c] + i] > boundary.key;
+    }
+    return above;
+  }
+
   bool finite() const {
     return std::all_of(finite_.begin(), finite_.end(), [](char ok) { return ok; });
   }
@@ -131,6 +145,14 @@ class Search {
     for (std::size_t k = 0; k < costs_.size(); ++k) cost += costs_[k] * counts[k];
     return cost;
   }
+  // One more pass, where the boundary was not found among the entries near the last one.
+  void count_above(std::int32_t key) {
+    near_.resize(chunks_.size());
+    parallel(chunks_.size(), request_.threads, [&](int, std::int64_t c) {
+      near_[c] = loops_.near(data(c), chunks_[c].size, scores(c), key + 1, key + 1, nullptr, 0);
+    });
+  }
+
   bool reaches(const Counts& counts) const { return cost_of(counts) >= request_.budget - slack_; }
 
   Boundary boundary_at(std::int32_t key, const Counts& above, const Counts& ties) const {
@@ -249,6 +271,10 @@ class Search {
   std::vector<char> finite_;
   std::vector<Mass> masses_;
   bool visited_ = false;
+  // What was seen near the last boundary: the keys found in chunk c begin at offsets_[c].
+  std::vector<Near> near_;
+  std::unique_ptr<std::int32_t[]> found_;
+  std::vector<std::int64_t> offsets_;
 };
 
 }  // namespace
@@ -258,7 +284,8 @@ Cutoff find_cutoff(const Loops& loops, const ScanRequest& request) {
   Boundary boundary{};
   if (request.low >= request.high || !search.from_bracket(boundary))
     boundary = search.from_histograms();
-  return {search.finite(), score_of(boundary.key), search.tie_ends(boundary), search.mass()};
+  return {search.finite(), score_of(boundary.key), search.tie_ends(boundary),
+          request.counted ? search.above(boundary) : std::vector<std::int64_t>(), search.mass()};
 }
 
 }  // namespace spartan

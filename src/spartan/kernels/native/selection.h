@@ -23,6 +23,7 @@ struct ScanRequest {
   float low, high;   // the threshold is expected between them, if low < high
   const Dual* dual;  // if given, its soft mass is summed on the way
   bool dropped;
+  bool counted;  // whether `above` is wanted
   int threads;
 };
 
@@ -30,6 +31,7 @@ struct Cutoff {
   bool finite;      // whether all entries are; nothing else means anything if not
   float threshold;  // entries above it are kept
   std::vector<std::int64_t> tie_ends;  // of those equal to it, the ones at positions before this
+  std::vector<std::int64_t> above;     // how many entries of each tensor lie above it
   Mass mass;
 };
 

@@ -103,6 +103,10 @@ class MaskingMethod(Registered, ABC):
         """Say what is missing in the restored state of a weight to go on after `step`; or None."""
         return None
 
+    def is_soft(self, weight: MaskedWeight) -> bool:
+        """Say whether kept weights are multiplied by a soft mask, or a gate, in training."""
+        return False
+
     def with_max_layer_sparsity(self, most: float) -> Self:
         """Return the method with a bound on what a layer may lose, if it learns rates.
 
@@ -120,6 +124,8 @@ class MaskingMethod(Registered, ABC):
 
 def scale_gradients(weights: Sequence[MaskedWeight], factors: Sequence[Tensor]) -> None:
     """Multiply the gradients by one factor for each unit, in place."""
+    if not weights:
+        return
     if all(weight.elementwise for weight in weights):
         torch._foreach_mul_([weight.required_grad for weight in weights], list(factors))
         return

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from spartan.methods.masking.dead_outputs import hold_dead_outputs
 from spartan.methods.masking.groups import BudgetGroup, Competition, competitions_of, keep_largest
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import WeightState
+from spartan.schedules import Curve
 
 
 @dataclass
@@ -58,7 +59,7 @@ class DualAveraging(AnnealedMasking):
     backward_density: float = 1.0
     warmup: float = 0.2
     finetune: float = 0.2
-    annealing: Literal["linear", "cosine"] = "linear"
+    annealing: Curve = "linear"
 
     checks_weights: ClassVar[bool] = True
     weight_state: ClassVar[type[WeightState]] = BackwardMask

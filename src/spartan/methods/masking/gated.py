@@ -175,6 +175,9 @@ class Gated(MaskingMethod):
             gates_of(weight).pulled = pulled.mul_(sample.slope).div_(weight.loss_scale)
         scale_gradients(weights, [sample.gate for sample in samples])
 
+    def is_soft(self, weight: MaskedWeight) -> bool:
+        return True
+
     def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
         own = gates_of(weight)
         if step >= self._last_update(total_steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from spartan.kernels import Cutoff, Dual, ScanRequest, ScanResult, Scores, finit
 from spartan.kernels.scores import wide
 from spartan.methods.masking.masked_weight import MaskedWeight, PendingMask
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
-from spartan.selection.hard import find_cutoff, select_rows
+from spartan.selection.hard import find_cutoff, held_to_floors, select_rows
+from spartan.selection.soft import DualSearch
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import Prunable
 
@@ -109,6 +111,7 @@ def make_group(
     shapes = [pattern.unit_shape(w) for w in members]
     units = sum(math.prod(shape) for shape in shapes)
     mean_numel = sum(w.parameter.numel() for w in members) / units
+    floors = budget.floors or (0,) * len(members)
     if len({one.parameter.device for one in members}) > 1:
         raise StateError(
             "The prunable weights lie on several devices, and a budget is solved on one: use "
@@ -120,11 +123,12 @@ def make_group(
             pattern=pattern,
             cost=cost,
             divisor=cost * mean_numel,
+            floor=floor,
             latent=prunable.parameter.detach().clone(),
             stored_mask=_everything(prunable.parameter, shape),
             state=weight_state(),
         )
-        for prunable, cost, shape in zip(members, budget.costs, shapes, strict=True)
+        for prunable, cost, floor, shape in zip(members, budget.costs, floors, shapes, strict=True)
     ]
     return BudgetGroup(weights, budget, group_state())
 
@@ -159,6 +163,16 @@ class Competition:
             [w.theta if self._elementwise else w.magnitudes() for w in self.weights]
         )
 
+    @cached_property
+    def floors(self) -> list[int]:
+        """Units that each weight keeps at least; empty where none has a floor, or all do not fit.
+
+        They do not fit where weights that are not trained hold most of the budget.
+        """
+        floors = [weight.floor for weight in self.weights]
+        needed = sum(weight.floor * weight.cost for weight in self.weights)
+        return floors if any(floors) and needed <= self.budget else []
+
     def _scores_of(self, pooled: Sequence[Tensor]) -> Scores:
         scales, costs = [w.scale for w in self.weights], [w.cost for w in self.weights]
         return Scores(pooled, scales, costs, absolute=True)
@@ -172,6 +186,20 @@ class Competition:
         """Weights per unit, on average."""
         return sum(w.latent.numel() for w in self.weights) / sum(w.units for w in self.weights)
 
+    def request(
+        self, bracket: tuple[float, float], search: DualSearch | None = None
+    ) -> ScanRequest:
+        """Ask what the budget keeps.
+
+        Args:
+            bracket: Where the threshold is expected.
+            search: The search for a soft mask, which wants to know its mass.
+        """
+        wanted = None if search is None or search.done else search.dual
+        dropped = search is not None and search.dropped
+        counted = bool(self.floors)
+        return ScanRequest(self.scores, self.budget, bracket, wanted, dropped, counted=counted)
+
     def largest(self, budget: float, pooled: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return masks of the units of largest score that fit a budget.
 
@@ -180,7 +208,7 @@ class Competition:
             pooled: For each weight, what its units are scored by instead of the sum of their |θ|.
         """
         scores = self.scores if pooled is None else self._scores_of(pooled)
-        return masks_of(scores, find_cutoff(scores, budget))
+        return masks_of(scores, find_cutoff(scores, budget, self.floors))
 
     def keep(self, cutoff: Cutoff, dual: Dual | None = None) -> None:
         """Let masks keep what a cutoff does, with the soft mask of `dual` if there is one.
@@ -189,13 +217,16 @@ class Competition:
         are next read.
         """
         if self._elementwise and len({wide(w.latent[:0]).dtype for w in self.weights}) == 1:
-            for weight, tie_end in zip(self.weights, cutoff.tie_ends, strict=True):
-                weight.pending = PendingMask(cutoff.threshold, tie_end, dual)
+            for i, weight in enumerate(self.weights):
+                threshold, tie_end = cutoff.of(i)
+                centred = None if dual is None else dual.centred(threshold)
+                weight.pending = PendingMask(threshold, tie_end, centred)
             return
         masks = masks_of(self.scores, cutoff)
-        for weight, mask in zip(self.weights, masks, strict=True):
+        for i, (weight, mask) in enumerate(zip(self.weights, masks, strict=True)):
             weight.mask = mask
-            weight.dual = dual if self._elementwise else None
+            centred = None if dual is None else dual.centred(cutoff.of(i)[0])
+            weight.dual = centred if self._elementwise else None
 
     def unit_scores(self) -> list[Tensor]:
         """Return the score of each unit of each weight."""
@@ -263,7 +294,7 @@ def keep_counts(
 
 def _scan_at(competitions: Sequence[Competition], thresholds: Sequence[Forecast]) -> list[Cutoff]:
     requests = [
-        ScanRequest(competition.scores, competition.budget, threshold.bracket)
+        competition.request(threshold.bracket)
         for competition, threshold in zip(competitions, thresholds, strict=True)
     ]
     cutoffs = [result.cutoff for result in scan_scores(competitions, requests)]
@@ -277,6 +308,8 @@ def scan_scores(
 ) -> list[ScanResult]:
     """Scan the scores of competitions, all with one look at the weights.
 
+    Where weights would fall below their floors, a few more looks follow.
+
     Raises:
         NonFiniteError: A weight is NaN or infinite; nothing has been changed.
     """
@@ -284,6 +317,10 @@ def scan_scores(
     for competition, result in zip(competitions, results, strict=True):
         if not result.finite:
             require_finite(competition.weights)
+    for i, (competition, request) in enumerate(zip(competitions, requests, strict=True)):
+        if request.counted:
+            cutoff = held_to_floors(request, results[i], competition.floors)
+            results[i] = dataclasses.replace(results[i], cutoff=cutoff)
     return results
 
 

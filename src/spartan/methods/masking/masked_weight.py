@@ -51,6 +51,7 @@ class MaskedWeight:
         cost: What one unit takes from the group's budget.
         divisor: What the pooled |θ| of a unit is divided by to be its score: the mean |θ| of the
             unit, per relative cost of a weight.
+        floor: Units that it keeps at least in a competition with other weights.
         latent: θ, dense, in the shape and dtype of the parameter.
         stored_mask: The mask as last written; see `mask`.
         dual: Dual variable of the soft mask, for methods that have one and do not store the mask.
@@ -70,6 +71,7 @@ class MaskedWeight:
     pattern: Pattern
     cost: float
     divisor: float
+    floor: int
     latent: Tensor
     stored_mask: Tensor
     dual: Dual | None = None

@@ -36,10 +36,11 @@ from torch import Tensor
 from spartan import kernels
 from spartan.budgets.group_budget import RowBudget
 from spartan.errors import MethodError
-from spartan.kernels import Dual, ScanRequest, units
+from spartan.kernels import ScanRequest, units
 from spartan.kernels.readback import read_back
+from spartan.methods.masking import soft_mask
 from spartan.methods.masking.annealed import AnnealedMasking
-from spartan.methods.masking.contract import scale_gradients
+from spartan.methods.masking.contract import mask_gradients, scale_gradients
 from spartan.methods.masking.dead_outputs import hold_dead_outputs
 from spartan.methods.masking.groups import (
     BudgetGroup,
@@ -51,9 +52,10 @@ from spartan.methods.masking.groups import (
     scan_scores,
 )
 from spartan.methods.masking.masked_weight import MaskedWeight
+from spartan.methods.masking.soft_mask import SoftMask
 from spartan.methods.masking.state import Forecast, GroupState, WeightState
-from spartan.methods.masking.writing import write_kept, write_masked, write_scaled
-from spartan.schedules import interpolate, progress
+from spartan.methods.masking.writing import write_masked
+from spartan.schedules import Curve, interpolate, progress
 from spartan.selection import soft
 from spartan.selection.soft import DualSearch
 
@@ -62,17 +64,6 @@ from spartan.selection.soft import DualSearch
 _THRESHOLD = 0.2
 # Below, a threshold counts as zero: β, which grows as it falls, must stay within float32.
 _TINY = 1e-30
-
-
-@dataclass
-class SoftMask(WeightState):
-    """m of each unit where it is stored; None while `MaskedWeight.dual` stands for it.
-
-    Stored are masks of units of several weights, those of N:M patterns, and all once masks are
-    fixed (then m · h).
-    """
-
-    soft: Tensor | None = None
 
 
 @dataclass
@@ -113,11 +104,11 @@ class Spartan(AnnealedMasking):
     NeurIPS 2022, arXiv 2205.14107.
     """
 
-    beta: tuple[float, float] = (1.0, 20.0)
+    beta: tuple[float, float] = (1.0, 4.0)
     beta_scale: Literal["relative", "absolute"] = "relative"
     warmup: float = 0.2
     finetune: float = 0.2
-    annealing: Literal["linear", "cosine"] = "linear"
+    annealing: Curve = "cubic"
 
     checks_weights: ClassVar[bool] = True
     weight_state: ClassVar[type[WeightState]] = SoftMask
@@ -136,14 +127,28 @@ class Spartan(AnnealedMasking):
             raise MethodError(f"beta_scale={self.beta_scale!r}; known: relative, absolute.")
         self.check_schedule()
 
+    @classmethod
+    def published(
+        cls, beta: tuple[float, float] = (1.0, 20.0), warmup: float = 0.2, finetune: float = 0.2
+    ) -> Spartan:
+        """Return the published rule: β on raw |θ|, and every weight multiplied by its soft mask.
+
+        As published, layers may lose everything: add `Budget(layer_floor=0)` for that.
+        """
+        return cls(beta, "absolute", warmup, finetune, "linear")
+
     def select(self, groups: Sequence[BudgetGroup], step: int, total_steps: int) -> None:
+        if step == 0 and self.beta_scale == "absolute":  # as published, all are multiplied by m
+            for group in groups:
+                for weight in group.weights:
+                    weight.state_as(SoftMask).hard = False
         rows, others = by_rows(competitions_of(groups, self.progress(step, total_steps)))
         self._select_rows(rows, step, total_steps)
         self._select_units(others, step, total_steps)
         if step >= self._last_update(total_steps):
             for group in groups:
                 for weight in group.weights:
-                    _fix(weight)
+                    soft_mask.fix(weight)
 
     def _select_units(
         self, competitions: Sequence[Competition], step: int, total_steps: int
@@ -153,13 +158,7 @@ class Spartan(AnnealedMasking):
         self._find_scales([c for c in competitions if _sharpness(c.group).scale is None])
         searches = [self._search(competition, step, total_steps) for competition in competitions]
         requests = [
-            ScanRequest(
-                competition.scores,
-                competition.budget,
-                competition.group.state.threshold.bracket,
-                None if search.done else search.dual,
-                search.dropped,
-            )
+            competition.request(competition.group.state.threshold.bracket, search)
             for competition, search in zip(competitions, searches, strict=True)
         ]
         # The scale of the next step. Before the target is reached, its threshold is another one.
@@ -172,7 +171,7 @@ class Spartan(AnnealedMasking):
 
         for competition, search, result in zip(competitions, searches, results, strict=False):
             competition.keep(result.cutoff, search.dual)
-            _store_soft_masks(competition, search.dual)
+            soft_mask.store(competition, result.cutoff, search.dual)
             state = _sharpness(competition.group)
             state.threshold.remember(result.cutoff.threshold)
             state.soft.remember(search.dual.threshold)
@@ -213,61 +212,63 @@ class Spartan(AnnealedMasking):
             beta = self._beta(competition, step, total_steps)
             _sharpness(competition.group).beta = beta
             for weight, threshold in zip(competition.weights, thresholds, strict=True):
-                weight.state_as(SoftMask).soft = soft.soft_rows(
-                    weight.scores(), round(competition.budget), beta, threshold
-                )
+                kept = round(competition.budget)
+                soft_mask.store_rows(weight, soft.soft_rows(weight.scores(), kept, beta, threshold))
 
     def write(self, weights: Sequence[MaskedWeight]) -> None:
-        write_kept([weight for weight in weights if _stored(weight) is None])
-        stored = [weight for weight in weights if _stored(weight) is not None]
-        for weight in stored:
-            if not weight.elementwise:
-                write_scaled(weight, torch.where(weight.mask, _soft_mask(weight), 0.0))
-        fixed = [weight for weight in stored if weight.elementwise]
-        if fixed:
-            write_kept(fixed)
-            parameters = [weight.parameter for weight in fixed]
-            torch._foreach_mul_(parameters, [_soft_mask(weight) for weight in fixed])
+        soft_mask.write(weights)
 
     def materialize(self, weight: MaskedWeight) -> Tensor:
-        if weight.newborn:  # all of it is kept, without a soft mask
+        # Of a newborn weight all is kept, without a soft mask.
+        if weight.newborn or not self.is_soft(weight):
             return super().materialize(weight)
-        if _stored(weight) is None:
+        if soft_mask.stored(weight) is None:
             weight.apply_pending()
             # In the memory order of the parameter, so that the same kernel writes the same bits.
             like = weight.parameter
             w = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
             write_masked([weight], [w])
             return w
-        kept = torch.where(weight.mask, _soft_mask(weight), 0.0)
+        kept = torch.where(weight.mask, soft_mask.of(weight), 0.0)
         # Adding zero turns the -0.0 of pruned negative weights into +0.0.
         return (weight.theta * weight.spread(kept)).add_(0.0).to(weight.latent.dtype)
 
     def pull_back(
         self, group: BudgetGroup, weights: Sequence[MaskedWeight], step: int, total_steps: int
     ) -> None:
-        if step >= self._last_update(total_steps):
-            scale_gradients(weights, [_soft_mask(weight) for weight in weights])
-            return
-        if self.beta_scale == "relative":  # "absolute" is the published rule
+        moving = step < self._last_update(total_steps)
+        if moving and self.beta_scale == "relative":  # "absolute" is the published rule
+            soft_mask.look_for_norms(weights)
             hold_dead_outputs(weights)
-        weights = [weight for weight in weights if not weight.newborn]  # w = θ of the others
-        if not weights:
+        hard = [weight for weight in weights if not self.is_soft(weight)]
+        scaled = [weight for weight in weights if self.is_soft(weight)]
+        if not moving:
+            mask_gradients(hard, [weight.mask for weight in hard])
+            scale_gradients(scaled, [soft_mask.of(weight) for weight in scaled])
             return
-        if all(weight.dual is not None for weight in weights):
+        # Of newborn weights all is kept: w = θ.
+        soft_mask.damp_gradients([weight for weight in hard if not weight.newborn])
+        scaled = [weight for weight in scaled if not weight.newborn]
+        if not scaled:
+            return
+        if all(weight.dual is not None for weight in scaled):
             kernels.pull_back(
-                [weight.required_grad for weight in weights],
-                [weight.latent for weight in weights],
-                [weight.scale for weight in weights],
-                [weight.cost for weight in weights],
-                [weight.dual for weight in weights if weight.dual is not None],
+                [weight.required_grad for weight in scaled],
+                [weight.latent for weight in scaled],
+                [weight.scale for weight in scaled],
+                [weight.cost for weight in scaled],
+                [weight.dual for weight in scaled if weight.dual is not None],
             )
         else:
-            _pull_back_units(group, weights)
+            _pull_back_units(group, scaled)
+
+    def is_soft(self, weight: MaskedWeight) -> bool:
+        return not weight.state_as(SoftMask).hard
 
     def lacks(self, weight: MaskedWeight, step: int, total_steps: int) -> str | None:
         fixed = step >= self._last_update(total_steps)
-        known = _stored(weight) is not None or (weight.dual is not None and not fixed)
+        kept = fixed and not self.is_soft(weight)
+        known = soft_mask.stored(weight) is not None or kept or (weight.dual and not fixed)
         return None if known or weight.newborn else "soft mask"
 
     def monitor(self, group: BudgetGroup) -> dict[str, float]:
@@ -287,28 +288,6 @@ class Spartan(AnnealedMasking):
 
 def _sharpness(group: BudgetGroup) -> Sharpness:
     return group.state_as(Sharpness)
-
-
-def _stored(weight: MaskedWeight) -> Tensor | None:
-    """Return the stored soft mask, if it is stored."""
-    return weight.state_as(SoftMask).soft
-
-
-def _soft_mask(weight: MaskedWeight) -> Tensor:
-    """Return the soft mask of each unit, at the latent weights it was solved for."""
-    if weight.dual is not None:
-        return weight.dual.mask(weight.scores())
-    mask = _stored(weight)
-    assert mask is not None
-    return mask
-
-
-def _store_soft_masks(competition: Competition, dual: Dual) -> None:
-    """Store the soft masks of units of several weights; others follow from the dual variable."""
-    if all(weight.elementwise for weight in competition.weights):
-        return
-    for weight, scores in zip(competition.weights, competition.unit_scores(), strict=True):
-        weight.state_as(SoftMask).soft = dual.mask(scores)
 
 
 def _at_target(competition: Competition) -> ScanRequest:
@@ -333,17 +312,9 @@ def _row_thresholds(weight: MaskedWeight) -> Tensor:
     return torch.where(weight.mask, weight.scores(), math.inf).amin(1, keepdim=True)
 
 
-def _fix(weight: MaskedWeight) -> None:
-    """Store m · h, which from now on stays what it is."""
-    weight.apply_pending()
-    kept = torch.where(weight.mask, _soft_mask(weight), 0.0)
-    weight.state_as(SoftMask).soft = kept
-    weight.dual = None
-
-
 def _pull_back_units(group: BudgetGroup, weights: Sequence[MaskedWeight]) -> None:
     """Pull back where a unit has many weights, or a budget of its own for each row."""
-    soft_masks = [_soft_mask(weight) for weight in weights]
+    soft_masks = [soft_mask.of(weight) for weight in weights]
     spreads = [m * (1.0 - m) for m in soft_masks]
     upstream = [weight.pool_product(weight.required_grad) for weight in weights]
     beta = _sharpness(group).beta

@@ -8,18 +8,24 @@ from itertools import groupby
 from torch import Tensor
 
 from spartan import kernels
-from spartan.kernels import Dual, units
+from spartan.kernels import units
 from spartan.kernels.scores import wide
 from spartan.methods.masking.masked_weight import MaskedWeight
 
 
-def write_kept(weights: Sequence[MaskedWeight]) -> None:
-    """Write w = θ, or θ · m for weights with a dual variable, where the mask keeps it."""
+def write_kept(weights: Sequence[MaskedWeight], soft: bool = True) -> None:
+    """Write w = θ where the mask keeps it.
+
+    Args:
+        weights: The weights.
+        soft: Whether those with a dual variable get θ · m instead.
+    """
     for alike in _alike([weight for weight in weights if weight.elementwise]):
-        for weight, dual in zip(alike, write_masked(alike), strict=True):
+        write_masked(alike, soft=soft)
+        for weight in alike:
             weight.stepping = False
             if weight.pending is not None:
-                weight.note_applied(dual)
+                weight.note_applied(weight.pending.dual)
     for weight in weights:
         if not weight.elementwise:
             write_scaled(weight, weight.mask)
@@ -46,8 +52,8 @@ def write_given(
 
 
 def write_masked(
-    weights: Sequence[MaskedWeight], into: Sequence[Tensor] | None = None
-) -> Sequence[Dual | None]:
+    weights: Sequence[MaskedWeight], into: Sequence[Tensor] | None = None, soft: bool = True
+) -> None:
     """Write the weights of elementwise weights that are alike in what they have.
 
     Args:
@@ -55,13 +61,11 @@ def write_masked(
             inside a step or all outside.
         into: Tensors to write to instead of the parameters, of weights without a pending mask. θ
             then stays where it is.
-
-    Returns:
-        The dual variable of each weight's soft mask, None without one.
+        soft: Whether soft masks are multiplied in.
     """
     pending = [weight.pending for weight in weights if weight.pending is not None]
     duals = [p.dual for p in pending] if pending else [weight.dual for weight in weights]
-    used = [dual for dual in duals if dual is not None]
+    used = [dual for dual in duals if dual is not None and soft]
     stepping = weights[0].stepping and into is None
     kernels.project(
         [weight.theta for weight in weights],
@@ -72,7 +76,6 @@ def write_masked(
         [(p.threshold, p.tie_end) for p in pending] or None,
         used or None,
     )
-    return duals
 
 
 def _alike(weights: Sequence[MaskedWeight]) -> Iterator[list[MaskedWeight]]:

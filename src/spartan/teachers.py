@@ -1,0 +1,78 @@
+r"""`Teacher`: a trained network that another one learns from, beside the labels.
+
+    L = (1 - a) CE(z, y) + a T² KL(softmax(z₀ / T) ‖ softmax(z / T))
+
+with logits z of the learning network and z₀ of the teacher, averaged over samples (and tokens).
+
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spartan.errors import MethodError
+from spartan.example_inputs import run_on
+
+
+class Teacher:
+    """A trained network, often the dense one, that a sparse one learns from.
+
+        teacher = spartan.Teacher(dense)
+        …
+        loss = teacher.loss(model(images), images, labels)
+
+    Args:
+        model: The teacher. It is put into evaluation mode and keeps no gradients; it must not be
+            the model that learns.
+        weight: a, how much the teacher counts beside the labels, in [0, 1].
+        temperature: T; the larger, the more the teacher's small probabilities count.
+
+    Raises:
+        MethodError: A setting is out of range.
+    """
+
+    def __init__(self, model: nn.Module, weight: float = 0.9, temperature: float = 4.0) -> None:
+        if not 0 <= weight <= 1:
+            raise MethodError(f"weight={weight!r} must lie in [0, 1].")
+        if not temperature > 0:
+            raise MethodError(f"temperature={temperature!r} must be positive.")
+        self.model, self.weight, self.temperature = model.eval(), weight, temperature
+
+    def loss(self, logits: Tensor, inputs: Any, targets: Tensor, **options: Any) -> Tensor:
+        """Return the loss of some logits.
+
+        Args:
+            logits: What the learning network answered, classes last: (batch, …, classes).
+            inputs: What it was given: a tensor, or a tuple of positional or a dict of keyword
+                arguments.
+            targets: Classes, of the shape of the logits without their last dimension.
+            options: For the cross-entropy, like `label_smoothing`.
+
+        Raises:
+            MethodError: The teacher answers in another shape.
+        """
+        with torch.no_grad():
+            answer = run_on(self.model.eval(), inputs)
+        if not isinstance(answer, Tensor) or answer.shape != logits.shape:
+            found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            raise MethodError(
+                f"The teacher answers with {found}, the network that learns with "
+                f"{tuple(logits.shape)}: both must give logits of the same classes."
+            )
+        labels = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)
+        taught = divergence(logits, answer, self.temperature)
+        return (1 - self.weight) * labels + self.weight * taught
+
+
+def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Return T² KL(softmax(wanted / T) ‖ softmax(logits / T)), the mean over all but the classes."""
+    guess, truth = (
+        F.log_softmax(x.float().flatten(0, -2) / temperature, dim=-1) for x in (logits, wanted)
+    )
+    kl = F.kl_div(guess, truth, log_target=True, reduction="batchmean")
+    return temperature * temperature * kl
