@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from spartan import Channel, Sparsifier, methods
 from spartan.always_sparse import convert
 from spartan.commands.images import ImageData, MemoryImages, augment, load_data, normalize
-from spartan.commands.models import resnet20, vit
+from spartan.commands.models import resnet20
 from spartan.methods.growth import GrowthMethod
 from spartan.seeds import derive_seed
 from spartan.weights.patterns import Block, Pattern, Unstructured
@@ -58,7 +58,7 @@ class Task:
     score: Callable[[nn.Module, Path], float]
     steps: int
     optimizer: Callable[[nn.Module], Optimizer]
-    pattern: Pattern = Unstructured()
+    pattern: Pattern = field(default_factory=Unstructured)
     exclude: tuple[str, ...] = ()
     starts_dense: bool = False
     bits: bool = False

@@ -70,7 +70,7 @@ class Teacher:
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Return T² KL(softmax(wanted / T) ‖ softmax(logits / T)), the mean over all but the classes."""
+    """Return T² KL(softmax(wanted / T) ‖ softmax(logits / T)), the mean over samples and tokens."""
     guess, truth = (
         F.log_softmax(x.float().flatten(0, -2) / temperature, dim=-1) for x in (logits, wanted)
     )

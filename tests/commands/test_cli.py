@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spartan.__main__ import main
@@ -175,6 +176,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "budget" in out
     assert "layer3.2.conv2.weight" in out
+    assert "keeps at least" in out
     assert not folder.exists()
 
 
@@ -226,6 +228,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--resume", "nowhere"], "not a run folder"),
     (["--config", "nowhere.json"], "Cannot read the config"),
     (["--density", "0.1", "--method-args", "bta=3"], "no setting 'bta'"),
+    (["--density", "0.1", "--teacher", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--density", "0.1", "--teacher", "tests"], "not a run folder"),
 ]
 
 
@@ -240,6 +244,39 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_a_run_learns_from_another(
+    file: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher is a run, or its weights; the run is resumed with the same one."""
+    taught = tmp_path / "taught"
+    words = ["--out", taught, "--epochs", "2", "--density", "0.05", "--teacher", run / file]
+    assert call("train", *words) == 0
+    config = json.loads((taught / "config.json").read_text())
+    assert config["teacher"] == str(run / file)
+    assert call("train", "--resume", taught, "--teacher", "other") == 2
+    assert "--teacher was" in capsys.readouterr().err
+    alone = tmp_path / "alone"
+    assert call("train", *["--out", alone, "--epochs", "2", "--density", "0.05"]) == 0
+    weights = [load_file(folder / "model.safetensors")["7.weight"] for folder in (taught, alone)]
+    assert not torch.equal(*weights)
+
+
+def test_a_teacher_of_other_images_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (folders / split / name).mkdir(parents=True)
+            for number in range(4):
+                image = Image.new("L", (8, 8), 60 * number + 9 * (name == "b"))
+                image.save(folders / split / name / f"{number}.png")
+    words = ["--out", tmp_path / "run", "--density", "0.1", "--data", folders, "--teacher", run]
+    assert call("train", *words) == 2
+    assert "must have learned the same task" in capsys.readouterr().err
 
 
 def test_run_folders_are_not_overwritten_or_changed(

@@ -152,6 +152,6 @@ def test_a_layer_with_next_to_nothing_is_named() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with torch.no_grad():
         model[1].weight.mul_(1e-6)[0, 0] = 1.0
+    budget = Budget(density=0.3, layer_floor=0)
     with pytest.warns(UserWarning, match=r"Next to nothing is kept of '1.weight' \(1 of 4,096"):
-        budget = Budget(density=0.3, layer_floor=0)
         Sparsifier(model, None, Magnitude(schedule="one-shot"), budget, 10)

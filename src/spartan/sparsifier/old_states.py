@@ -33,20 +33,19 @@ def check_step(step: object) -> None:
         raise StateError(f"The state is damaged: it was saved after step {step!r}.")
 
 
-def as_begun(method: MaskingMethod, state: Mapping[str, Any]) -> MaskingMethod:
-    """Return the method with the defaults of the version that saved a state: the run goes on so.
+# What differed in the defaults of `Spartan` up to version 4.
+_ONCE = Spartan(beta=(1.0, 20.0), warmup=0.2, annealing="linear")
 
-    Up to version 4 the β of `Spartan()` ended at 20, and it annealed in a line.
-    """
+
+def as_begun(method: MaskingMethod, state: Mapping[str, Any]) -> MaskingMethod:
+    """Return the method with the defaults of the version that saved a state: the run goes on so."""
     with understood():
         if state.get("version") not in (2, 3, 4) or not isinstance(method, Spartan):
             return method
         begun = state.get("settings", {}).get("method", {})
-        if begun.get("beta") == [1.0, 20.0] and method.beta == Spartan.beta:
-            method = dataclasses.replace(method, beta=(1.0, 20.0))
-        if begun.get("annealing") == "linear" and method.annealing == Spartan.annealing:
-            method = dataclasses.replace(method, annealing="linear")
-        return method
+        once, here, now = (one.settings() for one in (_ONCE, method, Spartan()))
+        left = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
+        return dataclasses.replace(method, **{key: getattr(_ONCE, key) for key in left})
 
 
 _RENAMED = {"gate": "fixed"}  # fields of weights

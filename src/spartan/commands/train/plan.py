@@ -13,11 +13,13 @@ from spartan.commands.train.trainer import Trainer
 def print_plan(console: Console, trainer: Trainer) -> None:
     """Print layers, costs, budget and schedule of a run that has not begun."""
     sparsifier = trainer.sparsifier
-    table = make_table("prunable weights", "weight", "shape", "weights", "units", "cost of a unit")
+    columns = ("weight", "shape", "weights", "units", "cost of a unit", "keeps at least")
+    table = make_table("prunable weights", *columns)
     for row in sparsifier.layers():
         table.add_row(
-            row.name, shape_of(row.shape), f"{row.numel:,}", f"{row.units:,}", f"{row.cost:.4g}"
-        )
+            row.name, shape_of(row.shape), f"{row.numel:,}", f"{row.units:,}", f"{row.cost:.4g}",
+            f"{row.floor:,}",
+        )  # fmt: skip
     console.print(table)
     console.print(str(sparsifier.coverage), highlight=False, soft_wrap=True)
     for names, budget in sparsifier.budgets():

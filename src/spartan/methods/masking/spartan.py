@@ -19,8 +19,14 @@ the target density, the smallest weight that will stay, lies at 0.2. That is abo
 a small residual network with batch norms (0.11 to 0.25 in ResNet-20s on CIFAR-10), so that there
 relative and absolute β nearly agree.
 
-While β is small the kept weights are scaled by small m. Layers followed by a norm do not notice;
-in networks without norms the signal shrinks with m, and they want a larger β or learning rate.
+While β is small the kept weights are scaled by small m. Layers with a norm behind them do not
+notice; through all others the signal would shrink. So two more things differ from the paper:
+
+* weights whose gradients do not say that a norm follows (`norm_follows`) are hard: w = θ · h, and
+  dL/dθ = min(1, m / m(τ)) · G (`soft_mask`);
+* gradients of outputs that keep nothing are held to the size of the others' (`dead_outputs`).
+
+`Spartan.published()` is the rule without all three.
 """
 
 from __future__ import annotations
@@ -104,9 +110,11 @@ class Spartan(AnnealedMasking):
     NeurIPS 2022, arXiv 2205.14107.
     """
 
+    # Sharper ends fix masks before networks that are small for their task have found good ones, and
+    # longer, gentler descents lose less of what was learned on the way, most at 2 % and below.
     beta: tuple[float, float] = (1.0, 4.0)
     beta_scale: Literal["relative", "absolute"] = "relative"
-    warmup: float = 0.2
+    warmup: float = 0.4
     finetune: float = 0.2
     annealing: Curve = "cubic"
 
@@ -131,7 +139,7 @@ class Spartan(AnnealedMasking):
     def published(
         cls, beta: tuple[float, float] = (1.0, 20.0), warmup: float = 0.2, finetune: float = 0.2
     ) -> Spartan:
-        """Return the published rule: β on raw |θ|, and every weight multiplied by its soft mask.
+        """Return the published rule: β on raw |θ|, every weight multiplied by its soft mask, lines.
 
         As published, layers may lose everything: add `Budget(layer_floor=0)` for that.
         """
