@@ -13,7 +13,7 @@ from spartan.commands.train.trainer import Trainer
 def print_plan(console: Console, trainer: Trainer) -> None:
     """Print layers, costs, budget and schedule of a run that has not begun."""
     sparsifier = trainer.sparsifier
-    columns = ("weight", "shape", "weights", "units", "cost of a unit", "keeps at least")
+    columns = ("weight", "shape", "weights", "units", "unit cost", "at least")
     table = make_table("prunable weights", *columns)
     for row in sparsifier.layers():
         table.add_row(
