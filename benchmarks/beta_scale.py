@@ -1,4 +1,4 @@
-"""Accuracy with relative β (the default) and absolute β (published), with and without norms.
+"""Accuracy of Spartan's default, with a sharper end, and as published; with and without norms.
 
     python benchmarks/beta_scale.py
 
@@ -21,10 +21,12 @@ from spartan.errors import NonFiniteError
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "magnitude": ("magnitude", ()),
     "dual averaging": ("dual-averaging", ()),
-    "Spartan, default (relative 1 → 20)": ("spartan", ()),
-    "Spartan, absolute 1 → 20": ("spartan", ("beta_scale=absolute",)),
-    "Spartan, absolute 1 → 200": ("spartan", ("beta_scale=absolute", "beta=1,200")),
-    "Spartan, relative 25 → 100": ("spartan", ("beta=25,100",)),
+    "Spartan, default (β 1 → 4)": ("spartan", ()),
+    "Spartan, β 1 → 20": ("spartan", ("beta=1,20",)),
+    "Spartan, published": (
+        "spartan",
+        ("beta_scale=absolute", "beta=1,20", "warmup=0.2", "annealing=linear"),
+    ),
 }
 DENSITIES = (0.05, 0.02, 0.01)
 

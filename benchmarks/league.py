@@ -117,10 +117,14 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean."""
+        """Standard error of the mean; unknown of one seed."""
         if len(self.scores) < 2:
-            return 0.0
+            return math.nan
         return statistics.stdev(self.scores) / math.sqrt(len(self.scores))
+
+    def __str__(self) -> str:
+        error = f" ± {self.error:.2f}" if len(self.scores) > 1 else ""
+        return f"{self.mean:.2f}{error}"
 
 
 def cells(task: str, rows: Sequence[dict[str, object]]) -> dict[float, dict[str, Cell]]:
@@ -145,13 +149,15 @@ def table(task: str, rows: Sequence[dict[str, object]]) -> str:
     bits = TASKS[task].bits
     dense = [float(str(r["score"])) for r in rows if (r["task"], r["method"]) == (task, "dense")]
     unit = "bits per character, less is better" if bits else "accuracy in percent"
-    title = f"**{TASKS[task].title}** ({unit}; dense {statistics.mean(dense):.2f})"
+    seeds = len({r["seed"] for r in rows if r["task"] == task})
+    told = f"{seeds} seeds" if seeds > 1 else "one seed"
+    title = f"**{TASKS[task].title}** ({unit}; dense {Cell(dense)}; {told})"
     lines = [title, "", "| density | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for density, row in by_density.items():
         best = (min if bits else max)(row, key=lambda m: row[m].mean)
         texts = []
         for method in shown:
-            text = f"{row[method].mean:.2f} ± {row[method].error:.2f}" if method in row else ""
+            text = str(row[method]) if method in row else ""
             texts.append(f"**{text}**" if method == best else text)
         lines.append(f"| {100 * density:g} % | " + " | ".join(texts) + " |")
     return "\n".join(lines)

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from spartan import Budget, Sparsifier, kernels
 from spartan.kernels import ScanRequest, Scores, scan
 from spartan.methods import Spartan
+from spartan.methods.masking.norm_follows import GRADIENTS
 
 DENSITY = 0.05
-BETA = 20.0  # relative, at its end value
+BETA = 4.0  # relative, at its end value
 SIZES = (10**5, 10**6, 10**7, 25 * 10**6, 10**8)
 HEADLINE = 25 * 10**6
 
@@ -63,7 +64,7 @@ def make_step(n: int, count: int, sparse: bool) -> tuple[Run, Run]:
     if sparse:
         method = Spartan(beta=(BETA, BETA), warmup=0.0)
         Sparsifier(model, optimizer, method, Budget(density=DENSITY), 10**6)
-    gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
+    gradients = [_behind_a_norm(parameter.detach()) for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
 
@@ -72,10 +73,17 @@ def make_step(n: int, count: int, sparse: bool) -> tuple[Run, Run]:
             assert parameter.grad is not None
             parameter.grad.copy_(gradient)
 
-    for _ in range(3):
+    for _ in range(GRADIENTS + 2):  # the first ones are looked at more closely
         renew()
         optimizer.step()
     return renew, optimizer.step
+
+
+def _behind_a_norm(weight: Tensor) -> Tensor:
+    """Return a random gradient as of a weight that a norm follows: soft masks cost more."""
+    gradient = torch.randn_like(weight)
+    along = (gradient * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True)
+    return gradient - along * weight
 
 
 def optimizer_steps(n: int, repeats: int, count: int = 1) -> tuple[float, float]:

@@ -243,7 +243,7 @@ def test_the_scale_of_the_loss_does_not_matter() -> None:
 def test_a_target_of_one_leaves_the_loss_alone(dual: str) -> None:
     """The multiplier never pulls gates shut: the run is that of no penalty, bit for bit."""
     losses = []
-    for method in (ConstrainedL0(dual=dual), PenalisedL0(penalty=0.0)):
+    for method in (ConstrainedL0(dual=dual, sampled=1.0), PenalisedL0(penalty=0.0)):
         model = mlp(16, 32, 4)
         _, optimizer = gated(model, method, density=1.0)
         losses.append(train(model, optimizer, 20))
@@ -510,7 +510,7 @@ def test_layers_without_gradients_do_not_starve_the_others() -> None:
     sparsifier.finalize()
     assert sparsifier.monitor()["expected"] == pytest.approx(0.2, abs=0.05)
     trained = [weight for weight in sparsifier.weights if weight.name != "2.weight"]
-    assert all(weight.kept / weight.units > 0.2 for weight in trained)
+    assert all(weight.kept / weight.units > 0.1 for weight in trained)
 
 
 def test_state_dicts_after_a_training_pass_are_at_rest() -> None:

@@ -43,7 +43,7 @@ class MaskedModel:
         weights: Sequence[MaskedWeight],
         writer: WeightWriter,
     ) -> None:
-        self._method, self._groups, self._weights = method, groups, weights
+        self.method, self._groups, self._weights = method, groups, weights
         self._writer = writer
         prunables = [weight.prunable for weight in weights]
         self.coverage = coverage_of(model, prunables)
@@ -73,11 +73,11 @@ class MaskedModel:
 
     def _summary(self, weight: MaskedWeight) -> LayerSummary:
         kept = weight.kept if self._holds_w(weight) else _units_held(weight)
-        return summarize(weight, kept, self._method.is_soft(weight))
+        return summarize(weight, kept, self.method.is_soft(weight))
 
     def monitor(self) -> dict[str, float]:
         """Return density, of the masks, and the method's numbers, averaged over groups."""
-        rows = [self._method.monitor(group) for group in self._groups]
+        rows = [self.method.monitor(group) for group in self._groups]
         keys = {key for row in rows for key in row}
         means = {key: sum(row[key] for row in rows) / len(rows) for key in sorted(keys)}
         kept = sum(w.kept * w.pattern.unit_numel(w.prunable) for w in self._weights)

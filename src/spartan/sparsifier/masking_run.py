@@ -222,7 +222,7 @@ class MaskingRun:
             state, self._settings() | {"method": method.settings()}, method, self.weights,
             self.groups, self.steps.horizon, measured,
         )  # fmt: skip
-        self.method = method
+        self.method = self._writer.method = self.facts.method = method
         self.steps.resume(step)
         self._writer.write(self.weights)
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from spartan.errors import StateError
+from spartan.methods.masking.constrained_l0 import ConstrainedL0
 from spartan.methods.masking.contract import MaskingMethod
+from spartan.methods.masking.gates_state import Gates
 from spartan.methods.masking.norm_follows import GRADIENTS
 from spartan.methods.masking.soft_mask import SoftMask
 from spartan.methods.masking.spartan import Spartan
@@ -33,19 +35,23 @@ def check_step(step: object) -> None:
         raise StateError(f"The state is damaged: it was saved after step {step!r}.")
 
 
-# What differed in the defaults of `Spartan` up to version 4.
-_ONCE = Spartan(beta=(1.0, 20.0), warmup=0.2, annealing="linear")
+# What differed in the defaults up to version 4.
+_ONCE = (Spartan(beta=(1.0, 20.0), warmup=0.2, annealing="linear"), ConstrainedL0(sampled=1.0))
+# Settings that there were not, and what says the same.
+_NEW_SETTINGS = {"sampled": 1.0}
 
 
 def as_begun(method: MaskingMethod, state: Mapping[str, Any]) -> MaskingMethod:
     """Return the method with the defaults of the version that saved a state: the run goes on so."""
     with understood():
-        if state.get("version") not in (2, 3, 4) or not isinstance(method, Spartan):
+        if state.get("version") not in (2, 3, 4):
             return method
-        begun = state.get("settings", {}).get("method", {})
-        once, here, now = (one.settings() for one in (_ONCE, method, Spartan()))
-        left = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
-        return dataclasses.replace(method, **{key: getattr(_ONCE, key) for key in left})
+        begun = {**_NEW_SETTINGS, **state.get("settings", {}).get("method", {})}
+        for default in (one for one in _ONCE if type(one) is type(method)):
+            once, here, now = (x.settings() for x in (default, method, type(method)()))
+            left = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
+            return type(method)(**{**vars(method), **{key: getattr(default, key) for key in left}})
+        return method
 
 
 _RENAMED = {"gate": "fixed"}  # fields of weights
@@ -56,17 +62,25 @@ def upgraded(
 ) -> Mapping[str, Any]:
     """Return a state of version 2, 3 or 4 as one of version 5; others as they are.
 
-    In version 4 Spartan multiplied every weight by its soft mask.
+    In version 4 Spartan multiplied every weight by its soft mask, and all gates were drawn.
     """
     state = _as_version_4(state, weight_state, group_state)
-    if state.get("version") != 4 or "weights" not in state or weight_state is not SoftMask:
-        return {**state, "version": 5} if state.get("version") == 4 else state
+    if state.get("version") != 4:
+        return state
+    if not {"weights", "settings"} <= set(state):
+        return {**state, "version": 5}
+    method = dict(state["settings"]["method"])
+    if issubclass(weight_state, Gates):
+        method = {**_NEW_SETTINGS, **method}
+    state = {**state, "version": 5, "settings": {**state["settings"], "method": method}}
+    if weight_state is not SoftMask:
+        return state
     decided = {"hard": False, "gradients": GRADIENTS}
     weights = {}
     for name, values in state["weights"].items():
         (own,) = values["own"]
         weights[name] = {**values, "own": ({**own, "state": {**decided, **own["state"]}},)}
-    return {**state, "version": 5, "weights": weights}
+    return {**state, "weights": weights}
 
 
 def _as_version_4(

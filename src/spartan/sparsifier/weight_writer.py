@@ -25,7 +25,7 @@ class WeightWriter:
     """
 
     def __init__(self, method: MaskingMethod, weights: Sequence[MaskedWeight]) -> None:
-        self._method = method
+        self.method = method
         # Autograd counts the in-place writes to a tensor: a count other than the one noted after
         # our own write is that of others. Values are compared then: some writes change nothing.
         # Writes through `.data` are not counted; a few entries show nearly all of them.
@@ -40,7 +40,7 @@ class WeightWriter:
 
         A write that was interrupted may be done again.
         """
-        self._method.write(weights)
+        self.method.write(weights)
         self._note(weights)
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class WeightWriter:
         """Write the w of a training pass where it is not written yet."""
         behind = [weight for weight in weights if not weight.sampled]
         if behind:
-            self._method.write_sample(behind, step)
+            self.method.write_sample(behind, step)
             self._note(behind)
 
     def _note(self, weights: Sequence[MaskedWeight]) -> None:
@@ -76,7 +76,7 @@ class WeightWriter:
             before = self._samples.get(id(weight))
             if before is None or torch.equal(sample(parameter), before):
                 return None
-        w = self._method.materialize(weight)
+        w = self.method.materialize(weight)
         if torch.equal(parameter, w):
             return None
         rounding = _ROUNDINGS * torch.finfo(w.dtype).eps if w.dtype in _PRECISE else 0.0
@@ -91,7 +91,7 @@ class WeightWriter:
         """Whether a parameter outside of a step holds w, to the bit."""
         if weight.latent.numel() == 0:
             return self.changes(weight) is None
-        return torch.equal(weight.parameter, self._method.materialize(weight))
+        return torch.equal(weight.parameter, self.method.materialize(weight))
 
     def overwritten(self, weights: Sequence[MaskedWeight]) -> list[MaskedWeight]:
         """Return the weights whose parameters no longer hold the w that was written."""
@@ -123,7 +123,7 @@ class WeightWriter:
                 raise NonFiniteError(
                     f"NaN or infinity was written into {weight.name!r} after step {step}."
                 )
-            latent.copy_(torch.where(changed, self._method.to_latent(weight, parameter), latent))
+            latent.copy_(torch.where(changed, self.method.to_latent(weight, parameter), latent))
             weight.sampled = False
             if not self._warned:
                 self._warned = True

@@ -2,7 +2,8 @@ r"""`Gated`: base of the L0 methods, with one hard-concrete gate for each prunin
 
 Each unit j has a hard-concrete gate z_j (see `spartan.gates`) and computes with
 
-    w = θ · z,    z drawn once a step for all training passes; the median of z elsewhere.
+    w = θ · z,    z drawn once a step for all training passes; the median of z elsewhere,
+                  and, in training passes, of the gates that are not drawn in this step.
 
 The expected density of weights with gates is a closed form, without noise:
 
@@ -89,6 +90,8 @@ class Gated(MaskingMethod):
             gates.
         keep_one: Whether each layer keeps at least its strongest unit; layers that are given a
             density of 0 do not.
+        sampled: Share of the gates that are drawn anew each step, others each time; the rest are at
+            their median, and have no say in it.
         seed: Of the gates' draws, the same in every process.
 
     Raises:
@@ -98,6 +101,7 @@ class Gated(MaskingMethod):
     gate_lr: float = 120.0
     finetune: float = 0.2
     keep_one: bool = True
+    sampled: float = 1.0
     seed: int = 0
 
     constrained: ClassVar[bool] = False  # whether gates are meant to reach the budget by themselves
@@ -111,6 +115,8 @@ class Gated(MaskingMethod):
                 f"gate_lr={self.gate_lr} must be positive: gates that do not move reach no density."
             )
         check_fraction("finetune", self.finetune)
+        if not 0 < self.sampled <= 1:
+            raise MethodError(f"sampled={self.sampled!r} must lie in (0, 1].")
         if self.finetune == 1.0:
             raise MethodError("finetune=1 leaves no step in which gates could be trained.")
 
@@ -141,9 +147,18 @@ class Gated(MaskingMethod):
             if own.sample is None:
                 generator = torch.Generator(weight.latent.device)
                 generator.manual_seed(derive_seed(self.seed, _own_name(weight), step))
-                own.sample = Sample(*gates.draw(own.log_alphas, generator))
+                own.sample = self._draw(own.log_alphas, generator)
             write_scaled(weight, own.sample.gate)
             weight.sampled = True
+
+    def _draw(self, log_alpha: Tensor, generator: torch.Generator) -> Sample:
+        """Draw the share of the gates that is drawn in a step; its slopes stand for all."""
+        gate, slope = gates.draw(log_alpha, generator)
+        if self.sampled == 1.0:
+            return Sample(gate, slope)
+        chosen = torch.rand(gate.shape, device=gate.device, generator=generator) < self.sampled
+        resting = torch.where(chosen, gate, gates.median(log_alpha))
+        return Sample(resting, torch.where(chosen, slope / self.sampled, 0.0))
 
     def write(self, weights: Sequence[MaskedWeight]) -> None:
         for weight in weights:
