@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import spartan
+from spartan.errors import CalibrationError
 
 
 def net() -> nn.Sequential:
@@ -55,6 +56,21 @@ def test_a_model_without_batch_norms_is_not_run() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)).train()
     with spartan.recalibrated(model, [torch.ones(4, 5)]):  # would not fit
         assert not model.training
+    assert model.training
+
+
+def test_frozen_norms_keep_their_statistics() -> None:
+    model = net().train()
+    model[1].eval()
+    with spartan.recalibrated(model, batches()):
+        assert torch.equal(model[1].running_mean, torch.zeros(8))
+
+
+def test_no_batch_is_an_error() -> None:
+    model = net().train()
+    with pytest.raises(CalibrationError, match="no batch"), spartan.recalibrated(model, []):
+        pass
+    assert torch.equal(model[1].running_var, torch.ones(8))
     assert model.training
 
 

@@ -43,6 +43,15 @@ def test_tokens_count_like_samples() -> None:
     torch.testing.assert_close(together, flat)
 
 
+def test_ignored_tokens_are_not_taught() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    y = torch.tensor([[0, 1, -100], [-100, 2, 3]])
+    Teacher(Answers(torch.randn(2, 3, 4))).loss(z, torch.zeros(2, 3), y).backward()
+    assert z.grad is not None
+    assert bool((z.grad.norm(dim=2) > 0).eq(y >= 0).all())
+
+
 def test_the_teacher_gets_no_gradient() -> None:
     model = nn.Linear(3, 4)
     logits = torch.zeros(2, 4, requires_grad=True)

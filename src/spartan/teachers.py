@@ -43,7 +43,14 @@ class Teacher:
             raise MethodError(f"temperature={temperature!r} must be positive.")
         self.model, self.weight, self.temperature = model.eval(), weight, temperature
 
-    def loss(self, logits: Tensor, inputs: Any, targets: Tensor, **options: Any) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        inputs: Any,
+        targets: Tensor,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> Tensor:
         """Return the loss of some logits.
 
         Args:
@@ -51,7 +58,8 @@ class Teacher:
             inputs: What it was given: a tensor, or a tuple of positional or a dict of keyword
                 arguments.
             targets: Classes, of the shape of the logits without their last dimension.
-            options: For the cross-entropy, like `label_smoothing`.
+            label_smoothing: Of the cross-entropy.
+            ignore_index: Samples and tokens with this target count in neither part.
 
         Raises:
             MethodError: The teacher answers in another shape.
@@ -64,8 +72,12 @@ class Teacher:
                 f"The teacher answers with {found}, the network that learns with "
                 f"{tuple(logits.shape)}: both must give logits of the same classes."
             )
-        labels = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)
-        taught = divergence(logits, answer, self.temperature)
+        logits, answer, targets = logits.flatten(0, -2), answer.flatten(0, -2), targets.flatten()
+        count = targets != ignore_index
+        labels = F.cross_entropy(
+            logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+        taught = divergence(logits[count], answer[count], self.temperature)
         return (1 - self.weight) * labels + self.weight * taught
 
 

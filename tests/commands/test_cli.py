@@ -246,6 +246,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("batch_size", [7, 73])
+def test_the_last_accuracy_is_that_of_the_saved_model(
+    batch_size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where masks move to the very end, and with batches that leave one image over."""
+    words = ["--density", "0.05", "--epochs", "2", "--method-args", "finetune=0"]
+    folder = tmp_path / "run"
+    assert call("train", "--out", folder, *words, "--batch-size", batch_size) == 0
+    told = re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[-1]
+    assert call("evaluate", folder) == 0
+    assert f"{told}%" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("file", ["", "model.safetensors"])
 def test_a_run_learns_from_another(
     file: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

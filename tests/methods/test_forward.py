@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spartan import NM, Block, Channel, Sparsifier, Unstructured, soft_topk
+from spartan.errors import NonFiniteError
 from spartan.methods import Spartan
 from spartan.methods.masking.soft_mask import SoftMask, damp_gradients
 
@@ -100,6 +101,25 @@ def test_a_run_that_is_resumed_decides_the_same(stop: int) -> None:
     train(other, its_optimizer, range(stop, STEPS))
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])
+
+
+@pytest.mark.parametrize("pattern", [None, Block(2, 2), NM(2, 4)])
+def test_a_step_that_fails_changes_no_rule(pattern: Any) -> None:
+    """The eighth gradient decides, but only once its step is done."""
+    torch.manual_seed(0)
+    model = mlp(nn.BatchNorm1d(32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    density = 0.5 if isinstance(pattern, NM) else 0.3
+    sparsifier = Sparsifier(
+        model, optimizer, Spartan(warmup=0.0), density, STEPS, pattern, exclude="6.weight"
+    )
+    train(model, optimizer, range(7))
+    before = [weight.parameter.clone() for weight in sparsifier.weights]
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(NonFiniteError):
+        train(model, optimizer, range(7, 8))
+    assert all(torch.equal(w.parameter, b) for w, b in zip(sparsifier.weights, before, strict=True))
+    assert not any(row.soft for row in sparsifier.layers())
 
 
 def test_the_published_rule_multiplies_every_weight() -> None:

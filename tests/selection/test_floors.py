@@ -61,6 +61,32 @@ def test_counts_of_a_scan_do_not_depend_on_where_it_looked_first() -> None:
     assert plain.above == wanted
 
 
+@settings(deadline=None, max_examples=examples(100))
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.data())
+def test_ties_are_shared_out_exactly(sizes: list[int], data: st.DataObject) -> None:
+    """All entries equal, or nearly all zero: what is kept at the threshold counts."""
+    tensors = [torch.zeros(n) if data.draw(st.booleans()) else torch.ones(n) for n in sizes]
+    floors = [data.draw(st.integers(0, n)) for n in sizes]
+    budget = data.draw(st.integers(sum(floors), sum(sizes)))
+    scores = Scores(tensors, [1.0] * len(sizes), [1.0] * len(sizes), absolute=True)
+    counts = [int(m.sum()) for m in masks_of(scores, find_cutoff(scores, budget, floors))]
+    assert sum(counts) == budget
+    assert all(count >= floor for count, floor in zip(counts, floors, strict=True))
+
+
+@pytest.mark.parametrize("method", ["spartan", "dual-averaging", "magnitude"])
+def test_layers_of_equal_weights_live_too(method: str) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).bfloat16()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.fill_(0.125)
+    rows = Sparsifier(model, None, method, 0.01, 10)
+    rows.finalize()
+    kept = [row.kept for row in rows.layers()]
+    assert sum(kept) == round(0.01 * 6 * 64 * 64)
+    assert all(row.kept >= row.floor > 0 for row in rows.layers())
+
+
 def test_without_floors_nothing_changes() -> None:
     scores = Scores([torch.rand(50), torch.rand(50)], [1.0] * 2, [1.0] * 2, absolute=True)
     request = ScanRequest(scores, 10, counted=True)
@@ -100,8 +126,10 @@ def test_floors_are_a_share_of_the_uniform_density_and_at_most_one_an_output() -
     assert free.floors == ()
 
 
-def test_where_floors_do_not_fit_there_are_none() -> None:
+def test_where_floors_do_not_fit_they_are_one_or_none() -> None:
     weights = find_prunable(nets(1.0))
+    few = with_floors(GroupBudget((0, 1), (1.0, 1.0), 1500.0, 2.0), weights, [900, 600], 1.0)
+    assert few.floors == (1, 1)
     assert with_floors(GroupBudget((0, 1), (1.0, 1.0), 1500.0, 1.0), weights, [900, 600], 0.3) == (
         GroupBudget((0, 1), (1.0, 1.0), 1500.0, 1.0)
     )

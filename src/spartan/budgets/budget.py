@@ -55,7 +55,8 @@ class Budget:
             the sparsifier is made.
         layer_floor: With the global allocation of a density: what each layer keeps at least, as a
             fraction of what it would keep at the same density as all others (and at most one unit
-            for each of its outputs), so that no layer dies. 0: no floors.
+            for each of its outputs), so that no layer dies. Where that exceeds the budget, one
+            unit each, or nothing where even that does. 0: no floors.
         sample_input: Deprecated name of `example_input`.
 
     The number of kept units is exactly round(density x units), halves to even, where all units cost
@@ -81,7 +82,8 @@ class Budget:
         if sample_input is not None:
             renamed("sample_input=", "example_input=")
             object.__setattr__(self, "example_input", sample_input)
-        if not 0 <= self.layer_floor <= 1:
+        floor = self.layer_floor
+        if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
             raise BudgetError(f"layer_floor={self.layer_floor!r} must lie in [0, 1].")
         if self.latency_ms is not None:
             self._check_latency()

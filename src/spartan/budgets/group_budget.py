@@ -95,7 +95,7 @@ def with_floors(
 
     A floor is `share` of the units that the weight would keep if all layers had the same density,
     and at most as many as it has outputs. Where all of them together take more than the budget,
-    there are none.
+    they are one unit each, and where that is too much as well, there are none.
 
     Args:
         budget: The budget of weights that compete with each other.
@@ -103,12 +103,15 @@ def with_floors(
         units: Units of each.
         share: Fraction of the uniform share; 0 for no floors.
     """
+    if share == 0:
+        return budget
     density = budget.kept / budget.total
-    floors = tuple(
+    wanted = tuple(
         min(units[i], weights[i].outputs, math.ceil(share * density * units[i]))
         for i in budget.members
     )
-    needed = sum(floor * cost for floor, cost in zip(floors, budget.costs, strict=True))
-    if not any(floors) or needed > budget.kept or isinstance(budget, RowBudget):
-        return budget
-    return replace(budget, floors=floors)
+    for floors in (wanted, (1,) * len(wanted)):
+        needed = sum(floor * cost for floor, cost in zip(floors, budget.costs, strict=True))
+        if needed <= budget.kept:
+            return replace(budget, floors=floors)
+    return budget

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from spartan.kernels.dispatch import native_for
 from spartan.kernels.finiteness import finite, max_magnitude
+from spartan.kernels.memory import flat
 from spartan.kernels.readback import read_back
-from spartan.kernels.scores import Scores
+from spartan.kernels.scores import Scores, chunk_size
 from spartan.kernels.selection import Cutoff, boundary, tie_ends_of, trivial_cutoff
 from spartan.kernels.soft import Dual, Mass, mass_on_device, native_mass
 
@@ -75,7 +76,8 @@ def scan(requests: Sequence[ScanRequest]) -> list[ScanResult]:
 def _native(request: ScanRequest) -> ScanResult | None:
     scores, dual = request.scores, request.dual
     native, costs = native_for(scores.tensors), scores.plain_costs
-    if native is None or costs is None:
+    # A part of a group with float64 tensors has scores in float64, whatever its own are.
+    if native is None or costs is None or scores.dtype != torch.float32:
         return None
     cutoff = trivial_cutoff(scores, request.budget)
     if cutoff is not None:
@@ -106,7 +108,8 @@ def _on_device(request: ScanRequest) -> Tensor:
     if trivial_cutoff(scores, request.budget) is None:
         row[1:5] = boundary(scores, request.budget)
         for i in range(counts):
-            row[8 + i] = (scores.of(scores.tensors[i], i) > row[1]).sum()
+            parts = flat(scores.tensors[i]).split(chunk_size(scores.tensors[i], scores.numels[i]))
+            row[8 + i] = torch.stack([(scores.of(x, i) > row[1]).sum() for x in parts]).sum()
     if request.dual is not None:
         row[5:8] = mass_on_device(scores, request.dual, request.dropped)
     return row

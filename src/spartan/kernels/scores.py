@@ -86,7 +86,9 @@ class Scores:
     def part(self, indices: Sequence[int]) -> Scores:
         """Return the scores of some of the tensors."""
         tensors, scales = [self.tensors[i] for i in indices], [self.scales[i] for i in indices]
-        return Scores(tensors, scales, [self.costs[i] for i in indices], self.absolute)
+        part = Scores(tensors, scales, [self.costs[i] for i in indices], self.absolute)
+        object.__setattr__(part, "dtype", self.dtype)  # so that thresholds mean the same
+        return part
 
     def of(self, x: Tensor, index: int) -> Tensor:
         """Return the scores of (a part of) one tensor, without negative zeros."""

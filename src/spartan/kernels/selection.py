@@ -29,6 +29,8 @@ SLACK = 1e-12
 class Cutoff:
     """Which entries are kept: a prefix of the order by decreasing score, then by position.
 
+    Tensors that are held to a floor keep a longer prefix of their own order.
+
     Attributes:
         threshold: Entries with a larger score are kept. -inf keeps all, inf none.
         tie_ends: For each tensor: of the entries whose score is the threshold, those at positions

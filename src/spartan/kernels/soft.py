@@ -24,8 +24,6 @@ from spartan.kernels.dispatch import native_for
 from spartan.kernels.readback import read_back
 from spartan.kernels.scores import Scores, flat_pieces, wide
 
-_TINY = 1e-30  # below, a mask counts as zero: its inverse must stay within float32
-
 
 @dataclass(frozen=True)
 class Dual:
@@ -48,15 +46,20 @@ class Dual:
         return self.reference - self.mu / self.beta
 
     def centred(self, reference: float) -> Dual:
-        """Return the same masks, with their logits centred at another score."""
+        """Return the same masks, with their logits centred at another score.
+
+        Args:
+            reference: The score; -inf, below all scores, is taken as 0.
+        """
+        reference = 0.0 if reference == -math.inf else reference
         if math.isinf(self.mu) or math.isinf(reference):
             return self
         return Dual(self.beta, reference, self.mu + self.beta * (reference - self.reference))
 
     @property
-    def at_reference(self) -> float:
-        """The soft mask at the reference."""
-        return 1.0 / (1.0 + math.exp(-self.mu)) if self.mu > -700 else 0.0
+    def per_reference(self) -> float:
+        """One over the soft mask at the reference, at most what float32 can hold."""
+        return min(1.0 + math.exp(min(-self.mu, 80.0)), 1e30)
 
     def logits(self, scores: Tensor) -> Tensor:
         """Return the logits in the dtype of the scores."""
@@ -67,6 +70,12 @@ class Dual:
     def mask(self, scores: Tensor) -> Tensor:
         """Return the soft mask of `scores`."""
         return self.logits(scores).sigmoid_()
+
+    def damping(self, scores: Tensor) -> Tensor:
+        """Return min(1, m / m at the reference); exactly 1 from the reference on."""
+        logits = self.logits(scores)
+        below = (logits.sigmoid() * self.per_reference).clamp_(max=1)
+        return torch.where(logits >= self.mu, 1.0, below)
 
     def astuple(self) -> tuple[float, float, float]:
         """Return (beta, reference, mu)."""
@@ -192,7 +201,6 @@ def damp(
         scales: Scores are u = scale · |θ|.
         duals: The dual variable of each tensor, centred at the threshold of what is kept.
     """
-    per_mask = [1.0 / max(dual.at_reference, _TINY) for dual in duals]
     native = native_for(grads, thetas)
     if native is not None:
         native.damp(
@@ -200,17 +208,15 @@ def damp(
             thetas=thetas,
             scales=scales,
             duals=[dual.astuple() for dual in duals],
-            per_mask=per_mask,
+            per_mask=[dual.per_reference for dual in duals],
             threads=torch.get_num_threads(),
         )
         for grad in grads:
             torch.autograd.graph.increment_version(grad)
         return
-    for grad, theta, scale, dual, factor in zip(
-        grads, thetas, scales, duals, per_mask, strict=True
-    ):
+    for grad, theta, scale, dual in zip(grads, thetas, scales, duals, strict=True):
         for g, x in flat_pieces(grad, theta):
-            g.mul_(dual.mask(wide(x).abs() * scale).mul_(factor).clamp_(max=1))
+            g.mul_(dual.damping(wide(x).abs() * scale))
 
 
 def _pull_back(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from spartan.errors import BudgetError, renamed
-from spartan.kernels import Cutoff, ScanRequest, ScanResult, Scores, masks_of, scan
+from spartan.kernels import Cutoff, ScanRequest, ScanResult, Scores, kept, masks_of, scan
+from spartan.kernels.memory import flat
 from spartan.kernels.selection import SLACK
 
 
@@ -62,32 +63,41 @@ def held_to_floors(request: ScanRequest, found: ScanResult, floors: Sequence[int
             for none.
     """
     scores, cutoff = request.scores, found.cutoff
-    if not floors:
-        return cutoff
-    free, counts = list(range(len(floors))), found.above
+    free, above = list(range(len(floors))), found.above
     held: dict[int, Cutoff] = {}
-    while short := [i for i, count in zip(free, counts, strict=True) if count < floors[i]]:
-        for i in short:
-            held[i] = find_cutoff(scores.part([i]), _cost(scores, i, floors[i]))
-        free = [i for i in free if i not in held]
-        if not free:
-            break
-        left = request.budget - sum(_cost(scores, i, floors[i]) for i in held)
-        again = dataclasses.replace(
+    while short := [
+        i
+        for i, count in zip(free, above, strict=False)
+        if count < floors[i] and _kept(scores, cutoff, i) < floors[i]
+    ]:
+        costs = {i: _cost(scores, i) * floors[i] for i in (*held, *short)}
+        free = [i for i in free if i not in short]
+        left = request.budget - sum(costs.values())
+        alone = [ScanRequest(scores.part([i]), costs[i]) for i in short]
+        among = dataclasses.replace(
             request, scores=scores.part(free), budget=left, dual=None, threshold_only=False
         )
-        rest = scan([again])[0]
-        counts, ends = rest.above, dict(zip(free, rest.cutoff.tie_ends, strict=True))
-        ends |= {i: one.tie_ends[0] for i, one in held.items()}
+        results = scan([*alone, among] if free else alone)
+        held |= {i: one.cutoff for i, one in zip(short, results, strict=False)}
+        rest = results[-1] if free else None
+        ends = {i: one.tie_ends[0] for i, one in held.items()}
+        ends |= dict(zip(free, rest.cutoff.tie_ends, strict=True)) if rest else {}
         lowered = {i: one.threshold for i, one in held.items()}
-        cutoff = Cutoff(rest.cutoff.threshold, [ends[i] for i in sorted(ends)], lowered)
+        threshold = rest.cutoff.threshold if rest else cutoff.threshold
+        cutoff = Cutoff(threshold, [ends[i] for i in sorted(ends)], lowered)
+        above = rest.above if rest else []
     return cutoff
 
 
-def _cost(scores: Scores, index: int, count: int) -> float:
+def _kept(scores: Scores, cutoff: Cutoff, index: int) -> int:
+    """Count what a tensor keeps, ties at the threshold included."""
+    return int(kept(scores.of(flat(scores.tensors[index]), index), *cutoff.of(index)).sum())
+
+
+def _cost(scores: Scores, index: int) -> float:
     cost = scores.costs[index]
     assert not isinstance(cost, Tensor)
-    return cost * count
+    return cost
 
 
 def select_rows(scores: Tensor, kept: int) -> Tensor:

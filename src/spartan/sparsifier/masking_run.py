@@ -32,7 +32,6 @@ from spartan.sparsifier.budget_warnings import note_newborn, warn_of_dead_layers
 from spartan.sparsifier.governors import govern, release
 from spartan.sparsifier.masked_model import MaskedModel
 from spartan.sparsifier.model_guard import ModelGuard
-from spartan.sparsifier.old_states import as_begun
 from spartan.sparsifier.optimizers import (
     check_optimizers,
     loss_scale,
@@ -106,6 +105,9 @@ class MaskingRun:
 
         kinds = method.group_state, method.weight_state
         self.groups = [make_group(one, prunables, pattern, *kinds) for one in budgets]
+        if method.learns_rates or not method.finds_masks:  # what layers keep is not by competition
+            for group in self.groups:
+                group.lift_floors()
         by_name = {weight.name: weight for group in self.groups for weight in group.weights}
         self.weights = [by_name[prunable.name] for prunable in prunables]
         self.steps = OptimizerSteps(optimizers, total_steps, prunables)
@@ -217,10 +219,9 @@ class MaskingRun:
         self._leave_step()
         self.facts.watch.require_present()
         measured = self.budget.latency_ms is not None
-        method = as_begun(self.method, state)
-        step = load_run(
-            state, self._settings() | {"method": method.settings()}, method, self.weights,
-            self.groups, self.steps.horizon, measured,
+        step, method = load_run(
+            state, self._settings(), self.method, self.weights, self.groups, self.steps.horizon,
+            measured,
         )  # fmt: skip
         self.method = self._writer.method = self.facts.method = method
         self.steps.resume(step)
@@ -414,5 +415,6 @@ class MaskingRun:
             "pattern": str(self.pattern),
             "total_steps": self.steps.total,
             "latency_ms": self.budget.latency_ms,
+            "floors": [list(group.budget.floors) for group in self.groups],
             "budgets": [[b.kept, b.total, *b.costs] for b in (g.budget for g in self.groups)],
         }

@@ -41,17 +41,21 @@ _ONCE = (Spartan(beta=(1.0, 20.0), warmup=0.2, annealing="linear"), ConstrainedL
 _NEW_SETTINGS = {"sampled": 1.0}
 
 
-def as_begun(method: MaskingMethod, state: Mapping[str, Any]) -> MaskingMethod:
-    """Return the method with the defaults of the version that saved a state: the run goes on so."""
-    with understood():
-        if state.get("version") not in (2, 3, 4):
-            return method
-        begun = {**_NEW_SETTINGS, **state.get("settings", {}).get("method", {})}
-        for default in (one for one in _ONCE if type(one) is type(method)):
-            once, here, now = (x.settings() for x in (default, method, type(method)()))
-            left = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
-            return type(method)(**{**vars(method), **{key: getattr(default, key) for key in left}})
-        return method
+def as_begun(
+    method: MaskingMethod, floors: list[list[int]], state: Mapping[str, Any]
+) -> tuple[MaskingMethod, list[list[int]]]:
+    """Return method, and floors of each group, with the defaults of the version that saved a state.
+
+    A run goes on as it was begun. Up to version 4 there were no floors.
+    """
+    if state.get("version") not in (2, 3, 4):
+        return method, floors
+    begun = {**_NEW_SETTINGS, **state.get("settings", {}).get("method", {})}
+    for default in (one for one in _ONCE if type(one) is type(method)):
+        once, here, now = (x.settings() for x in (default, method, type(method)()))
+        left = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
+        method = type(method)(**{**vars(method), **{key: getattr(default, key) for key in left}})
+    return method, [[] for _ in floors]
 
 
 _RENAMED = {"gate": "fixed"}  # fields of weights
@@ -67,12 +71,13 @@ def upgraded(
     state = _as_version_4(state, weight_state, group_state)
     if state.get("version") != 4:
         return state
-    if not {"weights", "settings"} <= set(state):
+    if not {"weights", "settings", "groups"} <= set(state):
         return {**state, "version": 5}
     method = dict(state["settings"]["method"])
     if issubclass(weight_state, Gates):
         method = {**_NEW_SETTINGS, **method}
-    state = {**state, "version": 5, "settings": {**state["settings"], "method": method}}
+    settings = {**state["settings"], "method": method, "floors": [[] for _ in state["groups"]]}
+    state = {**state, "version": 5, "settings": settings}
     if weight_state is not SoftMask:
         return state
     decided = {"hard": False, "gradients": GRADIENTS}

@@ -17,7 +17,7 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.masking.state import restored, saved
-from spartan.sparsifier.old_states import check_step, understood, upgraded
+from spartan.sparsifier.old_states import as_begun, check_step, understood, upgraded
 
 STATE_VERSION = 5  # earlier ones: see `old_states`
 
@@ -46,7 +46,7 @@ def load_run(
     groups: Sequence[BudgetGroup],
     total_steps: int,
     measured: bool,
-) -> int:
+) -> tuple[int, MaskingMethod]:
     """Let the weights and groups of a run go on from a state.
 
     Args:
@@ -59,12 +59,14 @@ def load_run(
         measured: Whether the budgets were measured, and so differ each time.
 
     Returns:
-        The step after which the state was saved.
+        The step after which the state was saved, and the method as it was begun with.
 
     Raises:
         StateError: The state does not fit, or is not whole. Nothing is changed then.
     """
     with understood():
+        method, floors = as_begun(method, settings["floors"], state)
+        settings = {**settings, "method": method.settings(), "floors": floors}
         state = upgraded(state, method.weight_state, method.group_state)
         check_state(state, settings, weights, len(groups), measured)
         device, step = weights[0].latent.device, int(state["step"])
@@ -79,14 +81,16 @@ def load_run(
             )
     for weight, one in zip(weights, found, strict=True):
         take(weight, one)
-    for group, own in zip(groups, group_states, strict=True):
+    for group, own, kept in zip(groups, group_states, floors, strict=True):
         group.state = own
+        if not kept:
+            group.lift_floors()
     if measured:
         # What was measured when the run was begun, not what was measured again just now.
         budgets = state["settings"]["budgets"]
         for group, (kept, total, *costs) in zip(groups, budgets, strict=True):
             group.adopt(GroupBudget(group.budget.members, tuple(costs), total, kept))
-    return step
+    return step, method
 
 
 def state_of(weight: MaskedWeight) -> dict[str, Any]:

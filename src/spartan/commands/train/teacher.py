@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from spartan.commands.images import ImageData
 from spartan.commands.opening import open_model
@@ -29,7 +30,8 @@ def find_teacher(config: TrainConfig, data: ImageData, device: torch.device) -> 
     if not source.is_dir():
         model, _ = open_model(config.model, source, ours, len(data.classes))
         return Teacher(model.to(device))
-    images = read_facts(Run.open(source)).images or {}
+    facts = read_facts(Run.open(source))
+    images = facts.images or {}
     model, shape = open_model(config.teacher, None, None, len(data.classes))
     if shape != ours or list(images.get("classes", [])) != list(data.classes):
         raise ConfigError(
@@ -37,4 +39,22 @@ def find_teacher(config: TrainConfig, data: ImageData, device: torch.device) -> 
             f"{tuple(shape[1:])}, and these are {len(data.classes)} classes of {ours[1:]}: a "
             "teacher must have learned the same task."
         )
-    return Teacher(model.to(device))
+    learned = facts.normalize_like(data)
+    return Teacher(nn.Sequential(Renormalized(data, learned), model).to(device))
+
+
+class Renormalized(nn.Module):
+    """Takes images that are normalised like some, and returns them normalised like others."""
+
+    def __init__(self, given: ImageData, wanted: ImageData) -> None:
+        super().__init__()
+        means, spreads = (
+            [torch.tensor(values).view(1, -1, 1, 1) for values in pair]
+            for pair in ((given.mean, wanted.mean), (given.std, wanted.std))
+        )
+        self.scale = nn.Buffer(spreads[0] / spreads[1])
+        self.shift = nn.Buffer((means[0] - means[1]) / spreads[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (batch, channels, size, size) in the same shape."""
+        return images * self.scale + self.shift

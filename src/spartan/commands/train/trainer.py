@@ -76,6 +76,8 @@ class Trainer:
             pattern=config.make_pattern(),
             **({} if isinstance(method, GrowthMethod) else self._filters()),
         )
+        steps = range(self.total_steps + 1)
+        self._last_move = max((s for s in steps if self.sparsifier.moves_after(s)), default=0)
         half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self._autocast = torch.autocast(self.device.type, half, enabled=config.amp)
         self._scaler = torch.amp.GradScaler(
@@ -128,18 +130,20 @@ class Trainer:
         """Return mean loss and accuracy on the held-out images.
 
         While masks move, running statistics of batch norms are behind the weights: they are then
-        taken of some training images instead.
+        taken of some training images instead. The last evaluation is of what is saved.
         """
-        moving = self.sparsifier.run.moves_after(self.step)
+        moving = self.step < min(self._last_move, self.total_steps)
         with recalibrated(self.model, self._some_inputs()) if moving else nullcontext():
             workers = self.config.workers
             return loss_and_accuracy(self.model, self.data.test, self.data, self.device, workers)
 
     def _some_inputs(self) -> Iterator[Tensor]:
-        """Yield a few batches of training images, the same each time."""
-        chosen = range(min(_RECALIBRATED, len(self.data.train.labels)))
+        """Yield a few whole batches of training images, the same each time."""
+        count = min(_RECALIBRATED, len(self.data.train.labels))
+        size = min(self.config.batch_size, count)
+        chosen = range(count // size * size)
         shifts = torch.Generator().manual_seed(derive_seed(self.config.seed, "recalibrate", 0))
-        for images, _ in batches(self.data.train, self.config.batch_size, chosen):
+        for images, _ in batches(self.data.train, size, chosen):
             yield self._prepare(images.to(self.device), shifts)
 
     def _prepare(self, images: Tensor, shifts: torch.Generator) -> Tensor:
@@ -300,7 +304,7 @@ class Trainer:
         smoothing = self.config.label_smoothing
         if self._teacher is None:
             return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        return self._teacher.loss(logits, inputs, labels, label_smoothing=smoothing)
+        return self._teacher.loss(logits, inputs, labels, smoothing)
 
     def _stop(self, run: Run, signum: int) -> None:
         raise InterruptedRunError(

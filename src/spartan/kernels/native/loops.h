@@ -72,7 +72,7 @@ struct Loops {
   // g <- m g + sign(theta) rate s (g theta / cost - price).
   void (*pull_back)(float* grad, const float* theta, std::int64_t n, Scores, Dual, float rate,
                     float cost, float price);
-  // g <- g min(1, m per_mask).
+  // g <- g min(1, m per_mask), unchanged from the reference of the dual on.
   void (*damp)(float* grad, const float* theta, std::int64_t n, Scores, Dual, float per_mask);
   // g <- 0 where not kept.
   void (*zero_outside)(float* grad, const bool* mask, std::int64_t n);

@@ -68,7 +68,6 @@ _CEILING, _FLOOR_SHARE = 0.998, 0.1
 _BETAS = (0.5, 0.99)
 # How fast the unit of λ follows the gradient of the loss: 50 steps outlast the noise of batches.
 _FOLLOW = 0.02
-_LAST = -1e3  # ranks behind every log α: those are clamped to a few units around 0
 # Step at which it is checked whether the loss depends on the gates: every layer has had a gradient,
 # and little time is lost.
 _CHECKED_STEP = 5
@@ -334,19 +333,14 @@ class Gated(MaskingMethod):
 
     def _most_open(self, competition: Competition) -> list[Tensor]:
         """Return masks of the units most probably open that fit the budget."""
-        ranks = [gates_of(weight).log_alphas.clone() for weight in competition.weights]
+        ranks = [gates_of(weight).log_alphas for weight in competition.weights]
         costs = [weight.cost for weight in competition.weights]
-        budget = competition.budget
-        held = [torch.zeros_like(rank, dtype=torch.bool) for rank in ranks]
-        if self.keep_one and sum(costs) <= budget:
-            budget -= sum(costs)
-            for rank, hold in zip(ranks, held, strict=True):
-                strongest = flat_view(rank).argmax()
-                flat_view(hold)[strongest] = True
-                flat_view(rank)[strongest] = _LAST
+        floors: Sequence[int] = ()
+        if self.keep_one:
+            one_each = [1] * len(ranks) if sum(costs) <= competition.budget else ()
+            floors = competition.floors or one_each
         scores = Scores(ranks, [1.0] * len(ranks), costs, absolute=False)
-        masks = masks_of(scores, find_cutoff(scores, budget))
-        return [mask | hold for mask, hold in zip(masks, held, strict=True)]
+        return masks_of(scores, find_cutoff(scores, competition.budget, floors))
 
     def monitor(self, group: BudgetGroup) -> dict[str, float]:
         """Return what the gates alone reach: expected density, and density of those mostly open."""

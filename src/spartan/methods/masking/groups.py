@@ -80,6 +80,12 @@ class BudgetGroup:
             weight.cost = cost
         self.budget = budget
 
+    def lift_floors(self) -> None:
+        """Let weights keep nothing."""
+        self.budget = dataclasses.replace(self.budget, floors=())
+        for weight in self.weights:
+            weight.floor = 0
+
     @property
     def kept(self) -> float:
         """Cost of the kept units, in the currency of the budget; of rows, the fullest one's."""

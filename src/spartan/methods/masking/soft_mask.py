@@ -28,8 +28,6 @@ from spartan.methods.masking.norm_follows import GRADIENTS, MOST, agreement
 from spartan.methods.masking.state import WeightState
 from spartan.methods.masking.writing import write_kept, write_scaled
 
-_TINY = 1e-30  # below, a mask counts as zero: its inverse must stay within float32
-
 
 @dataclass
 class SoftMask(WeightState):
@@ -38,7 +36,7 @@ class SoftMask(WeightState):
     Attributes:
         soft: m of each unit where it is stored, of hard weights min(1, m / m(τ)); None while
             `MaskedWeight.dual` stands for it. Stored are masks of units of several weights, those
-            of N:M patterns, and all once masks are fixed (then m · h of soft weights).
+            of N:M patterns, and, once masks are fixed, m · h of soft weights.
         hard: Whether w = θ · h: until gradients say that a norm follows.
         gradients: How many gradients have been looked at.
         agreement: The sum of what was found in them.
@@ -73,9 +71,7 @@ def store(competition: Competition, cutoff: Cutoff, dual: Dual) -> None:
     ):
         state = weight.state_as(SoftMask)
         centred = dual.centred(cutoff.of(i)[0])
-        state.soft = centred.mask(scores)
-        if state.hard:
-            state.soft.div_(max(centred.at_reference, _TINY)).clamp_(max=1)
+        state.soft = centred.damping(scores) if state.hard else centred.mask(scores)
 
 
 def fix(weight: MaskedWeight) -> None:
@@ -91,7 +87,7 @@ def store_rows(weight: MaskedWeight, m: Tensor) -> None:
     state = weight.state_as(SoftMask)
     if state.hard:
         last = torch.where(weight.mask, m, 1.0).amin(1, keepdim=True)
-        m = (m / last.clamp_(min=_TINY)).clamp_(max=1)
+        m = torch.where(weight.mask, 1.0, (m / last).nan_to_num_().clamp_(max=1))
     state.soft = m
 
 
@@ -132,5 +128,15 @@ def look_for_norms(weights: Sequence[MaskedWeight]) -> None:
         if state.gradients < GRADIENTS and (found := agreement(weight)) is not None:
             state.gradients += 1
             state.agreement += found
-            if state.gradients == GRADIENTS:
-                state.hard = state.agreement > MOST * GRADIENTS
+
+
+def decide(weights: Sequence[MaskedWeight]) -> None:
+    """Let weights be soft of which enough gradients say that a norm follows.
+
+    Only while masks are selected, after a step that has succeeded: all of a step, and one that is
+    taken back, goes by one rule.
+    """
+    for weight in weights:
+        state = weight.state_as(SoftMask)
+        if state.hard and state.gradients == GRADIENTS:
+            state.hard = state.agreement > MOST * GRADIENTS

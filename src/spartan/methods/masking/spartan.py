@@ -172,6 +172,7 @@ class Spartan(AnnealedMasking):
         # The scale of the next step. Before the target is reached, its threshold is another one.
         early = [c for c in competitions if self.beta_scale == "relative" and not c.at_target]
         results = scan_scores([*competitions, *early], [*requests, *map(_at_target, early)])
+        soft_mask.decide([weight for c in competitions for weight in c.weights])
         for search, result in zip(searches, results, strict=False):
             if result.mass is not None:
                 search.take(result.mass)
@@ -211,6 +212,7 @@ class Spartan(AnnealedMasking):
     ) -> None:
         """Find the masks of N:M patterns, where each row is a group of its own."""
         keep_largest(competitions)
+        soft_mask.decide([weight for c in competitions for weight in c.weights])
         tops = [[_row_thresholds(weight) for weight in c.weights] for c in competitions]
         if self.beta_scale == "relative" and competitions:
             means = read_back([torch.cat(top).double().mean().reshape(1) for top in tops])
