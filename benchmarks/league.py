@@ -110,6 +110,7 @@ class Cell:
     """What one method reached at one density of one task."""
 
     scores: list[float]
+    digits: int = 2
 
     @property
     def mean(self) -> float:
@@ -123,8 +124,8 @@ class Cell:
         return statistics.stdev(self.scores) / math.sqrt(len(self.scores))
 
     def __str__(self) -> str:
-        error = f" ± {self.error:.2f}" if len(self.scores) > 1 else ""
-        return f"{self.mean:.2f}{error}"
+        error = f" ± {self.error:.{self.digits}f}" if len(self.scores) > 1 else ""
+        return f"{self.mean:.{self.digits}f}{error}"
 
 
 def cells(task: str, rows: Sequence[dict[str, object]]) -> dict[float, dict[str, Cell]]:
@@ -138,8 +139,12 @@ def cells(task: str, rows: Sequence[dict[str, object]]) -> dict[float, dict[str,
                 if (r["task"], r["density"], r["method"]) == (task, density, method)
             ]
             if scores:
-                found.setdefault(density, {})[method] = Cell(scores)
+                found.setdefault(density, {})[method] = Cell(scores, _digits(task))
     return found
+
+
+def _digits(task: str) -> int:
+    return 3 if TASKS[task].bits else 2
 
 
 def table(task: str, rows: Sequence[dict[str, object]]) -> str:
@@ -151,14 +156,14 @@ def table(task: str, rows: Sequence[dict[str, object]]) -> str:
     unit = "bits per character, less is better" if bits else "accuracy in percent"
     seeds = len({r["seed"] for r in rows if r["task"] == task})
     told = f"{seeds} seeds" if seeds > 1 else "one seed"
-    title = f"**{TASKS[task].title}** ({unit}; dense {Cell(dense)}; {told})"
+    title = f"**{TASKS[task].title}** ({unit}; dense {Cell(dense, _digits(task))}; {told})"
     lines = [title, "", "| density | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for density, row in by_density.items():
         best = (min if bits else max)(row, key=lambda m: row[m].mean)
         texts = []
         for method in shown:
             text = str(row[method]) if method in row else ""
-            texts.append(f"**{text}**" if method == best else text)
+            texts.append(f"**{text}**" if method == best and len(row) > 1 else text)
         lines.append(f"| {100 * density:g} % | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -9,9 +9,9 @@ The forward pass uses the top |θ| only; a larger set receives gradients:
 so pruned weights keep accumulating gradients and enter A when they have grown. The penalty that
 Top-KAST puts on θ is the weight decay of the user's optimizer.
 
-Nothing but that decay, `dead_outputs` and the floors of the budget holds pruned weights back: at high
-sparsity and with norms between the layers the method falls behind (`benchmarks/league.py`, 2 % of a
-residual network); allocate per layer then.
+Nothing but that decay, `dead_outputs` and the floors of the budget holds pruned weights back: at
+high sparsity and with norms between the layers the method falls behind (`benchmarks/league.py`, 2 %
+of a residual network); allocate per layer then.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class DualAveraging(AnnealedMasking):
     checks_weights: ClassVar[bool] = True
     weight_state: ClassVar[type[WeightState]] = BackwardMask
     name: ClassVar[str] = "dual-averaging"
-    summary: ClassVar[str] = (
-        "Top-KAST: moderate sparsity, networks without norms; no soft masks"
-    )
+    summary: ClassVar[str] = "Top-KAST: moderate sparsity, networks without norms; no soft masks"
     paper: ClassVar[str] = "Jayakumar et al., NeurIPS 2020"
     step_cost: ClassVar[str] = "two to three passes over the weights, native on the CPU"
 

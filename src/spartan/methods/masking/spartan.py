@@ -123,7 +123,7 @@ class Spartan(AnnealedMasking):
     group_state: ClassVar[type[GroupState]] = Sharpness
     name: ClassVar[str] = "spartan"
     summary: ClassVar[str] = (
-        "the default: soft or hard masks by layer, dense gradients; first in most of the league"
+        "the default: soft or hard masks by layer, dense gradients; strongest at low density"
     )
     paper: ClassVar[str] = "Tai et al., NeurIPS 2022"
     step_cost: ClassVar[str] = "four to six passes over the weights, native on the CPU"
