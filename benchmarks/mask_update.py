@@ -64,14 +64,14 @@ def make_step(n: int, count: int, sparse: bool) -> tuple[Run, Run]:
     if sparse:
         method = Spartan(beta=(BETA, BETA), warmup=0.0)
         Sparsifier(model, optimizer, method, Budget(density=DENSITY), 10**6)
-    gradients = [_behind_a_norm(parameter.detach()) for parameter in model.parameters()]
+    gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
 
     def renew() -> None:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             assert parameter.grad is not None
-            parameter.grad.copy_(gradient)
+            parameter.grad.copy_(_behind_a_norm(parameter.detach(), gradient))
 
     for _ in range(GRADIENTS + 2):  # the first ones are looked at more closely
         renew()
@@ -79,9 +79,8 @@ def make_step(n: int, count: int, sparse: bool) -> tuple[Run, Run]:
     return renew, optimizer.step
 
 
-def _behind_a_norm(weight: Tensor) -> Tensor:
-    """Return a random gradient as of a weight that a norm follows: soft masks cost more."""
-    gradient = torch.randn_like(weight)
+def _behind_a_norm(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Make a gradient one of a weight that a norm follows: soft masks cost more than hard ones."""
     along = (gradient * weight).sum(1, keepdim=True) / weight.square().sum(1, keepdim=True)
     return gradient - along * weight
 

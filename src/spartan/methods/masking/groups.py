@@ -183,7 +183,7 @@ class Competition:
         scales, costs = [w.scale for w in self.weights], [w.cost for w in self.weights]
         return Scores(pooled, scales, costs, absolute=True)
 
-    @property
+    @cached_property
     def _elementwise(self) -> bool:
         return all(weight.elementwise for weight in self.weights)
 
