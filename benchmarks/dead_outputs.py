@@ -1,82 +1,68 @@
-"""Accuracy with and without holding the gradients of outputs that keep nothing; batch norms.
+"""Accuracy without the guard of dead outputs, and with smaller or no floors of layers; batch norms.
 
     python benchmarks/dead_outputs.py
 
-Digits, an MLP 64-256-256-10 with batch norms, SGD 0.1 with a cosine, 30 epochs, three seeds; about
-two minutes. Both sides get the same recipe and seeds, in one run.
+The digits of the league, an MLP 64-256-256-10 with batch norms, three seeds; five minutes. All
+columns get the same recipe and seeds, in one run.
 """
 
 from __future__ import annotations
 
 import statistics
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import torch
-from sklearn.datasets import load_digits
-from torch import nn
 
-from spartan import Budget, Channel, Sparsifier
-from spartan.methods import DPF, DualAveraging, Spartan
-from spartan.methods.masking import MaskingMethod, dpf, dual_averaging, spartan
+from league_tasks import TASKS
+from spartan import Budget, Channel
+from spartan.budgets.budget import LAYER_FLOOR
+from spartan.methods import DPF, DualAveraging, Magnitude, Spartan
+from spartan.methods.masking import MaskingMethod
 from spartan.weights.patterns import Pattern, Unstructured
 
-EPOCHS, BATCH, SEEDS = 30, 64, 3
-CASES: list[tuple[MaskingMethod, Pattern, float]] = [
-    *((method, Unstructured(), d) for method in (Spartan(), DualAveraging(), DPF())
-      for d in (0.05, 0.02)),
-    *((Spartan(), Channel(), d) for d in (0.3, 0.1)),
-]  # fmt: skip
+CASES: list[tuple[MaskingMethod, Pattern, tuple[float, ...]]] = [
+    (Spartan(), Unstructured(), (0.05, 0.02, 0.01)),
+    (DualAveraging(), Unstructured(), (0.05, 0.02, 0.01)),
+    (DPF(), Unstructured(), (0.05, 0.02, 0.01)),
+    (Magnitude(), Unstructured(), (0.05, 0.02, 0.01)),
+    (Spartan(), Channel(), (0.3, 0.1)),
+]
+# Floor, and whether gradients of dead outputs are held.
+COLUMNS = {
+    "default": (LAYER_FLOOR, True),
+    "no guard": (LAYER_FLOOR, False),
+    "floor 0.1": (0.1, True),
+    "no floor": (0.0, True),
+    "neither": (0.0, False),
+}
+GUARDED = ("spartan", "dual_averaging", "dpf")
 
 
-@contextmanager
-def without() -> Iterator[None]:
-    """Take the guard out of the methods that have it."""
-    names = [f"{module.__name__}.hold_dead_outputs" for module in (spartan, dual_averaging, dpf)]
-    with mock.patch(names[0]), mock.patch(names[1]), mock.patch(names[2]):
-        yield
-
-
-def accuracy(method: MaskingMethod, pattern: Pattern, density: float, seed: int) -> float:
-    """Train, and return the accuracy on held-out images in percent."""
-    digits = load_digits()
-    images = torch.tensor(digits.data, dtype=torch.float32) / 16
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1437], order[1437:]
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for inputs in (64, 256):
-        layers += [nn.Linear(inputs, 256), nn.BatchNorm1d(256), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(256, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    steps = EPOCHS * (len(train) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    sparsifier = Sparsifier(model, optimizer, method, Budget(density=density), steps, pattern)
-    for _ in range(EPOCHS):
-        shuffled = train[torch.randperm(len(train))]
-        for some in shuffled[: len(train) // BATCH * BATCH].split(BATCH):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images[some]), labels[some]).backward()
-            optimizer.step()
-            schedule.step()
-    sparsifier.finalize()
-    right = model.eval()(images[test]).argmax(1) == labels[test]
-    return 100 * float(right.float().mean())
+def accuracy(
+    method: MaskingMethod, pattern: Pattern, density: float, floor: float, guard: bool
+) -> float:
+    """Return the mean accuracy over seeds, in percent."""
+    task = replace(TASKS["digits"], pattern=pattern)
+    budget = Budget(density=density, layer_floor=floor)
+    module = f"spartan.methods.masking.{method.name.replace('-', '_')}"
+    guarded = module.rpartition(".")[2] in GUARDED
+    without = mock.patch(f"{module}.hold_dead_outputs") if guarded and not guard else nullcontext()
+    with without:
+        return statistics.mean(task.run(method, budget, seed, Path()) for seed in range(task.seeds))
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # layers that die are what is measured
-    print("method            pattern       density    with  without")
-    for method, pattern, density in CASES:
-        held = statistics.mean(accuracy(method, pattern, density, s) for s in range(SEEDS))
-        with without():
-            free = statistics.mean(accuracy(method, pattern, density, s) for s in range(SEEDS))
-        row = f"{method.name:17} {pattern!s:13} {density:7.0%} {held:7.2f} {free:8.2f}"
-        print(row, flush=True)
+    print("| method | pattern | density | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (3 + len(COLUMNS)) + "|")
+    for method, pattern, densities in CASES:
+        for density in densities:
+            cells = [f"{accuracy(method, pattern, density, *c):.2f}" for c in COLUMNS.values()]
+            shown = [method.name, str(pattern), f"{density:.0%}", *cells]
+            print("| " + " | ".join(shown) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
 
-from spartan import Channel, Sparsifier, methods
+import one_run
+from cifar10 import narrow_resnet20
+from spartan import Budget, Channel, Sparsifier
 from spartan.always_sparse import convert
-from spartan.commands.images import ImageData, MemoryImages, augment, load_data, normalize
+from spartan.commands.accuracy import loss_and_accuracy
+from spartan.commands.images import ImageData, augment, batches, load_data, normalize
 from spartan.commands.models import resnet20
+from spartan.commands.options.train import TrainConfig
+from spartan.commands.train.trainer import lr_factor, make_optimizer
 from spartan.methods.growth import GrowthMethod
+from spartan.methods.registry import AnyMethod
 from spartan.seeds import derive_seed
 from spartan.weights.patterns import Block, Pattern, Unstructured
-
-_WARMUP = 0.05  # of the run, with a linearly growing learning rate; a cosine follows
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -42,7 +45,7 @@ class Task:
         batches: Yields the inputs and targets of each step, for a folder of data and a seed.
         score: Accuracy in percent, or bits per character, of a network on held-out data.
         steps: Training steps.
-        optimizer: Makes the optimizer, at its peak learning rate.
+        recipe: Optimizer, learning rate and its schedule.
         pattern: What is kept or pruned together.
         exclude: Parameters that stay dense.
         starts_dense: Whether it begins with a trained network, or prunes more than single weights:
@@ -57,31 +60,28 @@ class Task:
     batches: Callable[[Path, int, int], Batches]
     score: Callable[[nn.Module, Path], float]
     steps: int
-    optimizer: Callable[[nn.Module], Optimizer]
+    recipe: TrainConfig
     pattern: Pattern = field(default_factory=Unstructured)
     exclude: tuple[str, ...] = ()
     starts_dense: bool = False
     bits: bool = False
     seeds: int = 3
 
-    def run(self, method: str, density: float, seed: int, data: Path) -> float:
-        """Train with a method, "dense" for none, and return the score."""
-        torch.manual_seed(derive_seed(seed, "init", 0))
-        return self.train(self.model(data), method, density, seed, data)
-
-    def train(self, model: nn.Module, method: str, density: float, seed: int, data: Path) -> float:
-        """Train a network that is there already."""
+    def run(self, method: AnyMethod | None, budget: Budget, seed: int, data: Path) -> float:
+        """Train with a method, or none, and return the score."""
         warnings.simplefilter("ignore")  # layers and outputs that die are part of what is measured
-        chosen = methods.create("magnitude" if method == "dense" else method)
-        if isinstance(chosen, GrowthMethod):
-            model = convert(model, density)
-        optimizer = self.optimizer(model)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        torch.manual_seed(derive_seed(seed, "init", 0))
+        model = self.model(data)
+        if isinstance(method, GrowthMethod):
+            model = convert(model, budget.density)
+        optimizer, _ = make_optimizer(self.recipe, model)
+        rate = functools.partial(lr_factor, self.recipe, total_steps=self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         sparsifier = None
-        if method != "dense":
-            kept_dense = {"exclude": self.exclude} if self.exclude else {}
+        if method is not None:
+            dense = {"exclude": self.exclude} if self.exclude else {}
             sparsifier = Sparsifier(
-                model, optimizer, chosen, density, self.steps, self.pattern, **kept_dense
+                model, optimizer, method, budget, self.steps, self.pattern, **dense
             )
         model.train()
         for inputs, targets in self.batches(data, seed, self.steps):
@@ -93,29 +93,6 @@ class Task:
             sparsifier.finalize()
         with torch.no_grad():
             return self.score(model.eval(), data)
-
-    def _rate(self, step: int) -> float:
-        warmup = int(_WARMUP * self.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
-
-
-def sgd(lr: float) -> Callable[[nn.Module], Optimizer]:
-    """Return what makes SGD with Nesterov momentum 0.9, and decay 5e-4 of matrices and filters."""
-    return lambda model: SGD(_groups(model, 5e-4), lr=lr, momentum=0.9, nesterov=True)
-
-
-def adamw(lr: float) -> Callable[[nn.Module], Optimizer]:
-    """Return what makes AdamW, with decay 0.05 of matrices."""
-    return lambda model: AdamW(_groups(model, 0.05), lr=lr)
-
-
-def _groups(model: nn.Module, decay: float) -> list[dict[str, object]]:
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.dim() > 1 or name.endswith("values")]
-    plain = [p for name, p in named if not (p.dim() > 1 or name.endswith("values"))]
-    return [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 # Digits ------------------------------------------------------------------------------------------
@@ -145,7 +122,7 @@ def digits_batches(data: Path, seed: int, steps: int) -> Batches:
 
 def digits_score(model: nn.Module, data: Path) -> float:
     """Return the accuracy in percent."""
-    return image_score(nn.Sequential(nn.Flatten(), model), _digits())
+    return accuracy(nn.Sequential(nn.Flatten(), model), _digits())
 
 
 # Images ------------------------------------------------------------------------------------------
@@ -156,35 +133,30 @@ _IMAGES, _BATCH = 10_240, 128
 @functools.cache
 def cifar10(data: Path, size: int) -> ImageData:
     """Return the first 10,240 training images and all held-out images."""
-    loaded = load_data(str(data / "cifar10"), size)
-    assert isinstance(loaded.train, MemoryImages)
-    first = MemoryImages(loaded.train.images[:_IMAGES], loaded.train.labels[:_IMAGES])
-    return ImageData(**{**vars(loaded), "train": first})
+    return one_run.first_images(load_data(str(data / "cifar10"), size), _IMAGES)
 
 
 def image_batches(
     data: ImageData, batch: int, seed: int, steps: int, augmented: bool = True
 ) -> Batches:
     """Yield normalised images, shifted and mirrored, epoch after epoch."""
-    count, step, epoch = len(data.train.labels), 0, 0
+    step, epoch = 0, 0
     while step < steps:
-        order = torch.randperm(count, generator=_generator(seed, "order", epoch))
-        for some in order.split(batch)[: steps - step]:
-            inputs = normalize(data.train.read(some.tolist()), data)
+        order = torch.randperm(len(data.train.labels), generator=_generator(seed, "order", epoch))
+        for images, labels in batches(data.train, batch, order.tolist()):
+            if step == steps:
+                return
+            inputs = normalize(images, data)
             if augmented:
                 inputs = augment(inputs, data.flip, _generator(seed, "augment", step))
-            yield inputs, data.train.labels[some]
+            yield inputs, labels
             step += 1
         epoch += 1
 
 
-def image_score(model: nn.Module, data: ImageData) -> float:
-    """Return the accuracy in percent."""
-    right = 0
-    for some in torch.arange(len(data.test.labels)).split(500):
-        predicted = model(normalize(data.test.read(some.tolist()), data)).argmax(1)
-        right += int((predicted == data.test.labels[some]).sum())
-    return 100 * right / len(data.test.labels)
+def accuracy(model: nn.Module, data: ImageData) -> float:
+    """Return the accuracy on held-out images in percent."""
+    return 100 * loss_and_accuracy(model, data.test, data, torch.device("cpu"))[1]
 
 
 def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
@@ -222,7 +194,7 @@ def cifar_batches(size: int) -> Callable[[Path, int, int], Batches]:
 
 def cifar_score(size: int) -> Callable[[nn.Module, Path], float]:
     """Return what scores networks on CIFAR-10, scaled to a size."""
-    return lambda model, data: image_score(model, cifar10(data, size))
+    return lambda model, data: accuracy(model, cifar10(data, size))
 
 
 # Characters --------------------------------------------------------------------------------------
@@ -291,8 +263,8 @@ def text_score(model: nn.Module, data: Path) -> float:
 # All of them -------------------------------------------------------------------------------------
 
 
-def _narrow_resnet20(data: Path) -> nn.Module:
-    return resnet20(3, 16, 10, width=12)
+def _sgd(lr: float) -> TrainConfig:
+    return TrainConfig(optimizer="sgd", lr=lr)
 
 
 def _digits_task(norms: bool) -> Task:
@@ -300,7 +272,7 @@ def _digits_task(norms: bool) -> Task:
     steps = _DIGITS_EPOCHS * (1437 // _DIGITS_BATCH)
     return Task(
         title, (0.05, 0.02, 0.01), lambda data: digits_mlp(norms), digits_batches, digits_score,
-        steps, sgd(0.1),
+        steps, _sgd(0.1),
     )  # fmt: skip
 
 
@@ -310,7 +282,8 @@ def _resnet_task(
     title = "CIFAR-10, narrow ResNet-20" + ("" if pattern == Unstructured() else f", {pattern}")
     steps = epochs * _IMAGES // _BATCH
     return Task(
-        title, densities, _narrow_resnet20, cifar_batches(16), cifar_score(16), steps, sgd(0.1),
+        title, densities, lambda data: narrow_resnet20(3, 16, 10), cifar_batches(16),
+        cifar_score(16), steps, _sgd(0.1),
         pattern, exclude, starts_dense=pattern != Unstructured(),
     )  # fmt: skip
 
@@ -321,19 +294,19 @@ TASKS: dict[str, Task] = {
     "resnet": _resnet_task(Unstructured(), (0.1, 0.05, 0.02)),
     "plain": Task(
         "CIFAR-10, six convolutions without norms", (0.1, 0.05, 0.02), lambda data: plain_cnn(),
-        cifar_batches(16), cifar_score(16), 20 * _IMAGES // _BATCH, sgd(0.05),
+        cifar_batches(16), cifar_score(16), 20 * _IMAGES // _BATCH, _sgd(0.05),
     ),
     "text": Task(
         "characters, transformer", (0.2, 0.1, 0.05),
         lambda data: CharacterTransformer(_text(data)[2]), text_batches, text_score, 1200,
-        adamw(2e-3), bits=True,
+        TrainConfig(optimizer="adamw", lr=2e-3), bits=True,
     ),
     "outputs": _resnet_task(Channel(), (0.5, 0.3), 10),
     "inputs": _resnet_task(Channel(inputs=True), (0.5, 0.3), 10),
     "blocks": _resnet_task(Block(4, 4), (0.2, 0.1), 10, ("conv1.weight", "linear.weight")),
     "pretrained": Task(
         "CIFAR-10, 5 epochs from a trained ResNet-20", (0.05,), pretrained_resnet20,
-        cifar_batches(32), cifar_score(32), 5 * _IMAGES // _BATCH, sgd(0.02),
+        cifar_batches(32), cifar_score(32), 5 * _IMAGES // _BATCH, _sgd(0.02),
         starts_dense=True,
     ),
 }  # fmt: skip

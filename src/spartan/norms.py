@@ -18,7 +18,7 @@ from spartan.example_inputs import run_on
 def recalibrated(model: nn.Module, inputs: Iterable[Any]) -> Iterator[None]:
     """Let batch norms have the statistics of some inputs for a while, to evaluate a model.
 
-    Running means follow the last few hundred steps. While the density of a model falls, or its soft
+    Running means follow the last few dozen steps. While the density of a model falls, or its soft
     masks sharpen, its weights change faster: held-out data then look as if nothing were learned,
     though training goes well. Inside of this the model is in evaluation mode; afterwards
     statistics, modes and everything else are as before.

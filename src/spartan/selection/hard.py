@@ -70,22 +70,19 @@ def held_to_floors(request: ScanRequest, found: ScanResult, floors: Sequence[int
         for i, count in zip(free, above, strict=False)
         if count < floors[i] and _kept(scores, cutoff, i) < floors[i]
     ]:
-        costs = {i: _cost(scores, i) * floors[i] for i in (*held, *short)}
+        left = request.budget - sum(_cost(scores, i) * floors[i] for i in (*held, *short))
         free = [i for i in free if i not in short]
-        left = request.budget - sum(costs.values())
-        alone = [ScanRequest(scores.part([i]), costs[i]) for i in short]
-        among = dataclasses.replace(
-            request, scores=scores.part(free), budget=left, dual=None, threshold_only=False
-        )
-        results = scan([*alone, among] if free else alone)
+        alone = [ScanRequest(scores.part([i]), _cost(scores, i) * floors[i]) for i in short]
+        among = [dataclasses.replace(request, scores=scores.part(free), budget=left, dual=None)]
+        results = scan([*alone, *(among if free else [])])
         held |= {i: one.cutoff for i, one in zip(short, results, strict=False)}
-        rest = results[-1] if free else None
         ends = {i: one.tie_ends[0] for i, one in held.items()}
-        ends |= dict(zip(free, rest.cutoff.tie_ends, strict=True)) if rest else {}
+        threshold, above = cutoff.threshold, []
+        if free:
+            threshold, above = results[-1].cutoff.threshold, results[-1].above
+            ends |= dict(zip(free, results[-1].cutoff.tie_ends, strict=True))
         lowered = {i: one.threshold for i, one in held.items()}
-        threshold = rest.cutoff.threshold if rest else cutoff.threshold
         cutoff = Cutoff(threshold, [ends[i] for i in sorted(ends)], lowered)
-        above = rest.above if rest else []
     return cutoff
 
 

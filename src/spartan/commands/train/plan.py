@@ -31,13 +31,12 @@ def print_plan(console: Console, trainer: Trainer) -> None:
         )
     total = trainer.total_steps
     method = sparsifier.method
-    fixed = max((s for s in range(total + 1) if sparsifier.moves_after(s)), default=0)
     settings = ", ".join(f"{k}={v}" for k, v in method.settings().items() if k != "name")
     console.print(
         f"kernels {kernels.backend()}\n"
         f"method  {method.name} ({method.paper}; {method.summary})\n        {settings}\n"
         f"steps   {total:,} ({trainer.config.epochs} epochs of {trainer.steps_per_epoch:,}); masks "
-        f"fixed from step {fixed:,} on",
+        f"fixed from step {trainer.last_move:,} on",
         highlight=False,
     )
     end = next(s for s in range(total + 1) if sparsifier.progress_after(s) == 1.0)

@@ -46,6 +46,9 @@ class Trainer:
         config: All options.
         data: The images.
 
+    Attributes:
+        last_move: The last step after which masks or connections move.
+
     Raises:
         SpartanError: An option does not fit; nothing is written then.
     """
@@ -77,7 +80,7 @@ class Trainer:
             **({} if isinstance(method, GrowthMethod) else self._filters()),
         )
         steps = range(self.total_steps + 1)
-        self._last_move = max((s for s in steps if self.sparsifier.moves_after(s)), default=0)
+        self.last_move = max((s for s in steps if self.sparsifier.moves_after(s)), default=0)
         half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self._autocast = torch.autocast(self.device.type, half, enabled=config.amp)
         self._scaler = torch.amp.GradScaler(
@@ -132,7 +135,7 @@ class Trainer:
         While masks move, running statistics of batch norms are behind the weights: they are then
         taken of some training images instead. The last evaluation is of what is saved.
         """
-        moving = self.step < min(self._last_move, self.total_steps)
+        moving = self.step < min(self.last_move, self.total_steps)
         with recalibrated(self.model, self._some_inputs()) if moving else nullcontext():
             workers = self.config.workers
             return loss_and_accuracy(self.model, self.data.test, self.data, self.device, workers)

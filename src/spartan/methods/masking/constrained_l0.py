@@ -22,7 +22,7 @@ published algorithm, so that nothing has to be tuned:
   close by the noise of training are opened again, and the budget is used. `dual="restart"` is the
   published ascent for g <= ε; it lets go as soon as the target is crossed.
 * A quarter of the gates is drawn anew each step (`sampled`), another one each time; the rest are at
-  their median. The gradients of the gates stay unbiased in their number, and θ sees less noise.
+  their median. θ sees less noise; slopes are divided by the share, so that pulls keep their size.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class ConstrainedL0(Gated):
     dual_lr: float = 60.0
     proportional: float = 200.0
     warmup: float = 0.6
-    # With all drawn, networks that learn little in a run lose more to the noise than gates gain.
+    # Of 0.1, 0.25 and 1 the best for the league's convolutions without norms: with all drawn, θ
+    # loses more to the noise than the gates gain.
     sampled: float = 0.25
 
     constrained: ClassVar[bool] = True
