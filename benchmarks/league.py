@@ -57,7 +57,9 @@ class Job:
         """Whether the method can do this task."""
         task = TASKS[self.task]
         if self.method == "dense":
-            return self.density == task.densities[0]
+            return self.density == task.densities[0] and task.dense_of is None
+        if task.methods and self.method not in task.methods:
+            return False
         return self.method not in ALWAYS_SPARSE or not task.starts_dense
 
 
@@ -154,7 +156,8 @@ def table(task: str, rows: Sequence[dict[str, object]]) -> str:
     by_density = cells(task, rows)
     shown = [m for m in METHODS if any(m in row for row in by_density.values())]
     bits = TASKS[task].bits
-    dense = [float(str(r["score"])) for r in rows if (r["task"], r["method"]) == (task, "dense")]
+    same = TASKS[task].dense_of or task
+    dense = [float(str(r["score"])) for r in rows if (r["task"], r["method"]) == (same, "dense")]
     unit = "bits per character, less is better" if bits else "accuracy in percent"
     seeds = len({r["seed"] for r in rows if r["task"] == task})
     told = f"{seeds} seeds" if seeds > 1 else "one seed"

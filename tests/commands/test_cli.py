@@ -328,7 +328,9 @@ def test_damaged_runs_are_refused(
 
 def test_unknown_options_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--densty", "0.1") == 2
+    assert "--density" in capsys.readouterr().err
     assert call("trian") == 2
+    assert "train, evaluate" in capsys.readouterr().err
     assert call("--help") == 0
     assert "inspect" in capsys.readouterr().out
 

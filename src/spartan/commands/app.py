@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import tyro
@@ -37,6 +38,7 @@ class ResumableCommand(Command, Protocol):
         """Return the options of that file; None if none is named."""
 
 
+@dataclass(frozen=True)
 class World:
     """Learn which object influences which: train, evaluate, adapt, show; see world --help."""
 
