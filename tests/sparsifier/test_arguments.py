@@ -38,6 +38,7 @@ def test_help_shows_what_to_give() -> None:
     parameters = inspect.signature(Sparsifier).parameters
     assert list(parameters) == [
         "model", "optimizer", "method", "budget", "total_steps", "pattern", "include", "exclude",
+        "checkpoint_with",
     ]  # fmt: skip
     source = inspect.getsource(Sparsifier.step.fget)  # type: ignore[attr-defined]
     assert "NotImplementedError" not in source

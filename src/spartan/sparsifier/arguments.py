@@ -21,6 +21,15 @@ def check_model(model: nn.Module) -> None:
         raise PrunableError(f"model={model!r} is no torch.nn.Module: give the model itself.")
 
 
+def check_carrier(checkpoint_with: object) -> None:
+    """Raise `StateError` unless this says what carries the state."""
+    if checkpoint_with not in (None, "optimizer"):
+        raise StateError(
+            f"checkpoint_with={checkpoint_with!r}; known: 'optimizer', in whose state dict the "
+            "sparsifier's rides, or None."
+        )
+
+
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
     """Return one optimizer, several or none as a list.
 

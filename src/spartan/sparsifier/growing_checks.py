@@ -108,8 +108,13 @@ def check_growth_state(
         held = state["weights"][layer.name]
         if not (isinstance(held, tuple) and len(held) == 1):
             raise StateError(f"The state is damaged: it holds no pairs of {layer.name!r}.")
-        saved = held[0]
-        _check_tried(saved, layer.name)
+        _check_tried(held[0], layer.name)
+
+
+def check_connections(state: Mapping[str, Any], layers: Sequence[GrowingLayer]) -> None:
+    """Raise `StateError` unless the layers hold the connections that belong to a state."""
+    for layer in layers:
+        (saved,) = state["weights"][layer.name]
         tried = saved["tried"].to(layer.tried.device)
         if not bool(is_in(layer.connections.keys(), tried).all()):
             raise StateError(

@@ -31,6 +31,7 @@ from spartan.sparsifier.connection_moves import Move, apply, check_carried
 from spartan.sparsifier.governors import govern, release
 from spartan.sparsifier.growing_checks import (
     STATE_VERSION,
+    check_connections,
     check_counts,
     check_growth_optimizer,
     check_growth_state,
@@ -118,6 +119,11 @@ class GrowingRun:
 
     # What the user asks -------------------------------------------------------------------------
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the weights."""
+        return [weight.name for weight in self.weights]
+
     def progress_after(self, step: int) -> float:
         """Return 1: the budget holds from the beginning."""
         return 1.0
@@ -160,21 +166,29 @@ class GrowingRun:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; the model's own state, with the connections, is loaded before."""
+    def prepare(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Read a state, and return what continues from it; see `Sparsifier.load_state_dict`.
+
+        The connections, which the model's own state holds, are looked at when it continues.
+        """
         with understood():
             state = upgraded_growth(state)
             check_growth_state(state, self._settings(), self.weights)
-        check_counts(self.budget, self._budgets, self.weights, self.method.moves)
-        self.steps.resume(int(state["step"]))
-        for layer in self.weights:
-            (saved,) = state["weights"][layer.name]
-            device = layer.tried.device
-            layer.tried = saved["tried"].to(device, copy=True)
-            layer.rounds = saved["rounds"].to(device, copy=True)
-            layer.known = layer.connections
-        self.facts.note()
-        self._listen()
+
+        def go_on() -> None:
+            check_connections(state, self.weights)
+            check_counts(self.budget, self._budgets, self.weights, self.method.moves)
+            self.steps.resume(int(state["step"]))
+            for layer in self.weights:
+                (saved,) = state["weights"][layer.name]
+                device = layer.tried.device
+                layer.tried = saved["tried"].to(device, copy=True)
+                layer.rounds = saved["rounds"].to(device, copy=True)
+                layer.known = layer.connections
+            self.facts.note()
+            self._listen()
+
+        return go_on
 
     # Around a step ------------------------------------------------------------------------------
 

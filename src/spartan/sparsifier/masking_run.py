@@ -41,7 +41,7 @@ from spartan.sparsifier.optimizers import (
 )
 from spartan.sparsifier.pass_hooks import PassHook
 from spartan.sparsifier.projection import Keep
-from spartan.sparsifier.saved_state import load_run, run_state
+from spartan.sparsifier.saved_state import go_on_from, read_run, run_state
 from spartan.sparsifier.steps import OptimizerSteps
 from spartan.sparsifier.weight_writer import WeightWriter
 from spartan.weights.coverage import say_coverage
@@ -88,7 +88,7 @@ class MaskingRun:
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
     ) -> None:
-        self.model, self.method, self.budget, self.pattern = model, method, budget, pattern
+        self.model, self.budget, self.pattern = model, budget, pattern
         if sparse_layers(model):
             raise MethodError(
                 f"{method.name!r} masks dense weights, and the model has always-sparse layers: use "
@@ -108,6 +108,9 @@ class MaskingRun:
         if method.learns_rates or not method.finds_masks:  # what layers keep is not by competition
             for group in self.groups:
                 group.lift_floors()
+        self._asked = method
+        kept, total = (sum(getattr(one, k) for one in budgets) for k in ("kept", "total"))
+        self.method = method = method.for_density(kept / total)
         by_name = {weight.name: weight for group in self.groups for weight in group.weights}
         self.weights = [by_name[prunable.name] for prunable in prunables]
         self.steps = OptimizerSteps(optimizers, total_steps, prunables)
@@ -130,6 +133,11 @@ class MaskingRun:
         self._handles = self._register_hooks()
 
     # What the user asks -------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the weights."""
+        return [weight.name for weight in self.weights]
 
     def progress_after(self, step: int) -> float:
         """Say how far the density has come after a step."""
@@ -214,18 +222,23 @@ class MaskingRun:
         self._writer.adopt(self.weights, self.steps.done, exact=True)
         return run_state(self._settings(), self.steps.done, self.weights, self.groups)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; also writes the sparse weights into the model."""
-        self._leave_step()
-        self.facts.watch.require_present()
+    def prepare(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Read a state, and return what continues from it; see `Sparsifier.load_state_dict`."""
         measured = self.budget.latency_ms is not None
-        step, method = load_run(
-            state, self._settings(), self.method, self.weights, self.groups, self.steps.horizon,
+        saved = read_run(
+            state, self._settings(), self._asked, self.weights, self.groups, self.steps.horizon,
             measured,
         )  # fmt: skip
-        self.method = self._writer.method = self.facts.method = method
-        self.steps.resume(step)
-        self._writer.write(self.weights)
+
+        def go_on() -> None:
+            self._leave_step()
+            self.facts.watch.require_present()
+            go_on_from(saved, self.weights, self.groups)
+            self.method = self._writer.method = self.facts.method = saved.method
+            self.steps.resume(saved.step)
+            self._writer.write(self.weights)
+
+        return go_on
 
     # Around a step ------------------------------------------------------------------------------
 
@@ -254,6 +267,8 @@ class MaskingRun:
                 "backward() as usual, or take a method without gates."
             )
         self._leave_step()
+        if training and self.steps.companion is not None:
+            self.steps.companion.arrive()
         if not training and any(self._writer.changes(w, False) is not None for w in self.weights):
             return  # an average, say, that is swapped in to be evaluated, and swapped out again
         self._writer.adopt(self.weights, self.steps.done)

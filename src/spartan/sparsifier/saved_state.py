@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from spartan.kernels import Dual
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.groups import BudgetGroup
 from spartan.methods.masking.masked_weight import MaskedWeight
-from spartan.methods.masking.state import restored, saved
+from spartan.methods.masking.state import GroupState, restored, saved
 from spartan.sparsifier.old_states import as_begun, check_step, understood, upgraded
 
 STATE_VERSION = 5  # earlier ones: see `old_states`
@@ -38,7 +39,28 @@ def run_state(
     }
 
 
-def load_run(
+@dataclass(frozen=True)
+class SavedRun:
+    """A state that was read, and fits.
+
+    Attributes:
+        step: The step after which it was saved.
+        method: The method as it was begun with.
+        weights: The weights as they were, in the order of the model.
+        groups: What their groups kept.
+        floors: What each weight of a group keeps at least; none for states of before there were.
+        budgets: Those that were measured when the run was begun; None where none are measured.
+    """
+
+    step: int
+    method: MaskingMethod
+    weights: list[MaskedWeight]
+    groups: list[GroupState]
+    floors: list[list[int]]
+    budgets: Sequence[Sequence[float]] | None
+
+
+def read_run(
     state: Mapping[str, Any],
     settings: Mapping[str, Any],
     method: MaskingMethod,
@@ -46,8 +68,8 @@ def load_run(
     groups: Sequence[BudgetGroup],
     total_steps: int,
     measured: bool,
-) -> tuple[int, MaskingMethod]:
-    """Let the weights and groups of a run go on from a state.
+) -> SavedRun:
+    """Read a state for the weights and groups of a run, and change nothing.
 
     Args:
         state: What `run_state` returned.
@@ -58,11 +80,8 @@ def load_run(
         total_steps: Its steps.
         measured: Whether the budgets were measured, and so differ each time.
 
-    Returns:
-        The step after which the state was saved, and the method as it was begun with.
-
     Raises:
-        StateError: The state does not fit, or is not whole. Nothing is changed then.
+        StateError: The state does not fit, or is not whole.
     """
     with understood():
         method, floors = as_begun(method, settings["floors"], state)
@@ -79,18 +98,24 @@ def load_run(
                 f"The state of {one.name!r} holds no {missing}, which there is after step {step}: "
                 "only a part of it was saved or loaded."
             )
-    for weight, one in zip(weights, found, strict=True):
+    budgets = state["settings"]["budgets"] if measured else None
+    return SavedRun(step, method, found, group_states, floors, budgets)
+
+
+def go_on_from(
+    saved: SavedRun, weights: Sequence[MaskedWeight], groups: Sequence[BudgetGroup]
+) -> None:
+    """Let the weights and groups of a run go on from a state that was read for them."""
+    for weight, one in zip(weights, saved.weights, strict=True):
         take(weight, one)
-    for group, own, kept in zip(groups, group_states, floors, strict=True):
+    for group, own, kept in zip(groups, saved.groups, saved.floors, strict=True):
         group.state = own
         if not kept:
             group.lift_floors()
-    if measured:
+    if saved.budgets is not None:
         # What was measured when the run was begun, not what was measured again just now.
-        budgets = state["settings"]["budgets"]
-        for group, (kept, total, *costs) in zip(groups, budgets, strict=True):
-            group.adopt(GroupBudget(group.budget.members, tuple(costs), total, kept))
-    return step, method
+        for group, (kept_units, total, *costs) in zip(groups, saved.budgets, strict=True):
+            group.adopt(GroupBudget(group.budget.members, tuple(costs), total, kept_units))
 
 
 def state_of(weight: MaskedWeight) -> dict[str, Any]:

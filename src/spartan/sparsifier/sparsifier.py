@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,14 @@ from spartan.methods.growth.contract import GrowingLayer, GrowthMethod
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.methods.registry import as_method
-from spartan.sparsifier.arguments import as_optimizers, as_pattern, check_model, check_steps
+from spartan.sparsifier.arguments import (
+    as_optimizers,
+    as_pattern,
+    check_carrier,
+    check_model,
+    check_steps,
+)
+from spartan.sparsifier.carrier import Carrier, brings_state, unchanged_on_error
 from spartan.sparsifier.growing_run import GrowingRun
 from spartan.sparsifier.layer_summary import LayerSummary
 from spartan.sparsifier.masking_run import MaskingRun
@@ -47,6 +55,10 @@ class Sparsifier:
         include: Which parameters are prunable, see `find_prunable`.
         exclude: Which are not. Growth methods govern all always-sparse layers, and one names layers
             when they are made.
+        checkpoint_with: With `"optimizer"` the state rides in `optimizer.state_dict()`, of the
+            first where there are several, and whoever saves model and optimizer has saved the run:
+            it goes on bit for bit when both are loaded, before or after the sparsifier is made.
+            None: `state_dict()` is saved beside them.
 
     Methods that mask weights keep the model dense in memory (`sparsifier.masking_run`); growth
     methods move the connections of always-sparse layers (`sparsifier.growing_run`). A step whose
@@ -70,8 +82,10 @@ class Sparsifier:
         pattern: Pattern | str | None = None,
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
+        checkpoint_with: Literal["optimizer"] | None = "optimizer",
     ) -> None:
         check_model(model)
+        check_carrier(checkpoint_with)
         self.model = model
         chosen = as_method(method)
         self.budget = as_budget(budget)
@@ -80,11 +94,16 @@ class Sparsifier:
         self.total_steps = check_steps(total_steps, chosen)
         common = self.budget, self.total_steps, self.pattern, include, exclude
         self.run: MaskingRun | GrowingRun
-        if isinstance(chosen, GrowthMethod):
-            self.run = GrowingRun(model, optimizers, chosen, *common)
-        else:
-            self.run = MaskingRun(model, optimizers, chosen, *common)
-        self.run.steps.note_handles(optimizer)
+        self._carrier: Carrier | None = None
+        carries = checkpoint_with is not None
+        with unchanged_on_error(model) if carries and brings_state(optimizers) else nullcontext():
+            if isinstance(chosen, GrowthMethod):
+                self.run = GrowingRun(model, optimizers, chosen, *common)
+            else:
+                self.run = MaskingRun(model, optimizers, chosen, *common)
+            self.run.steps.note_handles(optimizer)
+            if carries:
+                self._carrier = self._carried()
 
     @property
     def method(self) -> MaskingMethod | GrowthMethod:
@@ -192,7 +211,8 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-for-bit resume needs, as plain values and tensors.
 
-        The model's and the optimizer's own state dicts are saved beside it.
+        The model's and the optimizer's own state dicts are saved beside it; the latter holds this
+        one, unless the sparsifier was made with `checkpoint_with=None`.
         """
         self._require_attached()
         return self.run.state_dict()
@@ -210,7 +230,16 @@ class Sparsifier:
                 f"A state is what state_dict() returned, not a {type(state).__name__}."
             )
         with torch.inference_mode(False):  # what is kept is to be trained
-            self.run.load_state_dict(state)
+            self.run.prepare(state)()
+        if self._carrier is not None:
+            self._carrier.loaded()
+
+    def _carried(self) -> Carrier:
+        try:
+            return Carrier(self.run)
+        except BaseException:
+            self.run.abandon()
+            raise
 
     def __getattr__(self, name: str) -> Any:
         """Find what version 0.1 called otherwise."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -32,6 +32,16 @@ _MANY_TURNS = 10
 _MOST_SKIPPED = 5  # in a row: a GradScaler may skip one of two optimizers a few times
 
 
+class Companion(Protocol):
+    """What goes along with the steps."""
+
+    def arrive(self) -> None:
+        """Called before each step."""
+
+    def leave(self) -> None:
+        """Called when the run is over."""
+
+
 class OptimizerSteps:
     """The training steps in which optimizers step some weights.
 
@@ -45,6 +55,7 @@ class OptimizerSteps:
         optimizers: Those given, and those that took their place.
         running: The step that has begun and not ended.
         over: Whether the run has ended.
+        companion: Told of each step before it, and of the end of the run.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class OptimizerSteps:
         self.done = 0
         self.running: RunningStep | None = None
         self.over = False
+        self.companion: Companion | None = None
         self._weights = weights
         # Others that may keep something for the weights: wrappers, those whose place was taken, and
         # all that stepped where none was given.
@@ -110,6 +122,8 @@ class OptimizerSteps:
         """Take the hooks away: the run is over."""
         self.over = True
         self._hooks.remove()
+        if self.companion is not None:
+            self.companion.leave()
 
     def resume(self, step: int) -> None:
         """Go on after a step, as if nothing had been done since it."""
@@ -231,6 +245,8 @@ class OptimizerSteps:
         weights = self.weights_of(optimizer)
         if not weights or changes_nothing(optimizer) or _has_nothing_to_do(optimizer, args, kwargs):
             return None
+        if self.companion is not None:
+            self.companion.arrive()
         self._require_countable(weights)
         if self.surplus and not self._said_surplus:
             self._said_surplus = True

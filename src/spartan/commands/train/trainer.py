@@ -77,6 +77,7 @@ class Trainer:
             budget,
             self.total_steps,
             pattern=config.make_pattern(),
+            checkpoint_with=None,  # checkpoints of a run have a place of their own for it
             **({} if isinstance(method, GrowthMethod) else self._filters()),
         )
         steps = range(self.total_steps + 1)
