@@ -120,6 +120,11 @@ class GrowingRun:
     # What the user asks -------------------------------------------------------------------------
 
     @property
+    def at_budget(self) -> bool:
+        """Return True: the budget holds from the beginning."""
+        return True
+
+    @property
     def names(self) -> list[str]:
         """The names of the weights."""
         return [weight.name for weight in self.weights]
@@ -145,6 +150,21 @@ class GrowingRun:
                 stacklevel=3,
             )
         self.abandon()
+
+    def extend(self, total_steps: int) -> None:
+        """Let the schedule end after so many steps; see `Sparsifier.extend`."""
+        self.steps.total = total_steps
+        self._listen()
+
+    def retarget(self, budget: Budget) -> None:
+        """Refuse: the connections are there."""
+        raise StateError(
+            "Always-sparse layers hold as many connections as when they were made: convert a model "
+            "at the density that it is to have."
+        )
+
+    def begin_pass(self, training: bool) -> None:
+        """Do nothing: all passes see the same weights."""
 
     def abandon(self) -> None:
         """Take the hooks away."""

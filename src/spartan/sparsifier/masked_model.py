@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,11 +107,32 @@ class MaskedModel:
         """Set to zero, in place, what the masks of now prune in a copy of the model."""
         return project_onto_masks(target, self._weights)
 
+    def adopt_masks(self) -> bool:
+        """Take the zeros that the model has for the masks, if it is at the budget by them."""
+        masks = [_held(weight) for weight in self._weights]
+        before = [weight.mask for weight in self._weights]
+        for weight, mask in zip(self._weights, masks, strict=True):
+            weight.mask = mask
+        fits = all(group.kept <= group.budget.kept for group in self._groups)
+        for weight, mask in zip(self._weights, before, strict=True):
+            if not fits:
+                weight.mask = mask
+        return fits
+
     @torch.no_grad()
     def mask_what_is_there(self, weights: Sequence[MaskedWeight]) -> None:
         """Zero what the masks prune in parameters, whoever wrote the rest."""
         for weight in weights:
             weight.parameter.copy_(torch.where(_spread(weight), weight.parameter, 0.0))
+
+
+@torch.no_grad()
+def _held(weight: MaskedWeight) -> Tensor:
+    """Return the units in which a parameter is not zero."""
+    found: Tensor = weight.parameter
+    if not weight.elementwise:
+        found = pool_magnitudes(found, weight.grid, weight.stored_mask.shape)
+    return found.ne(0)
 
 
 def _spread(weight: MaskedWeight) -> Tensor:
@@ -121,7 +141,4 @@ def _spread(weight: MaskedWeight) -> Tensor:
 
 def _units_held(weight: MaskedWeight) -> int:
     """Count the units in which a parameter is not zero."""
-    found: Any = weight.parameter
-    if not weight.elementwise:
-        found = pool_magnitudes(found, weight.grid, weight.stored_mask.shape)
-    return int(found.count_nonzero())
+    return int(_held(weight).count_nonzero())

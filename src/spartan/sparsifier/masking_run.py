@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spartan.always_sparse.conversion import sparse_layers
 from spartan.budgets.budget import Budget
+from spartan.budgets.group_budget import GroupBudget
 from spartan.deploy.latency import plan_latency
 from spartan.errors import MethodError, NonFiniteError, StateError
 from spartan.methods.masking.contract import MaskingMethod
@@ -47,7 +48,7 @@ from spartan.sparsifier.weight_writer import WeightWriter
 from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern
-from spartan.weights.prunable import NameFilter, find_prunable
+from spartan.weights.prunable import NameFilter, Prunable, find_prunable
 
 
 class MaskingRun:
@@ -97,17 +98,12 @@ class MaskingRun:
             )
         prunables = find_prunable(model, include, exclude)
         check_maskable(prunables)
-        if budget.latency_ms is None:
-            budgets = budget.plan(model, prunables, pattern)
-        else:
-            budgets = plan_latency(budget, model, prunables, pattern)
+        budgets = self._plan(prunables)
         check_optimizers(optimizers, prunables, trains=method.finds_masks)
 
         kinds = method.group_state, method.weight_state
         self.groups = [make_group(one, prunables, pattern, *kinds) for one in budgets]
-        if method.learns_rates or not method.finds_masks:  # what layers keep is not by competition
-            for group in self.groups:
-                group.lift_floors()
+        self._lift_floors(method)
         self._asked = method
         kept, total = (sum(getattr(one, k) for one in budgets) for k in ("kept", "total"))
         self.method = method = method.for_density(kept / total)
@@ -156,6 +152,9 @@ class MaskingRun:
         if keep != "model":
             self.facts.watch.require_present()
         written = self.facts.overwritten()
+        if written and keep == "model" and self.facts.adopt_masks():
+            self._detach()  # an earlier model of this run, say: at the budget by masks of its own
+            return
         if written and keep is None:
             raise StateError(
                 f"{written[0].name!r} was written outside the optimizer since step "
@@ -165,7 +164,7 @@ class MaskingRun:
         for weight in self.weights:
             weight.active = True
         done, total = self.steps.done, self.steps.horizon
-        if not self._at_budget() or self.method.samples(done, total):
+        if not self.at_budget or self.method.samples(done, total):
             warnings.warn(
                 f"finalize() at step {done} of {self.steps.total}, before the schedule reached the "
                 "budget: the rest is pruned at once.",
@@ -179,6 +178,39 @@ class MaskingRun:
         self._writer.write([weight for weight in self.weights if weight not in kept])
         self.facts.mask_what_is_there(kept)
         self._detach()
+
+    def extend(self, total_steps: int) -> None:
+        """Let the schedule end after so many steps; see `Sparsifier.extend`."""
+        self._require_moving("total_steps")
+        self.steps.total = total_steps
+
+    def retarget(self, budget: Budget) -> None:
+        """Go on to another budget; see `Sparsifier.retarget`."""
+        self._require_moving("budget")
+        before, self.budget = self.budget, budget
+        try:
+            budgets = self._plan([weight.prunable for weight in self.weights])
+            members = [one.members for one in budgets]
+            if members != [group.budget.members for group in self.groups]:
+                raise StateError(
+                    f"{budget} groups weights otherwise than {before}, and groups have states of "
+                    "their own: keep the allocation, and change the density."
+                )
+        except BaseException:
+            self.budget = before
+            raise
+        for group, one in zip(self.groups, budgets, strict=True):
+            group.adopt(one)
+        self._lift_floors(self.method)
+
+    def _require_moving(self, what: str) -> None:
+        """Raise `StateError` once masks are fixed."""
+        if not (self.attached and self.moves_after(self.steps.done + 1)):
+            raise StateError(
+                f"The masks are fixed since step {self.steps.done} at the latest: another {what} "
+                "would change nothing. More steps train what is kept; make a new sparsifier to "
+                "prune on from here."
+            )
 
     def abandon(self) -> None:
         """Take all hooks away, and leave the model as it is."""
@@ -245,9 +277,7 @@ class MaskingRun:
     def _register_hooks(self) -> list[RemovableHandle]:
         passes: list[RemovableHandle] = []
         if self.method.samples(0, self.steps.horizon):
-            shown, saved = (
-                PassHook(self.model, f) for f in (self._before_pass, self._before_saving)
-            )
+            shown, saved = (PassHook(self.model, f) for f in (self.begin_pass, self._before_saving))
             passes.append(self.model.register_forward_pre_hook(shown))
             passes.append(self.model.register_state_dict_pre_hook(saved))
         self.steps.hook(
@@ -256,8 +286,10 @@ class MaskingRun:
         return passes
 
     @torch.no_grad()
-    def _before_pass(self, training: bool) -> None:
+    def begin_pass(self, training: bool) -> None:
         """Let a training pass see sampled weights, and every other one the plain w."""
+        if not self.method.samples(0, self.steps.horizon):
+            return
         if self._inside and self.steps.is_within_one:
             return  # the guard shows w
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -278,7 +310,7 @@ class MaskingRun:
             self._writer.write(self.weights)
 
     def _before_saving(self, training: bool) -> None:
-        self._before_pass(training=False)
+        self.begin_pass(training=False)
 
     @torch.no_grad()
     def _before_step(
@@ -343,6 +375,7 @@ class MaskingRun:
             with torch.no_grad():
                 self._writer.write(weights)
             self._inside = []  # if the closure raises, the model holds w already
+            self.begin_pass(self.model.training)
             loss = closure()
             with torch.no_grad():
                 self._pull_back(weights)
@@ -398,6 +431,16 @@ class MaskingRun:
 
     # Small parts --------------------------------------------------------------------------------
 
+    def _plan(self, prunables: Sequence[Prunable]) -> list[GroupBudget]:
+        if self.budget.latency_ms is None:
+            return self.budget.plan(self.model, prunables, self.pattern)
+        return plan_latency(self.budget, self.model, prunables, self.pattern)
+
+    def _lift_floors(self, method: MaskingMethod) -> None:
+        if method.learns_rates or not method.finds_masks:  # no competition decides what layers keep
+            for group in self.groups:
+                group.lift_floors()
+
     def _weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         stepped = set(map(id, self.steps.weights_of(optimizer)))
         return [weight for weight in self.weights if id(weight.prunable) in stepped]
@@ -421,7 +464,9 @@ class MaskingRun:
         """Whether the hooks are there still."""
         return not self.steps.over
 
-    def _at_budget(self) -> bool:
+    @property
+    def at_budget(self) -> bool:
+        """Whether the masks hold the budget."""
         return all(group.kept <= group.budget.kept for group in self.groups)
 
     def _settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from spartan.budgets.budget import Budget, as_budget
 from spartan.budgets.group_budget import GroupBudget
-from spartan.errors import StateError, renamed
+from spartan.errors import ScheduleError, StateError, renamed
 from spartan.methods.growth.contract import GrowingLayer, GrowthMethod
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.masked_weight import MaskedWeight
@@ -167,6 +167,62 @@ class Sparsifier:
         """How much of the model the budget speaks of; `str` says it in one line."""
         return self.run.facts.coverage
 
+    @property
+    def at_budget(self) -> bool:
+        """Whether the masks hold the budget now; what the model holds, see `density`."""
+        return self.run.at_budget
+
+    def extend(self, total_steps: int) -> None:
+        """Let the run have more steps, or fewer: the rest of the schedule is planned anew.
+
+        Density and sharpness go on as in a run that had this length from the beginning.
+
+        Args:
+            total_steps: Optimizer steps of the whole run, with those that are done.
+
+        Raises:
+            ScheduleError: So many are done already, or the run has no schedule.
+            StateError: Nothing moves any more; further steps train what is kept.
+        """
+        self._require_attached()
+        found = check_steps(total_steps, self.method)
+        if self.total_steps is None or found is None or found <= self.step:
+            raise ScheduleError(
+                f"extend(total_steps={total_steps}) after step {self.step} of {self.total_steps}: "
+                "give more steps than are done, to a run with a schedule."
+            )
+        self.run.extend(found)
+        self.total_steps = found
+
+    def retarget(self, budget: Budget | float) -> None:
+        """Go on to another budget, from the next selection on.
+
+        Args:
+            budget: The budget, with the same allocation; a number is a density.
+
+        Raises:
+            BudgetError: It does not fit the model.
+            StateError: Nothing moves any more, weights would be grouped otherwise, or the layers
+                are always-sparse.
+        """
+        self._require_attached()
+        chosen = as_budget(budget)
+        self.run.retarget(chosen)
+        self.budget = chosen
+
+    def begin_pass(self, training: bool) -> None:
+        """Show the model as a pass is to see it, where passes go past the model's own call.
+
+        Methods that sample (gates) do so before each training pass. They notice calls of the model
+        that the sparsifier was made with, and closures; a loop that calls only parts of it says by
+        this that a pass follows.
+
+        Args:
+            training: Whether it is a training pass; others see the plain sparse weights.
+        """
+        if not self.finalized:
+            self.run.begin_pass(training)
+
     def project(self, model: Target) -> Target:
         """Make a copy of the model exact: an average, or the best weights of a run.
 
@@ -196,9 +252,10 @@ class Sparsifier:
         Args:
             keep: What becomes of weights that something else has written since the last step
                 (clipping, an average, float32 masters): with `"model"` the model keeps what it
-                holds, where masks keep it; with `"own"` it gets back what the last step left. By
-                default such weights are refused. `"model"` also ends a run whose parameters were
-                exchanged.
+                holds, where masks keep it, and all of it if it is at the budget by zeros of its own
+                (an earlier checkpoint of the run); with `"own"` it gets back what the last step
+                left. By default such weights are refused. `"model"` also ends a run whose
+                parameters were exchanged.
 
         Raises:
             StateError: Weights were written or exchanged, and `keep` does not say what to do; or

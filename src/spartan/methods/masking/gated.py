@@ -177,9 +177,9 @@ class Gated(MaskingMethod):
         if len(samples) < len(weights):
             raise MethodError(
                 f"No gates were drawn for step {step + 1}: {self.name!r} draws them when the model "
-                "that the sparsifier was made with is called in training mode. Call that model, "
-                "not its parts, after model.train(), after loading a state, and compile it after "
-                "making the sparsifier."
+                "that the sparsifier was made with is called in training mode. Call that model "
+                "after model.train(), after loading a state, and compile it after making the "
+                "sparsifier; before calling only parts of it call begin_pass(training=True)."
             )
         if step >= _CHECKED_STEP and not group.state_as(GateGroup).heard:
             group.state_as(GateGroup).heard = True

@@ -74,10 +74,11 @@ class BudgetGroup:
         return kind(self, active, left, at_target)
 
     def adopt(self, budget: GroupBudget) -> None:
-        """Take another budget for the same weights, with other costs."""
-        for weight, cost in zip(self.weights, budget.costs, strict=True):
+        """Take another budget for the same weights, with other costs and floors."""
+        floors = budget.floors or (0,) * len(self.weights)
+        for weight, cost, floor in zip(self.weights, budget.costs, floors, strict=True):
             weight.divisor *= cost / weight.cost
-            weight.cost = cost
+            weight.cost, weight.floor = cost, floor
         self.budget = budget
 
     def lift_floors(self) -> None:
