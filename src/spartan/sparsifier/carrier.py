@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spartan.errors import StateError
+from spartan.sparsifier.old_states import understood
 from spartan.sparsifier.optimizers import nested
 from spartan.sparsifier.steps import OptimizerSteps
 
@@ -181,6 +182,15 @@ def _strip(group: dict[str, Any], name: str) -> None:
 def brings_state(optimizers: Iterable[Optimizer]) -> bool:
     """Say whether an optimizer was loaded with the state of a run."""
     return any(_KEY in group for one in nested(*optimizers) for group in one.param_groups)
+
+
+def steps_brought(optimizers: Iterable[Optimizer]) -> int | None:
+    """Return for how many steps the run was begun that optimizers were loaded with, if any."""
+    groups = [g for one in nested(*optimizers) for g in one.param_groups if _KEY in g]
+    with understood():
+        states = [state for group in groups for state in group[_KEY].values()]
+        totals: list[int | None] = [state["settings"]["total_steps"] for state in states]
+    return totals[0] if totals else None
 
 
 @contextmanager

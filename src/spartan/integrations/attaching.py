@@ -1,0 +1,48 @@
+"""`attach`: makes the sparsifier of a run that a trainer plans, or resumes with more steps."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from spartan.sparsifier.arguments import as_optimizers
+from spartan.sparsifier.carrier import steps_brought
+from spartan.sparsifier.sparsifier import Sparsifier
+
+
+def attach(model: nn.Module, optimizer: Any, total_steps: int, **settings: Any) -> Sparsifier:
+    """Make a sparsifier; it goes on with the run that the optimizer was loaded with, if any.
+
+    Args:
+        model: The model.
+        optimizer: What `Sparsifier` takes.
+        total_steps: Steps that the trainer plans.
+        settings: All other arguments of `Sparsifier`.
+
+    Raises:
+        SpartanError: As `Sparsifier` does.
+    """
+    begun = steps_brought(as_optimizers(optimizer))
+    if begun is None or begun == total_steps:
+        return Sparsifier(model, optimizer, total_steps=total_steps, **settings)
+    sparsifier = Sparsifier(model, optimizer, total_steps=begun, **settings)
+    done = sparsifier.step
+    if total_steps > done and sparsifier.moves_after(done + 1):
+        sparsifier.extend(total_steps)
+        told = f"the rest of the schedule is planned for {total_steps:,}"
+    else:
+        told = "the masks are fixed already, and stay; further steps train what is kept"
+    warnings.warn(
+        f"The run that goes on after step {done:,} was begun for {begun:,} steps: {told}.",
+        stacklevel=2,
+    )
+    return sparsifier
+
+
+def numbers(sparsifier: Sparsifier) -> dict[str, float]:
+    """Return what a trainer logs of a sparsifier: density, kept weights, the method's numbers."""
+    kept = sum(row.kept for row in sparsifier.layers())
+    found = {"kept": float(kept), **sparsifier.monitor()}
+    return {f"spartan/{name}": value for name, value in found.items()}
