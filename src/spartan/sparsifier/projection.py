@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spartan.errors import StateError
 from spartan.methods.masking.masked_weight import MaskedWeight
-from spartan.weights.names import plain_name, wrapper_prefix
+from spartan.weights.names import merged_name, plain_name, wrapper_prefix
 
 Keep = Literal["own", "model"]  # what `finalize` keeps where others have written
 Target = TypeVar("Target", bound=nn.Module | Mapping[str, Any])
@@ -21,7 +21,8 @@ def project_onto_masks(target: Target, weights: Sequence[MaskedWeight]) -> Targe
     """Set to zero, in place, what the masks of now prune.
 
     Args:
-        target: A copy of the model, also in an `AveragedModel` or another wrapper, or a state dict.
+        target: A copy of the model, also in an `AveragedModel` or another wrapper, or with factors
+            of LoRA merged into it; or a state dict.
         weights: The weights that are masked.
 
     Returns:
@@ -31,6 +32,8 @@ def project_onto_masks(target: Target, weights: Sequence[MaskedWeight]) -> Targe
         StateError: It lacks a weight, or holds it in another shape. Nothing is changed then.
     """
     tensors = _tensors_of(target)
+    if not any(weight.name in tensors for weight in weights):  # LoRA is merged in the copy
+        tensors = {w.name: tensors[m] for w in weights if (m := merged_name(w.name)) in tensors}
     for weight in weights:
         found = tensors.get(weight.name)
         if found is None or found.shape != weight.prunable.shape:

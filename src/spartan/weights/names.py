@@ -22,3 +22,8 @@ def plain_name(name: str, prefix: str = "") -> str:
         prefix: What `wrapper_prefix` returned for that model.
     """
     return name.replace(_COMPILED, "").removeprefix(prefix)
+
+
+def merged_name(name: str) -> str:
+    """Return the name that a weight of a PEFT model has once its factors are merged into it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
