@@ -442,6 +442,38 @@ def test_inputs_that_a_traced_model_writes_into(as_mapping: bool) -> None:
     assert not x.any()
 
 
+class WithDefaults(nn.Module):
+    """As vision transformers take a mask, and whether it is causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, causal: bool = False
+    ) -> Tensor:
+        y = self.fc(x) * scale
+        if causal:
+            y = y.cumsum(1)
+        return y if mask is None else y * mask
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_arguments_that_keep_their_defaults() -> None:
+    x = torch.randn(2, 16)
+    model = prune(WithDefaults())
+    fast = accelerate(model, x)
+    assert plan_of(fast).traced
+    torch.testing.assert_close(fast(x), model(x))
+    torch.testing.assert_close(fast(x, None, 2.0, False), model(x))
+    again = pickle.loads(pickle.dumps(fast))
+    torch.testing.assert_close(again(x), model(x))
+    for changed in ((None, 3.0), (None, 2.0, True), (x,)):
+        for one in (fast, again):
+            with pytest.raises(DeployError, match="left out of the example"):
+                one(x, *changed)
+
+
 def test_nothing_of_the_caller_changes() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,51 @@ def test_a_trained_model_is_purged_exactly() -> None:
         purged = spartan.purge(model)
         check(model, purged)
         assert size(purged) < 0.7 * size(model)
+
+
+def test_depthwise_convolutions_go_with_their_neighbours() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 1),
+    )  # fmt: skip
+    sparsifier = spartan.Sparsifier(
+        model, None, spartan.methods.Magnitude(begin=0, end=0), 0.5, 10, spartan.Channel(),
+        exclude="7",
+    )  # fmt: skip
+    assert [weight.name for weight in sparsifier.weights] == ["0.weight", "5.weight"]
+    named = spartan.Sparsifier(
+        copy.deepcopy(model), None, "spartan", 0.5, 10, "channel", include=["0", "2"]
+    )
+    assert [weight.name for weight in named.weights] == ["0.weight", "2.weight"]
+    sparsifier.finalize()
+    with torch.no_grad():  # what is pruned is nothing but its bias, which goes on: take it away
+        model[0].bias[~model[0].weight.flatten(1).any(1)] = 0.0
+    purged = spartan.purge(model.double().eval())
+    check(model, purged)
+    kept = purged.get_submodule("0").out_channels
+    assert kept < 16
+    assert purged.get_submodule("2").groups == kept
+
+
+def test_arguments_with_defaults_do_not_keep_a_model_from_being_traced() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor, mask: Any = None, causal: bool = False) -> Tensor:
+            return self.body(x) if mask is None else self.body(x) * mask
+
+    model = Masked().eval()
+    with torch.no_grad():
+        model.body[0].weight[:4] = 0.0
+        model.body[0].bias[:4] = 0.0
+    purged = spartan.purge(model)
+    assert purged.get_submodule("body.0").out_features == 4
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(purged(x), model(x))
 
 
 def test_what_cannot_be_traced_is_refused() -> None:

@@ -21,6 +21,7 @@ from spartan.example_inputs import run_on
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_PLAIN = (bool, int, float, str)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -60,11 +61,16 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule | None:
     if left_out is None:
         return None
     try:
-        graph = _Tracer().trace(model, concrete_args=dict.fromkeys(left_out) or None)
+        graph = _Tracer().trace(model, concrete_args=left_out or None)
         for node in reversed(graph.nodes):
             node.type = None  # annotations that are kept as text cannot be pickled
             if getattr(node.target, "__name__", "") == "_assert_is_none":
                 node.target = refuse_argument  # what torch checks with cannot be pickled either
+            elif node.target is torch._assert and node.args[0].target is operator.eq:
+                compared = node.args[0]
+                node.target, node.args = refuse_argument, (compared.args[0], node.args[1])
+                node.args = (*node.args, compared.args[1])
+                graph.erase_node(compared)
         traced = fx.GraphModule(model, graph, type(model).__name__)
         if example_input is not None:
             _Shapes(traced).note(example_input)
@@ -74,15 +80,16 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule | None:
     return traced
 
 
-def refuse_argument(value: Any, message: str) -> Any:
-    """Refuse an argument that the example input did not give.
+def refuse_argument(value: Any, message: str, default: Any = None) -> Any:
+    """Refuse an argument that the example input did not give, unless it has its default.
 
     Raises:
         DeployError: It is given now.
     """
     if isinstance(value, fx.Proxy):  # a graph that is unpickled is traced again
-        return value.tracer.create_proxy("call_function", refuse_argument, (value, message), {})
-    if value is not None:
+        args = (value, message, default)
+        return value.tracer.create_proxy("call_function", refuse_argument, args, {})
+    if value is not default and value != default:
         name = message.split()[0]
         raise DeployError(
             f"The argument {name!r} was left out of the example input, so that the model was "
@@ -91,8 +98,11 @@ def refuse_argument(value: Any, message: str) -> Any:
     return None
 
 
-def _left_out(model: nn.Module, example_input: Any) -> list[str] | None:
-    """Return the arguments that an example input leaves out, or None if that rules out tracing."""
+def _left_out(model: nn.Module, example_input: Any) -> dict[str, Any] | None:
+    """Return the arguments that an example input leaves out, with their defaults.
+
+    None if they rule out tracing: torch.fx takes plain values only.
+    """
     parameters = inspect.signature(model.forward).parameters
     names = list(parameters)
     if example_input is None:
@@ -102,8 +112,9 @@ def _left_out(model: nn.Module, example_input: Any) -> list[str] | None:
     else:
         given = set(names[: len(example_input) if isinstance(example_input, tuple | list) else 1])
     plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
-    left_out = [name for name in names if name not in given]
-    return left_out if plain and all(parameters[n].default is None for n in left_out) else None
+    left_out = {name: parameters[name].default for name in names if name not in given}
+    known = all(value is None or type(value) in _PLAIN for value in left_out.values())
+    return left_out if plain and known else None
 
 
 def simplify(traced: fx.GraphModule) -> None:

@@ -101,8 +101,11 @@ class Carrier:
     def _board(self, optimizer: Optimizer) -> None:
         """Let the state ride in an optimizer from here on, and take what it brings."""
         for one in nested(optimizer):
-            if not any(one is known for known in self._boarded):
-                self._boarded.append(one)
+            if any(one is known for known in self._boarded):
+                continue
+            self._boarded.append(one)
+            # Wrappers that never called Optimizer.__init__ have no hooks, and save what they wrap.
+            if hasattr(one, "_optimizer_state_dict_post_hooks"):
                 self._handles += [
                     one.register_state_dict_post_hook(self._save),
                     one.register_load_state_dict_pre_hook(self._before_load),

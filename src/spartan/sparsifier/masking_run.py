@@ -97,6 +97,8 @@ class MaskingRun:
                 "always_sparse.to_dense."
             )
         prunables = find_prunable(model, include, exclude)
+        if include is None:
+            prunables = [one for one in prunables if not pattern.leaves_out(one)] or prunables
         check_maskable(prunables)
         budgets = self._plan(prunables)
         check_optimizers(optimizers, prunables, trains=method.finds_masks)

@@ -39,6 +39,10 @@ class Pattern(ABC):
     def grid(self, weight: Prunable) -> Grid:
         """Return how the weight divides into units, and where their values lie."""
 
+    def leaves_out(self, weight: Prunable) -> bool:
+        """Say whether a weight is not prunable by default in this pattern."""
+        return False
+
     def tile(self, weight: Prunable) -> tuple[int, int] | None:
         """Return (outputs, inputs) of a unit, if units are tiles at one kernel position each.
 
@@ -179,6 +183,10 @@ class Channel(Pattern):
     """
 
     inputs: bool = False
+
+    def leaves_out(self, weight: Prunable) -> bool:
+        # Its channels are those of the layers before and behind it, and go with these.
+        return weight.depthwise
 
     def unit_shape(self, weight: Prunable) -> tuple[int, ...]:
         _require_layout(weight)

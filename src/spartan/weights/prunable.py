@@ -12,7 +12,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Prunable:
         stacked: Whether it holds the matrices of several experts, (experts, out, in) or, with
             `input_first`, (experts, in, out).
         layout_known: Whether it is known which of its dimensions are inputs.
+        depthwise: Whether it is a convolution with one filter for each channel.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Prunable:
     input_first: bool = False
     stacked: bool = False
     layout_known: bool = True
+    depthwise: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -117,8 +119,18 @@ def find_prunable(
     if exclude is not None:
         chosen -= _excluded(exclude, names, chosen)
 
+    depthwise = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+    }
     found = [
-        _described(names[parameter][0], parameter, layouts, model, _said_layout(include, aliases))
+        replace(
+            _described(
+                names[parameter][0], parameter, layouts, model, _said_layout(include, aliases)
+            ),
+            depthwise=parameter in depthwise,
+        )
         for parameter, aliases in names.items()
         if parameter in chosen and parameter.numel() > 0
     ]
