@@ -19,6 +19,7 @@ from spartan import Budget
 from spartan.always_sparse import SparseLinear
 from spartan.errors import PrunableError, ScheduleError, StateError
 from spartan.methods import GSE, ConstrainedL0, Magnitude, Spartan
+from tests.conftest import leave
 
 L = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
@@ -228,7 +229,7 @@ def _process(rank: int, folder: Path, port: int) -> None:
     again, _, _ = fit(folder, ckpt=place, enable_checkpointing=False, **two)
     states = [{k: v.clone() for k, v in one.state_dict().items()} for one in (whole, again)]
     torch.save((*states, kept(whole)), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave(dist)
 
 
 def test_two_processes(tmp_path: Path, free_port: int) -> None:

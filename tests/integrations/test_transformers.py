@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
 from spartan import Budget
 from spartan.errors import BudgetError, ScheduleError, StateError
 from spartan.methods import GSE, ConstrainedL0, Magnitude, Spartan
+from tests.conftest import leave
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -196,6 +198,7 @@ def _process(rank: int, folder: Path, port: int) -> None:
     again, _ = train(folder, resume=folder / "checkpoint-12", **half)
     states = [{k: v.clone() for k, v in one.model.state_dict().items()} for one in (trainer, again)]
     torch.save((*states, kept(trainer.model, pruning), total(pruning)), folder / f"{rank}.pt")
+    leave(dist)
 
 
 def test_two_processes(tmp_path: Path, free_port: int) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear
 from spartan.errors import StateError
 from spartan.methods import GSE, ConstrainedL0, Magnitude, Spartan
+from tests.conftest import leave
 
 # Gates have not come to their density after so few steps, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:The gates of .* reached an expected density")
@@ -298,3 +304,35 @@ def test_going_back_to_an_earlier_state_goes_back_with_the_run() -> None:
     run.optimizer.load_state_dict(states["optimizer"])
     assert run.sparsifier.step == 6
     assert_equal(run.sparsifier.selected(), selected)
+
+
+def _sharded(rank: int, folder: Path, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+
+    def fresh(seed: int) -> Run:
+        run = Run(seed=seed)
+        run.optimizer = ZeroRedundancyOptimizer(
+            run.model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.01
+        )
+        return run.attach()
+
+    whole = fresh(0).train(range(STEPS)).finished()
+    half = fresh(0).train(range(9))
+    half.optimizer.consolidate_state_dict(0)  # type: ignore[attr-defined]
+    if rank == 0:
+        torch.save(half.saved(), folder / "saved.pt")
+    dist.barrier()
+    states, again = torch.load(folder / "saved.pt"), fresh(1)
+    again.model.load_state_dict(states["model"])
+    again.optimizer.load_state_dict(states["optimizer"])
+    again.train(range(9, STEPS))
+    assert "spartan" not in again.optimizer.param_groups[0]
+    assert_equal(again.finished(), whole)
+    leave(dist)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_a_sharded_optimizer_carries_it(tmp_path: Path, free_port: int) -> None:
+    mp.spawn(_sharded, (tmp_path, free_port), nprocs=2)  # type: ignore[no-untyped-call]

@@ -66,6 +66,7 @@ class Carrier:
         self._loading: Continue | None = None  # what the optimizer is loading just now
         self._waiting: Continue | None = None  # for the state of the model, which comes later
         self._bare = False  # a state was loaded that carried nothing
+        self._just_loaded = False  # since the last step: sharded optimizers bring it once more
         for optimizer in run.steps.optimizers[:1]:
             self._board(optimizer)
         run.steps.companion = self
@@ -83,6 +84,7 @@ class Carrier:
             else:  # met in this step, or it took the place of another
                 self._board(carrier)
         self._continue_waiting()
+        self._just_loaded = False
         if self._bare and self._run.steps.total is not None:
             self._bare = False
             warnings.warn(
@@ -96,7 +98,7 @@ class Carrier:
     def loaded(self) -> None:
         """Take note that the run continues from a state that came by another way."""
         self._loading = self._waiting = None
-        self._bare = False
+        self._bare, self._just_loaded = False, True
 
     def _board(self, optimizer: Optimizer) -> None:
         """Let the state ride in an optimizer from here on, and take what it brings."""
@@ -118,10 +120,12 @@ class Carrier:
         groups = [group for one in self._boarded for group in one.param_groups if _KEY in group]
         if groups:
             found = _own(groups, self._name)
-            continuing = self._run.prepare(found)
+            there = self._just_loaded and found.get("step") == self._run.steps.done
+            continuing = None if there else self._run.prepare(found)
             for group in groups:
                 _strip(group, self._name)
-            self._go_on(continuing)
+            if continuing is not None:
+                self._go_on(continuing)
 
     # In the optimizer's own methods --------------------------------------------------------------
 
