@@ -1,4 +1,4 @@
-"""Checks before a growth method starts or resumes: budget, pattern, optimizer, saved state."""
+"""Checks of growth: before it starts or resumes, before a step, and before connections move."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from spartan.budgets.budget import Budget
 from spartan.budgets.group_budget import GroupBudget
 from spartan.errors import BudgetError, MethodError, PatternError, PrunableError, StateError
 from spartan.kernels.key_lists import is_in
-from spartan.methods.growth.contract import GrowingLayer, GrowthMethod, density_of, processes
+from spartan.methods.growth.contract import (
+    GrowingLayer,
+    GrowthMethod,
+    averaged,
+    density_of,
+    processes,
+)
 from spartan.sparsifier.old_states import check_step
 from spartan.sparsifier.optimizers import nested
 from spartan.weights.patterns import Pattern, Unstructured
+from spartan.weights.prunable import Prunable
 
 STATE_VERSION = 3  # earlier ones: see `old_states`
 
@@ -135,3 +142,52 @@ def _check_tried(saved: Mapping[str, Any], name: str) -> None:
     )
     if not sound:
         raise StateError(f"The state is damaged: what it holds of {name!r} is no list of pairs.")
+
+
+def require_known_graphs(layers: Sequence[GrowingLayer], done: int) -> None:
+    """Raise `StateError` if connections were loaded without the states that belong to them."""
+    for layer in layers:
+        if layer.exchanged:
+            raise StateError(
+                f"The connections of {layer.name!r} are others than after step {done}: a state was "
+                "loaded, and what the optimizer keeps belongs to the connections before. Load the "
+                "optimizer's state of the same step too, and then the sparsifier's, before the "
+                "next step."
+            )
+
+
+def require_explained(
+    layers: Sequence[GrowingLayer], weights: Sequence[Prunable], step: int
+) -> None:
+    """Raise `StateError` if a coming step grows by other gradients than it steps by.
+
+    Args:
+        layers: All layers.
+        weights: What the optimizer steps.
+        step: The coming step.
+    """
+    stepped = set(map(id, weights))
+    for layer in layers:
+        passes, gradient = layer.module.passes, layer.prunable.parameter.grad
+        if passes is None or gradient is None or id(layer.prunable) not in stepped:
+            continue
+        if not passes.explain(gradient, averaged):
+            raise StateError(
+                f"The gradient of {layer.name!r} is not the sum of the backward passes before step "
+                f"{step}, after which connections grow where gradients are large: it was changed "
+                "or set by hand, or passes for something else came between. Scaling and clipping "
+                "are fine. Grow with 'set', which looks at no gradients, or leave the gradient to "
+                "backward()."
+            )
+
+
+def refuse_averages(layers: Sequence[GrowingLayer]) -> None:
+    """Raise `StateError` before connections move away from under an average."""
+    for layer in layers:
+        if layer.module.averaged:
+            raise StateError(
+                f"Connections of {layer.name!r} are about to move, and values are written into a "
+                "copy of it, as averages of a model do: it would mix values of different "
+                "connections. Average when connections no longer move (end=), or average "
+                "always_sparse.to_dense(copy.deepcopy(model))."
+            )

@@ -24,7 +24,6 @@ from spartan.methods.growth.contract import (
     ConnectionValues,
     GrowingLayer,
     GrowthMethod,
-    averaged,
     largest,
 )
 from spartan.sparsifier.connection_moves import Move, apply, check_carried
@@ -36,6 +35,9 @@ from spartan.sparsifier.growing_checks import (
     check_growth_optimizer,
     check_growth_state,
     check_growth_support,
+    refuse_averages,
+    require_explained,
+    require_known_graphs,
 )
 from spartan.sparsifier.growing_model import GrowingModel
 from spartan.sparsifier.old_states import understood, upgraded_growth
@@ -51,7 +53,7 @@ from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.names import plain_name, wrapper_prefix
 from spartan.weights.patterns import Pattern
-from spartan.weights.prunable import NameFilter, Prunable
+from spartan.weights.prunable import NameFilter
 
 
 class GrowingRun:
@@ -216,7 +218,7 @@ class GrowingRun:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         weights = self.steps.weights_of(optimizer)
         self.facts.watch.step()
-        self._require_known_graphs()
+        require_known_graphs(self.weights, self.steps.done)
         self._say_written()
 
         def checking(closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -224,7 +226,7 @@ class GrowingRun:
                 with torch.enable_grad():
                     loss = closure()
                 self.steps.require_finite_gradients(weights)
-                self._require_explained(weights)
+                require_explained(self.weights, weights, self.steps.done + 1)
                 return loss
 
             return evaluate
@@ -232,7 +234,7 @@ class GrowingRun:
         args, kwargs, wrapped = wrap_closure(args, kwargs, checking)
         if not wrapped and not skips_step(optimizer):
             self.steps.require_finite_gradients(weights)
-            self._require_explained(weights)
+            require_explained(self.weights, weights, self.steps.done + 1)
         return (args, kwargs) if wrapped else None
 
     @torch.no_grad()
@@ -255,7 +257,7 @@ class GrowingRun:
             for layer in self.weights if self.method.moves else []:
                 check_carried(layer, self.steps.steppers)
         if moves:
-            self._refuse_averages()
+            refuse_averages(self.weights)
         self.steps.done += 1
         for move in moves:
             apply(move, self.steps.steppers, self.method.counts_rounds)
@@ -319,17 +321,6 @@ class GrowingRun:
         for layer in self.weights:
             layer.module.passes = None
 
-    def _require_known_graphs(self) -> None:
-        """Raise `StateError` if connections were loaded without the states that belong to them."""
-        for layer in self.weights:
-            if layer.exchanged:
-                raise StateError(
-                    f"The connections of {layer.name!r} are others than after step "
-                    f"{self.steps.done}: a state was loaded, and what the optimizer keeps belongs "
-                    "to the connections before. Load the optimizer's state of the same step too, "
-                    "and then the sparsifier's, before the next step."
-                )
-
     def _say_written(self) -> None:
         """Say once that something else has written values, which go on from there."""
         names = [] if self._said_written else self.facts.changed()
@@ -341,33 +332,6 @@ class GrowingRun:
                 "average of earlier ones would mix values of different connections.",
                 stacklevel=3,
             )
-
-    def _require_explained(self, weights: Sequence[Prunable]) -> None:
-        """Raise `StateError` if the coming step grows by other gradients than it steps by."""
-        stepped = set(map(id, weights))
-        for layer in self.weights:
-            passes, gradient = layer.module.passes, layer.prunable.parameter.grad
-            if passes is None or gradient is None or id(layer.prunable) not in stepped:
-                continue
-            if not passes.explain(gradient, averaged):
-                raise StateError(
-                    f"The gradient of {layer.name!r} is not the sum of the backward passes before "
-                    f"step {self.steps.done + 1}, after which connections grow where gradients are "
-                    "large: it was changed or set by hand, or passes for something else came "
-                    "between. Scaling and clipping are fine. Grow with 'set', which looks at no "
-                    "gradients, or leave the gradient to backward()."
-                )
-
-    def _refuse_averages(self) -> None:
-        """Raise `StateError` before connections move away from under an average."""
-        for layer in self.weights:
-            if layer.module.averaged:
-                raise StateError(
-                    f"Connections of {layer.name!r} are about to move, and values are written into "
-                    "a copy of it, as averages of a model do: it would mix values of different "
-                    "connections. Average when connections no longer move (end=), or average "
-                    "always_sparse.to_dense(copy.deepcopy(model))."
-                )
 
     def _warn_idle(self, layers: list[GrowingLayer]) -> None:
         """Say once of each layer that it has nothing to grow by."""

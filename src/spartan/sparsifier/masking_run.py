@@ -23,16 +23,15 @@ from torch.utils.hooks import RemovableHandle
 
 from spartan.always_sparse.conversion import sparse_layers
 from spartan.budgets.budget import Budget
-from spartan.budgets.group_budget import GroupBudget
-from spartan.deploy.latency import plan_latency
 from spartan.errors import MethodError, NonFiniteError, StateError
 from spartan.methods.masking.contract import MaskingMethod
-from spartan.methods.masking.groups import make_group, require_finite
+from spartan.methods.masking.groups import require_finite
 from spartan.methods.masking.masked_weight import MaskedWeight
 from spartan.sparsifier.budget_warnings import note_newborn, warn_of_dead_layers
 from spartan.sparsifier.governors import govern, release
+from spartan.sparsifier.group_plan import GroupPlan
 from spartan.sparsifier.masked_model import MaskedModel
-from spartan.sparsifier.model_guard import ModelGuard
+from spartan.sparsifier.open_step import OpenStep
 from spartan.sparsifier.optimizers import (
     check_optimizers,
     loss_scale,
@@ -48,7 +47,7 @@ from spartan.sparsifier.weight_writer import WeightWriter
 from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern
-from spartan.weights.prunable import NameFilter, Prunable, find_prunable
+from spartan.weights.prunable import NameFilter, find_prunable
 
 
 class MaskingRun:
@@ -89,7 +88,7 @@ class MaskingRun:
         include: NameFilter | None = None,
         exclude: NameFilter | None = None,
     ) -> None:
-        self.model, self.budget, self.pattern = model, budget, pattern
+        self.model = model
         if sparse_layers(model):
             raise MethodError(
                 f"{method.name!r} masks dense weights, and the model has always-sparse layers: use "
@@ -100,24 +99,17 @@ class MaskingRun:
         if include is None:
             prunables = [one for one in prunables if not pattern.leaves_out(one)] or prunables
         check_maskable(prunables)
-        budgets = self._plan(prunables)
+        self.plan = GroupPlan(model, prunables, pattern, budget, method)
         check_optimizers(optimizers, prunables, trains=method.finds_masks)
-
-        kinds = method.group_state, method.weight_state
-        self.groups = [make_group(one, prunables, pattern, *kinds) for one in budgets]
-        self._lift_floors(method)
+        self.groups, self.weights = self.plan.groups, self.plan.weights
         self._asked = method
-        kept, total = (sum(getattr(one, k) for one in budgets) for k in ("kept", "total"))
-        self.method = method = method.for_density(kept / total)
-        by_name = {weight.name: weight for group in self.groups for weight in group.weights}
-        self.weights = [by_name[prunable.name] for prunable in prunables]
+        self.method = method = method.for_density(self.plan.density)
         self.steps = OptimizerSteps(optimizers, total_steps, prunables)
         note_newborn(self.weights, method, method.progress(0, self.steps.horizon) >= 1)
         for weight in self.weights:
             weight.latent.copy_(method.to_latent(weight, weight.latent))
         self._writer = WeightWriter(method, self.weights)
-        self._inside: list[MaskedWeight] = []  # weights that are being stepped now
-        self._guard = ModelGuard(model, self._show_w, self._hide_w)
+        self._step = OpenStep(model, self.weights, self._writer, lambda: self.steps.is_within_one)
         self._checked_dead = self._abandoned = False
         self._mark_active()
         if self.method.moves_masks(0, self.steps.horizon):
@@ -137,6 +129,11 @@ class MaskingRun:
         """The names of the weights."""
         return [weight.name for weight in self.weights]
 
+    @property
+    def at_budget(self) -> bool:
+        """Whether the masks hold the budget."""
+        return self.plan.at_budget
+
     def progress_after(self, step: int) -> float:
         """Say how far the density has come after a step."""
         return self.method.progress(step, self.steps.horizon)
@@ -150,7 +147,7 @@ class MaskingRun:
         if not self.attached:
             self._require_unchanged()
             return
-        self._leave_step()
+        self._step.leave()
         if keep != "model":
             self.facts.watch.require_present()
         written = self.facts.overwritten()
@@ -189,21 +186,7 @@ class MaskingRun:
     def retarget(self, budget: Budget) -> None:
         """Go on to another budget; see `Sparsifier.retarget`."""
         self._require_moving("budget")
-        before, self.budget = self.budget, budget
-        try:
-            budgets = self._plan([weight.prunable for weight in self.weights])
-            members = [one.members for one in budgets]
-            if members != [group.budget.members for group in self.groups]:
-                raise StateError(
-                    f"{budget} groups weights otherwise than {before}, and groups have states of "
-                    "their own: keep the allocation, and change the density."
-                )
-        except BaseException:
-            self.budget = before
-            raise
-        for group, one in zip(self.groups, budgets, strict=True):
-            group.adopt(one)
-        self._lift_floors(self.method)
+        self.plan.retarget(budget)
 
     def _require_moving(self, what: str) -> None:
         """Raise `StateError` once masks are fixed."""
@@ -217,7 +200,7 @@ class MaskingRun:
     def abandon(self) -> None:
         """Take all hooks away, and leave the model as it is."""
         self._abandoned = True
-        self._leave_step()
+        self._step.leave()
         self._detach()
 
     def _detach(self) -> None:
@@ -229,7 +212,7 @@ class MaskingRun:
                 "made for it, and it is left as it is.",
                 stacklevel=4,
             )
-        self._end_step()
+        self._step.end()
         self.facts.watch.stop()
         self.steps.stop()
         release([weight.prunable for weight in self.weights], self)
@@ -251,21 +234,21 @@ class MaskingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-for-bit resume needs, as plain values and tensors."""
-        self._leave_step()
+        self._step.leave()
         self.facts.watch.require_present()
         self._writer.adopt(self.weights, self.steps.done, exact=True)
         return run_state(self._settings(), self.steps.done, self.weights, self.groups)
 
     def prepare(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Read a state, and return what continues from it; see `Sparsifier.load_state_dict`."""
-        measured = self.budget.latency_ms is not None
+        measured = self.plan.budget.latency_ms is not None
         saved = read_run(
             state, self._settings(), self._asked, self.weights, self.groups, self.steps.horizon,
             measured,
         )  # fmt: skip
 
         def go_on() -> None:
-            self._leave_step()
+            self._step.leave()
             self.facts.watch.require_present()
             go_on_from(saved, self.weights, self.groups)
             self.method = self._writer.method = self.facts.method = saved.method
@@ -292,7 +275,7 @@ class MaskingRun:
         """Let a training pass see sampled weights, and every other one the plain w."""
         if not self.method.samples(0, self.steps.horizon):
             return
-        if self._inside and self.steps.is_within_one:
+        if self._step.inside and self.steps.is_within_one:
             return  # the guard shows w
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise MethodError(
@@ -300,7 +283,7 @@ class MaskingRun:
                 "cannot be done inside of torch.func (grad, vmap, jacrev): call the model and "
                 "backward() as usual, or take a method without gates."
             )
-        self._leave_step()
+        self._step.leave()
         if training and self.steps.companion is not None:
             self.steps.companion.arrive()
         if not training and any(self._writer.changes(w, False) is not None for w in self.weights):
@@ -319,7 +302,7 @@ class MaskingRun:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         weights = self._weights_of(optimizer)
-        self._leave_step()
+        self._step.leave()
         self.facts.watch.step()
         self._writer.adopt(self.weights, self.steps.done)
         for weight in weights if self.method.samples(self.steps.done, self.steps.horizon) else []:
@@ -327,17 +310,16 @@ class MaskingRun:
         args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, weights))
         if not wrapped:
             self._pull_back(weights, skipped=skips_step(optimizer))
-        self._guard.open([weight.parameter for weight in weights])
-        self._show_theta(weights)
+        self._step.open(weights)
         return (args, kwargs) if wrapped else None
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        weights = self._inside
+        weights = self._step.inside
         if not weights:
             return
         if skips_step(optimizer):
-            self._leave_step()
+            self._step.leave()
             return
         completes = self.steps.completed_by(optimizer)
         moves = (
@@ -351,7 +333,7 @@ class MaskingRun:
             if moves:
                 self.method.select(self.groups, self.steps.done + 1, self.steps.horizon)
         except BaseException as error:
-            self._leave_step()
+            self._step.leave()
             if isinstance(error, NonFiniteError):
                 raise NonFiniteError(f"Step {self.steps.done + 1}: {error}") from None
             raise
@@ -364,7 +346,7 @@ class MaskingRun:
             self._writer.write(written)
             raise
         finally:
-            self._end_step()
+            self._step.end()
         if moves:
             self._warn_dead()
 
@@ -376,12 +358,12 @@ class MaskingRun:
         def evaluate() -> Any:
             with torch.no_grad():
                 self._writer.write(weights)
-            self._inside = []  # if the closure raises, the model holds w already
+            self._step.inside = []  # if the closure raises, the model holds w already
             self.begin_pass(self.model.training)
             loss = closure()
             with torch.no_grad():
                 self._pull_back(weights)
-                self._show_theta(weights)
+                self._step.show_theta(weights)
             return loss
 
         return evaluate
@@ -398,50 +380,7 @@ class MaskingRun:
             if members:
                 self.method.pull_back(group, members, self.steps.done, self.steps.horizon)
 
-    def _show_theta(self, weights: list[MaskedWeight]) -> None:
-        """Let the parameters hold θ, for the optimizer to move."""
-        self._inside = weights
-        for weight in weights:
-            weight.prunable.parameter.copy_(weight.latent)
-            weight.stepping = True
-
-    def _show_w(self) -> None:
-        """Let the model hold w for whoever uses it inside of a step; end one that broke off."""
-        if not self.steps.is_within_one:
-            self._leave_step()
-        elif self._inside:
-            self._writer.write(self._inside)
-
-    def _hide_w(self) -> None:
-        """Go on with the step."""
-        if self._inside and not self._inside[0].stepping:
-            self._show_theta(self._inside)
-
-    def _leave_step(self) -> None:
-        """Restore w where a step was begun and did not end, by an exception or a skip."""
-        if self._inside:
-            inside = self._inside
-            self._end_step()
-            self._writer.write(inside)
-
-    def _end_step(self) -> None:
-        """Forget the step that is under way, if one is, and what was selected in it."""
-        self._inside = []
-        for weight in self.weights:
-            weight.stepping, weight.pending = False, None
-        self._guard.close()
-
     # Small parts --------------------------------------------------------------------------------
-
-    def _plan(self, prunables: Sequence[Prunable]) -> list[GroupBudget]:
-        if self.budget.latency_ms is None:
-            return self.budget.plan(self.model, prunables, self.pattern)
-        return plan_latency(self.budget, self.model, prunables, self.pattern)
-
-    def _lift_floors(self, method: MaskingMethod) -> None:
-        if method.learns_rates or not method.finds_masks:  # no competition decides what layers keep
-            for group in self.groups:
-                group.lift_floors()
 
     def _weights_of(self, optimizer: Optimizer) -> list[MaskedWeight]:
         stepped = set(map(id, self.steps.weights_of(optimizer)))
@@ -466,17 +405,9 @@ class MaskingRun:
         """Whether the hooks are there still."""
         return not self.steps.over
 
-    @property
-    def at_budget(self) -> bool:
-        """Whether the masks hold the budget."""
-        return all(group.kept <= group.budget.kept for group in self.groups)
-
     def _settings(self) -> dict[str, Any]:
         return {
             "method": self.method.settings(),
-            "pattern": str(self.pattern),
             "total_steps": self.steps.total,
-            "latency_ms": self.budget.latency_ms,
-            "floors": [list(group.budget.floors) for group in self.groups],
-            "budgets": [[b.kept, b.total, *b.costs] for b in (g.budget for g in self.groups)],
+            **self.plan.settings(),
         }
