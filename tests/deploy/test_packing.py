@@ -432,3 +432,19 @@ def test_threads_may_save_to_one_path(tmp_path: Path) -> None:
         list(pool.map(lambda state: spartan.save(state, path), states * 5))
     assert int(spartan.load(path)["w"].unique()) in range(8)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_transformers_reads_is_not_packed(tmp_path: Path) -> None:
+    model = nn.Linear(64, 64)
+    with torch.no_grad():
+        model.weight[torch.rand(64, 64) > 0.1] = 0.0
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DeployError, match="from_pretrained"):
+        spartan.save(model, path)
+    assert not path.exists()
+    spartan.save(model, path, compress=False)
+    spartan.save(model, tmp_path / "packed.safetensors")
+    for text in ('{"data": "digits"}', "{", "[]"):  # folders of others
+        (tmp_path / "config.json").write_text(text)
+        spartan.save(model, path)

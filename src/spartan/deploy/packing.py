@@ -75,7 +75,8 @@ def save(
         How each tensor was stored.
 
     Raises:
-        DeployError: A tensor cannot be stored, or does not fit the narrower dtype.
+        DeployError: A tensor cannot be stored, does not fit the narrower dtype, or would be packed
+            where transformers looks for ordinary ones.
         FileError: The file cannot be written.
     """
     if values is not None and values not in _NARROW:
@@ -113,6 +114,8 @@ def save(
             yield from parts.values()
             yield np.array(stored.shape, np.int64)
 
+    if described:
+        _refuse_pretrained(Path(path))
     header = {"format": "pt", **(metadata or {})}
     # Without, tensors of this name would be taken for those of another packer.
     if described or aliases or any(name.endswith(".bitmask") for name in names):
@@ -149,6 +152,27 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
         for name in packed:
             state[name].copy_(packed[name])
     return state
+
+
+def _refuse_pretrained(path: Path) -> None:
+    """Raise `DeployError` if this is the file that `from_pretrained` reads of a folder.
+
+    It would take what is packed for missing, and leave those weights at random.
+    """
+    config = path.parent / "config.json"
+    if path.name != "model.safetensors" or not config.is_file():
+        return
+    try:
+        told = json.loads(config.read_text())
+    except ValueError:
+        return
+    if isinstance(told, dict) and "model_type" in told:
+        raise DeployError(
+            f"{str(path)!r} is what transformers' from_pretrained reads, which does not know packed "
+            "tensors: choose another name, such as packed.safetensors. To load it, make the model "
+            "from its config and give it to spartan.load; or write it as it is with "
+            "compress=False."
+        )
 
 
 def _check_metadata(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
