@@ -168,9 +168,9 @@ def _refuse_pretrained(path: Path) -> None:
         return
     if isinstance(told, dict) and "model_type" in told:
         raise DeployError(
-            f"{str(path)!r} is what transformers' from_pretrained reads, which does not know packed "
-            "tensors: choose another name, such as packed.safetensors. To load it, make the model "
-            "from its config and give it to spartan.load; or write it as it is with "
+            f"{str(path)!r} is what from_pretrained of transformers reads, which knows no packed "
+            "tensors: choose another name, such as packed.safetensors. To load that, make the "
+            "model from its config and give it to spartan.load; or write an ordinary file with "
             "compress=False."
         )
 
