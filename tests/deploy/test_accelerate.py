@@ -459,19 +459,39 @@ class WithDefaults(nn.Module):
 
 
 @pytest.mark.usefixtures("sparse_wins")
-def test_arguments_that_keep_their_defaults() -> None:
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_arguments_that_keep_their_defaults(as_mapping: bool) -> None:
     x = torch.randn(2, 16)
     model = prune(WithDefaults())
-    fast = accelerate(model, x)
+    fast = accelerate(model, {"x": x} if as_mapping else x)
     assert plan_of(fast).traced
     torch.testing.assert_close(fast(x), model(x))
     torch.testing.assert_close(fast(x, None, 2.0, False), model(x))
     again = pickle.loads(pickle.dumps(fast))
     torch.testing.assert_close(again(x), model(x))
-    for changed in ((None, 3.0), (None, 2.0, True), (x,)):
+    torch.testing.assert_close(fast(x, scale=2.0, mask=None, causal=False), model(x))
+    for changed in ({"scale": 3.0}, {"causal": True}, {"mask": x}):
         for one in (fast, again):
             with pytest.raises(DeployError, match="left out of the example"):
-                one(x, *changed)
+                one(x, **changed)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_what_a_model_asserts_itself_stays() -> None:
+    class Checking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[1] == 16, "Wrong width, 16 is needed")
+            return self.fc(x)
+
+    x = torch.randn(2, 16)
+    fast = accelerate(prune(Checking()), x)
+    assert plan_of(fast).traced
+    with pytest.raises(AssertionError, match="Wrong width"):
+        fast(torch.randn(2, 8))
 
 
 def test_nothing_of_the_caller_changes() -> None:

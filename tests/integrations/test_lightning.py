@@ -46,7 +46,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 class Network(L.LightningModule):  # type: ignore[misc]
     """Draws each batch by the number of the step: Lightning does not resume within an epoch."""
 
-    def __init__(self, grows: bool = False, manual: bool = False, accumulate: int = 1) -> None:
+    def __init__(self, grows: bool = False, manual: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         layers = [nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 4)]
@@ -92,9 +92,10 @@ def fit(
     validated: bool = False,
     module: str | None = None,
     steps: int | None = None,
+    kind: type[Network] = Network,
     **settings: Any,
 ) -> tuple[Network, Sparsify, Any]:
-    network = Network(method == "gse", manual)
+    network = kind(method == "gse", manual)
     pruning = Sparsify(METHODS[method](), Budget(density=0.25), module, total_steps=steps)
     quiet = {
         "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
@@ -173,6 +174,22 @@ def test_a_part_accumulation_clipping_half_precision(tmp_path: Path) -> None:
     assert pruning.sparsifier is not None
     assert pruning.sparsifier.model is network.net
     assert (pruning.sparsifier.step, kept(network)) == (STEPS // 2, KEPT)
+
+
+@pytest.mark.parametrize("module", [None, "net"])
+def test_a_part_that_is_compiled(module: str | None, tmp_path: Path) -> None:
+    class Compiled(Network):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.net = torch.compile(self.net, backend="eager")  # type: ignore[assignment]
+
+    average = those_of_lightning.EMAWeightAveraging(decay=0.5)
+    network, _, _ = fit(
+        tmp_path, module=module, kind=Compiled, callbacks=(average, every(tmp_path, 20))
+    )
+    assert 0.8 * KEPT < kept(network) <= KEPT
+    saved = torch.load(tmp_path / "step=20.ckpt", weights_only=False)["state_dict"]
+    assert sum(int(w.count_nonzero()) for w in saved.values() if w.ndim == 2) <= KEPT
 
 
 def test_numbers_come_by_self_log(tmp_path: Path) -> None:

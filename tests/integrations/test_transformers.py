@@ -63,23 +63,30 @@ def train(
     metrics: Any = None,
     **arguments: Any,
 ) -> tuple[Any, SparsifierCallback]:
-    settings = {
-        "max_steps": steps, "per_device_train_batch_size": 8, "save_steps": SAVED,
-        "logging_steps": SAVED, "use_cpu": True, "disable_tqdm": True, "report_to": [],
-        "learning_rate": 1e-2, "save_strategy": "steps",
-    }  # fmt: skip
-    model = bert(method == "gse")
     pruning = SparsifierCallback(METHODS[method](), Budget(density=0.25))
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(str(folder), **{**settings, **arguments}),
-        train_dataset=examples(),
-        eval_dataset=examples(8),
-        callbacks=[pruning, *callbacks],
-        compute_metrics=metrics,
+    trainer = trainer_of(
+        folder, method, [pruning, *callbacks], max_steps=steps, metrics=metrics, **arguments
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer, pruning
+
+
+def trainer_of(
+    folder: Path, method: str, callbacks: list[Any], metrics: Any = None, **arguments: Any
+) -> Any:
+    settings = {
+        "max_steps": STEPS, "per_device_train_batch_size": 8, "save_steps": SAVED,
+        "logging_steps": SAVED, "use_cpu": True, "disable_tqdm": True, "report_to": [],
+        "learning_rate": 1e-2, "save_strategy": "steps",
+    }  # fmt: skip
+    return transformers.Trainer(
+        bert(method == "gse"),
+        transformers.TrainingArguments(str(folder), **{**settings, **arguments}),
+        train_dataset=examples(),
+        eval_dataset=examples(8),
+        callbacks=callbacks,
+        compute_metrics=metrics,
+    )
 
 
 def kept(model: nn.Module, pruning: SparsifierCallback) -> int:
@@ -146,6 +153,29 @@ def test_a_run_that_stops_early_is_exact_and_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="before the schedule"):
         trainer, pruning = train(tmp_path, callbacks=(Stop(),), save_strategy="no")
     assert kept(trainer.model, pruning) == total(pruning)
+
+
+@pytest.mark.parametrize("method", ["spartan", "gse"])
+def test_a_run_that_broke_off_goes_on_in_the_same_trainer(method: str, tmp_path: Path) -> None:
+    class Break(transformers.TrainerCallback):  # type: ignore[misc]
+        broken = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 14 and not self.broken:
+                self.broken = True
+                raise KeyboardInterrupt
+
+    whole, _ = train(tmp_path / "whole", method, save_strategy="no")
+    pruning = SparsifierCallback(METHODS[method](), Budget(density=0.25))
+    trainer = trainer_of(tmp_path / "broken", method, [pruning, Break()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.warns(UserWarning, match="that one ends here"):
+        trainer.train(resume_from_checkpoint=True)
+    assert pruning.sparsifier is not None
+    assert pruning.sparsifier.step == STEPS
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("done", "told"), [(8, "the rest of the schedule"), (20, "fixed already")])

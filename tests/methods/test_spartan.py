@@ -118,24 +118,6 @@ def test_relative_beta_does_not_depend_on_the_scale_of_the_weights() -> None:
     assert 0.05 < float(masks[0].max()) < 1.0
 
 
-@pytest.mark.parametrize(
-    ("density", "warmup"), [(0.01, 0.4), (0.1, 0.4), (0.5, 0.4 * math.log10(2)), (1.0, 0.0)]
-)
-def test_the_descent_is_the_shorter_the_milder_the_target(density: float, warmup: float) -> None:
-    model = nn.Linear(40, 50)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = Sparsifier(model, optimizer, Spartan(), Budget(density=density), 100)
-    assert isinstance(sparsifier.method, Spartan)
-    assert sparsifier.method.warmup == pytest.approx(warmup)
-    # What was chosen for a run is kept in its state; what was asked for is left as it is.
-    state = sparsifier.state_dict()
-    assert state["settings"]["method"]["warmup"] == sparsifier.method.warmup
-    asked = Sparsifier(nn.Linear(40, 50), None, Spartan(warmup=0.3), density, 100)
-    assert isinstance(asked.method, Spartan)
-    assert asked.method.warmup == 0.3
-    assert Spartan(finetune=0.9).for_density(density).warmup == pytest.approx(min(warmup, 0.1))
-
-
 def test_all_zero_weights_are_selected_by_position() -> None:
     model = nn.Linear(10, 10)
     nn.init.zeros_(model.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections.abc import Callable, Iterable
@@ -211,7 +212,7 @@ def test_two_sparsifiers_share_an_optimizer() -> None:
     for mine, other in zip(parts, found, strict=True):
         assert other.step == 9
         assert_equal(mine.selected(), other.selected())
-    assert "spartan" not in again.optimizer.param_groups[0]
+    assert "spartan" not in again.train([9]).optimizer.param_groups[0]
 
 
 class Delegating(torch.optim.Optimizer):
@@ -294,6 +295,107 @@ def test_nothing_rides_where_nobody_wants_it_or_the_run_is_over() -> None:
     assert "spartan" not in run.optimizer.state_dict()["param_groups"][0]
     with pytest.raises(StateError, match="checkpoint_with='model'"):
         Run().attach(checkpoint_with="model")
+
+
+def test_networks_alike_that_share_an_optimizer() -> None:
+    def twins(seed: int) -> tuple[Run, nn.Module, list[Sparsifier]]:
+        run = Run(seed=seed)
+        other = Run(seed=seed + 10).model
+        run.optimizer = torch.optim.Adam([*run.model.parameters(), *other.parameters()], lr=0.01)
+        made = [
+            Sparsifier(model, run.optimizer, Spartan(), 0.25, STEPS) for model in (run.model, other)
+        ]
+        return run, other, made
+
+    run, other, made = twins(0)
+    for step in range(9):
+        x, y = example(step)
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.model(x) + other(x), y).backward()
+        run.optimizer.step()
+    states = {**run.saved(), "other": copy.deepcopy(other.state_dict())}
+    again, twin, found = twins(1)
+    again.model.load_state_dict(states["model"])
+    twin.load_state_dict(states["other"])
+    again.optimizer.load_state_dict(states["optimizer"])
+    assert_equal(again.model.state_dict(), states["model"])
+    assert_equal(twin.state_dict(), states["other"])
+    for mine, theirs in zip(made, found, strict=True):
+        assert theirs.step == 9
+        assert_equal(mine.selected(), theirs.selected())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_sparsifier_in_the_same_process_goes_on_from_what_was_loaded(method: str) -> None:
+    whole = Run(method).attach().train(range(STEPS))
+    run = Run(method).attach().train(range(9))
+    states = run.saved()
+    run.train(range(9, 12))  # then something goes wrong, and it is tried again
+    run.model.load_state_dict(states["model"])
+    run.optimizer.load_state_dict(states["optimizer"])
+    with pytest.warns(UserWarning, match="that one ends here"):
+        run.attach()
+    assert run.sparsifier.step == 9
+    assert_equal(run.train(range(9, STEPS)).finished(), whole.finished())
+
+
+def test_after_a_refusal_the_right_settings_go_on_and_save() -> None:
+    states = Run().attach().train(range(9)).saved()
+    run = Run(seed=1)
+    run.model.load_state_dict(states["model"])
+    run.optimizer.load_state_dict(states["optimizer"])
+    with pytest.raises(StateError, match=r"total_steps.*checkpoint_with=None"):
+        Sparsifier(run.model, run.optimizer, Spartan(), 0.25, 2 * STEPS)
+    run.attach().train(range(9, 12))
+    model_first(run.saved(), Run(seed=2))
+    # Or another run begins, and what was loaded is forgotten.
+    run = Run(seed=1)
+    run.optimizer.load_state_dict(states["optimizer"])
+    other = Sparsifier(run.model, run.optimizer, Magnitude(), 0.5, STEPS, checkpoint_with=None)
+    assert other.step == 0
+    assert "spartan" not in run.optimizer.state_dict()["param_groups"][0]
+
+
+def test_optimizers_in_another_order_bring_it_too() -> None:
+    def halves(model: nn.Module) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[0], model[3])]
+
+    first, second = Run().model, Run(seed=1).model
+    one, other = halves(first)
+    Sparsifier(first, [one, other], Magnitude(), 0.25, STEPS)
+    for step in range(8):
+        x, y = example(step)
+        nn.functional.cross_entropy(first(x), y).backward()
+        for optimizer in (one, other):
+            optimizer.step()
+            optimizer.zero_grad()
+    second.load_state_dict(first.state_dict())
+    mine = halves(second)
+    for optimizer, saved in zip(mine, (one, other), strict=True):
+        optimizer.load_state_dict(saved.state_dict())
+    assert Sparsifier(second, mine[::-1], Magnitude(), 0.25, STEPS).step == 8
+
+
+def test_saving_changes_nothing() -> None:
+    runs = [Run().attach().train(range(6)) for _ in range(2)]
+    for run, saves in zip(runs, (True, False), strict=True):
+        weights = copy.deepcopy(run.model.state_dict())
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.mul_(0.5)  # an average, say, that is swapped in to be evaluated
+        if saves:
+            run.optimizer.state_dict()
+        run.model.load_state_dict(weights)
+        run.train(range(6, STEPS))
+    assert_equal(*(run.finished() for run in runs))
+
+
+def test_connections_may_be_loaded_after_the_optimizer_also_into_the_same_graph() -> None:
+    whole = Run("gse").attach().train(range(STEPS))
+    states = Run("gse").attach().train(range(9)).saved()
+    again = Run("gse")  # of the same seed: its first connections belong to the state as well
+    optimizer_first(states, again)
+    assert_equal(again.train(range(9, STEPS)).finished(), whole.finished())
 
 
 def test_going_back_to_an_earlier_state_goes_back_with_the_run() -> None:

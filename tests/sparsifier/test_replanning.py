@@ -12,7 +12,7 @@ from torch import nn
 from spartan import Budget, Sparsifier
 from spartan.always_sparse import SparseLinear
 from spartan.errors import BudgetError, MethodError, ScheduleError, StateError
-from spartan.methods import SET, ConstrainedL0, Magnitude, Spartan
+from spartan.methods import DPF, SET, ConstrainedL0, Magnitude, Spartan
 from tests.conftest import Net, batch, train_step
 
 PRUNABLE = 288 + 2048 + 128
@@ -65,6 +65,37 @@ def test_extended_in_the_middle_it_is_exact_at_the_end_and_saves_its_length() ->
     train(model, sparsifier, range(12, 30))
     sparsifier.finalize()
     assert (sparsifier.step, kept(model)) == (30, round(0.2 * PRUNABLE))
+
+
+@pytest.mark.parametrize("method", [DPF(period=4), Magnitude(begin=0.4)])
+def test_methods_that_move_now_and_then_can_be_extended(method: object) -> None:
+    model, sparsifier = started(method, 20, 5)
+    sparsifier.extend(30)
+    train(model, sparsifier, range(5, 30))
+    sparsifier.finalize()
+    assert kept(model) == round(0.2 * PRUNABLE)
+
+
+def test_another_density_changes_nothing_else() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    budget = Budget(density=0.5, count="all", layer_floor=0.0)
+    sparsifier = Sparsifier(model, optimizer, Magnitude(), budget, 20)
+    before = sparsifier.budgets()
+    sparsifier.retarget(0.5)
+    assert sparsifier.budgets() == before
+    sparsifier.retarget(0.4)
+    assert sparsifier.budget == Budget(density=0.4, count="all", layer_floor=0.0)
+
+
+def test_weights_without_a_gradient_compete_for_another_budget() -> None:
+    model, sparsifier = started(Magnitude(end=0.2), 40, 10, density=0.5)
+    model.fc1.weight.requires_grad_(False)
+    sparsifier.retarget(0.2)
+    train(model, sparsifier, range(10, 12))
+    assert sparsifier.at_budget
+    assert kept(model) == round(0.2 * PRUNABLE)
+    assert all(row.kept for row in sparsifier.layers())
 
 
 def test_what_cannot_be_extended_is_refused() -> None:

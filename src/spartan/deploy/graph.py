@@ -64,13 +64,7 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule | None:
         graph = _Tracer().trace(model, concrete_args=left_out or None)
         for node in reversed(graph.nodes):
             node.type = None  # annotations that are kept as text cannot be pickled
-            if getattr(node.target, "__name__", "") == "_assert_is_none":
-                node.target = refuse_argument  # what torch checks with cannot be pickled either
-            elif node.target is torch._assert and node.args[0].target is operator.eq:
-                compared = node.args[0]
-                node.target, node.args = refuse_argument, (compared.args[0], node.args[1])
-                node.args = (*node.args, compared.args[1])
-                graph.erase_node(compared)
+            _keep_defaults(node, left_out)
         traced = fx.GraphModule(model, graph, type(model).__name__)
         if example_input is not None:
             _Shapes(traced).note(example_input)
@@ -78,6 +72,21 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule | None:
         # Tracing runs the user's code on stand-ins: whatever it raises, it cannot be traced.
         return None
     return traced
+
+
+def _keep_defaults(node: fx.Node, left_out: Mapping[str, Any]) -> None:
+    """Let arguments that are left out keep their names, and check that they keep their defaults."""
+    if node.op == "placeholder":
+        name = str(node.target).rpartition("_")[0]  # torch.fx numbers those it was given values for
+        node.target = name if name in left_out else node.target
+    elif getattr(node.target, "__name__", "") == "_assert_is_none":
+        node.target = refuse_argument  # what torch checks with cannot be pickled
+    elif node.target is torch._assert and "has been specialized" in str(node.args[1:]):
+        compared = node.args[0]
+        assert isinstance(compared, fx.Node)
+        value, default = compared.args
+        node.target, node.args = refuse_argument, (value, node.args[1], default)
+        node.graph.erase_node(compared)
 
 
 def refuse_argument(value: Any, message: str, default: Any = None) -> Any:
@@ -178,9 +187,8 @@ class _Shapes(fx.Interpreter):
     def note(self, example_input: Any) -> None:
         example_input = copy.deepcopy(example_input)  # the model may write into it
         if isinstance(example_input, Mapping):
-            # Arguments that are left out are None by default: else there is no graph.
-            names = [n.target for n in self.graph.nodes if n.op == "placeholder"]
-            example_input = [example_input.get(name) for name in names]
+            taken = [n for n in self.graph.nodes if n.op == "placeholder"]
+            example_input = [example_input.get(n.target, *n.args) for n in taken]
         run_on(self.run, example_input)
 
     def run_node(self, n: fx.Node) -> Any:

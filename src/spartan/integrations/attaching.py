@@ -29,7 +29,9 @@ def attach(model: nn.Module, optimizer: Any, total_steps: int, **settings: Any) 
         return Sparsifier(model, optimizer, total_steps=total_steps, **settings)
     sparsifier = Sparsifier(model, optimizer, total_steps=begun, **settings)
     done = sparsifier.step
-    if total_steps > done and sparsifier.moves_after(done + 1):
+    if total_steps <= done:
+        told = "no further step is planned, and finalize() ends it as it is"
+    elif sparsifier.moves:
         sparsifier.extend(total_steps)
         told = f"the rest of the schedule is planned for {total_steps:,}"
     else:

@@ -14,6 +14,7 @@ from spartan.integrations.attaching import attach, numbers
 from spartan.methods.growth.contract import GrowthMethod
 from spartan.methods.registry import AnyMethod
 from spartan.sparsifier.sparsifier import Sparsifier
+from spartan.weights.names import plain_name
 from spartan.weights.patterns import Pattern
 from spartan.weights.prunable import NameFilter
 
@@ -138,13 +139,14 @@ class Sparsify(Callback):
         if sparsifier is None or isinstance(sparsifier.method, GrowthMethod):
             return
         prefix = "" if self._module is None else f"{self._module}."
+        found: dict[str, Any] = checkpoint["state_dict"]
+        keys = {plain_name(key).removeprefix(prefix): key for key in found}
+        keys = {w.name: keys[w.name] for w in sparsifier.weights if w.name in keys}
         own = {p.untyped_storage().data_ptr() for p in pl_module.parameters()}
-        found = checkpoint["state_dict"]
-        names = [f"{prefix}{weight.name}" for weight in sparsifier.weights]
-        if any(found[name].untyped_storage().data_ptr() not in own for name in names):
-            part = {name.removeprefix(prefix): found[name].clone() for name in names}
-            sparsifier.project(part)
-            checkpoint["state_dict"] = {**found, **{prefix + k: v for k, v in part.items()}}
+        theirs = any(found[key].untyped_storage().data_ptr() not in own for key in keys.values())
+        if theirs and len(keys) == len(sparsifier.weights):
+            part = sparsifier.project({name: found[key].clone() for name, key in keys.items()})
+            checkpoint["state_dict"] = {**found, **{keys[name]: w for name, w in part.items()}}
 
     def _part(self, pl_module: LightningModule) -> nn.Module:
         if self._module is None:

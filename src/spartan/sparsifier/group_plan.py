@@ -52,12 +52,6 @@ class GroupPlan:
         self._lift_floors()
 
     @property
-    def density(self) -> float:
-        """What may stay, as a fraction of everything."""
-        budgets = [group.budget for group in self.groups]
-        return sum(one.kept for one in budgets) / sum(one.total for one in budgets)
-
-    @property
     def at_budget(self) -> bool:
         """Whether the masks hold the budget."""
         return all(group.kept <= group.budget.kept for group in self.groups)
@@ -76,6 +70,7 @@ class GroupPlan:
             )
         for group, one in zip(self.groups, budgets, strict=True):
             group.adopt(one)
+            group.state.settled = False  # so that weights without a gradient compete once more
         self.budget = budget
         self._lift_floors()
 

@@ -53,7 +53,7 @@ from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.names import plain_name, wrapper_prefix
 from spartan.weights.patterns import Pattern
-from spartan.weights.prunable import NameFilter
+from spartan.weights.prunable import NameFilter, Prunable
 
 
 class GrowingRun:
@@ -127,9 +127,14 @@ class GrowingRun:
         return True
 
     @property
-    def names(self) -> list[str]:
-        """The names of the weights."""
-        return [weight.name for weight in self.weights]
+    def first_weight(self) -> Prunable:
+        """The first of the weights."""
+        return self.weights[0].prunable
+
+    @property
+    def connections_exchanged(self) -> bool:
+        """Whether connections were loaded since."""
+        return any(layer.exchanged for layer in self.weights)
 
     def progress_after(self, step: int) -> float:
         """Return 1: the budget holds from the beginning."""
@@ -138,6 +143,12 @@ class GrowingRun:
     def moves_after(self, step: int) -> bool:
         """Say whether connections move after a step."""
         return self.method.fraction_at(step, self.steps.horizon) > 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether connections move in what is left of the run."""
+        left = range(self.steps.done + 1, (self.steps.total or self.steps.done) + 1)
+        return self.attached and any(map(self.moves_after, left))
 
     def finalize(self, keep: Keep | None = None) -> None:
         """Take the hooks away; the layers stay always-sparse, see `always_sparse.to_dense`."""
@@ -187,6 +198,10 @@ class GrowingRun:
                 for s in self.weights
             },
         }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the same."""
+        return self.state_dict()
 
     def prepare(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Read a state, and return what continues from it; see `Sparsifier.load_state_dict`.

@@ -47,7 +47,7 @@ from spartan.sparsifier.weight_writer import WeightWriter
 from spartan.weights.coverage import say_coverage
 from spartan.weights.maskable import check_maskable
 from spartan.weights.patterns import Pattern
-from spartan.weights.prunable import NameFilter, find_prunable
+from spartan.weights.prunable import NameFilter, Prunable, find_prunable
 
 
 class MaskingRun:
@@ -102,8 +102,7 @@ class MaskingRun:
         self.plan = GroupPlan(model, prunables, pattern, budget, method)
         check_optimizers(optimizers, prunables, trains=method.finds_masks)
         self.groups, self.weights = self.plan.groups, self.plan.weights
-        self._asked = method
-        self.method = method = method.for_density(self.plan.density)
+        self.method = method
         self.steps = OptimizerSteps(optimizers, total_steps, prunables)
         note_newborn(self.weights, method, method.progress(0, self.steps.horizon) >= 1)
         for weight in self.weights:
@@ -125,9 +124,14 @@ class MaskingRun:
     # What the user asks -------------------------------------------------------------------------
 
     @property
-    def names(self) -> list[str]:
-        """The names of the weights."""
-        return [weight.name for weight in self.weights]
+    def first_weight(self) -> Prunable:
+        """The first of the weights."""
+        return self.weights[0].prunable
+
+    @property
+    def connections_exchanged(self) -> bool:
+        """Return False: there are none."""
+        return False
 
     @property
     def at_budget(self) -> bool:
@@ -141,6 +145,12 @@ class MaskingRun:
     def moves_after(self, step: int) -> bool:
         """Say whether masks are selected after a step."""
         return self.method.moves_masks(step, self.steps.horizon)
+
+    @property
+    def moves(self) -> bool:
+        """Whether masks move in what is left of the run."""
+        left = range(self.steps.done + 1, (self.steps.total or self.steps.done) + 1)
+        return self.attached and any(map(self.moves_after, left))
 
     def finalize(self, keep: Keep | None = None) -> None:
         """Leave plain, exactly sparse weights and no hook; see `Sparsifier.finalize`."""
@@ -190,7 +200,7 @@ class MaskingRun:
 
     def _require_moving(self, what: str) -> None:
         """Raise `StateError` once masks are fixed."""
-        if not (self.attached and self.moves_after(self.steps.done + 1)):
+        if not self.moves:
             raise StateError(
                 f"The masks are fixed since step {self.steps.done} at the latest: another {what} "
                 "would change nothing. More steps train what is kept; make a new sparsifier to "
@@ -239,11 +249,20 @@ class MaskingRun:
         self._writer.adopt(self.weights, self.steps.done, exact=True)
         return run_state(self._settings(), self.steps.done, self.weights, self.groups)
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the same, with θ as the next step will find it, and leave the run as it is."""
+        self._step.leave()
+        self.facts.watch.require_present()
+        state = run_state(self._settings(), self.steps.done, self.weights, self.groups)
+        for weight in self.weights:
+            state["weights"][weight.name]["latent"] = self._writer.adopted(weight, exact=True)
+        return state
+
     def prepare(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Read a state, and return what continues from it; see `Sparsifier.load_state_dict`."""
         measured = self.plan.budget.latency_ms is not None
         saved = read_run(
-            state, self._settings(), self._asked, self.weights, self.groups, self.steps.horizon,
+            state, self._settings(), self.method, self.weights, self.groups, self.steps.horizon,
             measured,
         )  # fmt: skip
 

@@ -37,7 +37,6 @@ def check_step(step: object) -> None:
 
 # What differed in the defaults up to version 4.
 _ONCE = (Spartan(beta=(1.0, 20.0), warmup=0.2, annealing="linear"), ConstrainedL0(sampled=1.0))
-_BEFORE_5 = (2, 3, 4)
 # Settings that there were not, and what says the same.
 _NEW_SETTINGS = {"sampled": 1.0}
 
@@ -45,27 +44,21 @@ _NEW_SETTINGS = {"sampled": 1.0}
 def as_begun(
     method: MaskingMethod, floors: list[list[int]], state: Mapping[str, Any]
 ) -> tuple[MaskingMethod, list[list[int]]]:
-    """Return method, and floors of each group, as the run that saved a state was begun with them.
+    """Return method, and floors of each group, with the defaults of the version that saved a state.
 
-    Settings that were left at None are those that were chosen then, and others left at their
-    defaults those of the version then. Up to version 4 there were no floors.
-
-    Args:
-        method: The method as it is asked for.
-        floors: Of the run that loads the state.
-        state: The state.
+    A run goes on as it was begun. Up to version 4 there were no floors, and a run that was begun
+    then has none since.
     """
-    version = state.get("version")
-    begun = {**_NEW_SETTINGS, **state.get("settings", {}).get("method", {})}
-    here = method.settings()
-    left = {k for k, value in here.items() if value is None and begun.get(k) is not None}
-    changes = {k: begun[k] for k in left if begun.get("name") == method.name}
-    for default in (x for x in _ONCE if version in _BEFORE_5 and type(x) is type(method)):
-        once, now = default.settings(), type(method)().settings()
-        same = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
-        changes |= {k: getattr(default, k) for k in same}
-    method = type(method)(**{**vars(method), **changes}) if changes else method
-    return method, [[] for _ in floors] if version in _BEFORE_5 else floors
+    told = state.get("settings", {})
+    if state.get("version") not in (2, 3, 4):
+        without: list[list[int]] = [[] for _ in floors]
+        return method, without if told.get("floors") == without else floors
+    begun = {**_NEW_SETTINGS, **told.get("method", {})}
+    for default in (one for one in _ONCE if type(one) is type(method)):
+        once, here, now = (x.settings() for x in (default, method, type(method)()))
+        left = [k for k in once if here[k] == now[k] and begun.get(k) == once[k] != now[k]]
+        method = type(method)(**{**vars(method), **{key: getattr(default, key) for key in left}})
+    return method, [[] for _ in floors]
 
 
 _RENAMED = {"gate": "fixed"}  # fields of weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +26,12 @@ from spartan.sparsifier.arguments import (
     check_model,
     check_steps,
 )
-from spartan.sparsifier.carrier import Carrier, brings_state, unchanged_on_error
+from spartan.sparsifier.carrier import (
+    Carrier,
+    brings_state,
+    ignore_brought,
+    unchanged_on_error,
+)
 from spartan.sparsifier.growing_run import GrowingRun
 from spartan.sparsifier.layer_summary import LayerSummary
 from spartan.sparsifier.masking_run import MaskingRun
@@ -104,6 +110,8 @@ class Sparsifier:
             self.run.steps.note_handles(optimizer)
             if carries:
                 self._carrier = self._carried()
+            else:
+                ignore_brought(optimizers)
 
     @property
     def method(self) -> MaskingMethod | GrowthMethod:
@@ -172,6 +180,11 @@ class Sparsifier:
         """Whether the masks hold the budget now; what the model holds, see `density`."""
         return self.run.at_budget
 
+    @property
+    def moves(self) -> bool:
+        """Whether what is kept is chosen anew at any time in the rest of the run."""
+        return self.run.moves
+
     def extend(self, total_steps: int) -> None:
         """Let the run have more steps, or fewer: the rest of the schedule is planned anew.
 
@@ -198,7 +211,8 @@ class Sparsifier:
         """Go on to another budget, from the next selection on.
 
         Args:
-            budget: The budget, with the same allocation; a number is a density.
+            budget: The budget, with the same allocation; a number is another density of the budget
+                of now.
 
         Raises:
             BudgetError: It does not fit the model.
@@ -206,9 +220,15 @@ class Sparsifier:
                 are always-sparse.
         """
         self._require_attached()
-        chosen = as_budget(budget)
+        given = isinstance(budget, Budget) or self.budget.latency_ms is not None
+        chosen = as_budget(budget) if given else self._of_density(budget)
         self.run.retarget(chosen)
         self.budget = chosen
+
+    def _of_density(self, density: Any) -> Budget:
+        return dataclasses.replace(
+            self.budget, density=as_budget(density).density, sparsity=None, sample_input=None
+        )
 
     def begin_pass(self, training: bool) -> None:
         """Show the model as a pass is to see it, where passes go past the model's own call.
@@ -264,6 +284,8 @@ class Sparsifier:
         if keep not in (None, "own", "model"):
             raise StateError(f"keep={keep!r}; known: 'own', 'model'.")
         self.run.finalize(keep)
+        if self._carrier is not None:
+            self._carrier.strip()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-for-bit resume needs, as plain values and tensors.

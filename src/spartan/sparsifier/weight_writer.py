@@ -98,6 +98,22 @@ class WeightWriter:
         return [w for w in weights if not w.stepping and self.changes(w) is not None]
 
     @torch.no_grad()
+    def adopted(self, weight: MaskedWeight, exact: bool = False) -> Tensor:
+        """Return the θ that `adopt` would leave, and change nothing.
+
+        Raises:
+            StateError: The parameter has moved to another device or dtype, or was resized.
+        """
+        _require_same_kind(weight)
+        changed = self.changes(weight, exact)
+        return weight.latent.clone() if changed is None else self._with(changed, weight)
+
+    def _with(self, changed: Tensor, weight: MaskedWeight) -> Tensor:
+        """Return θ with what others have written in its place."""
+        found = self.method.to_latent(weight, weight.parameter)
+        return torch.where(changed, found, weight.latent)
+
+    @torch.no_grad()
     def adopt(self, weights: Sequence[MaskedWeight], step: int, exact: bool = False) -> None:
         """Take what was written by others as the new θ, with one warning.
 
@@ -123,7 +139,7 @@ class WeightWriter:
                 raise NonFiniteError(
                     f"NaN or infinity was written into {weight.name!r} after step {step}."
                 )
-            latent.copy_(torch.where(changed, self.method.to_latent(weight, parameter), latent))
+            latent.copy_(self._with(changed, weight))
             weight.sampled = False
             if not self._warned:
                 self._warned = True

@@ -10,22 +10,20 @@ class AnnealedMasking(MaskingMethod):
     """Base of the methods whose density falls in a warm-up, and whose masks then follow θ.
 
     Attributes:
-        warmup: Fraction of the run over which the density falls to the budget; None until
-            `for_density` has chosen one.
+        warmup: Fraction of the run over which the density falls to the budget.
         finetune: Last fraction of the run, with fixed masks.
         annealing: Curve of the fall.
     """
 
-    warmup: float | None
+    warmup: float
     finetune: float
     annealing: Curve
 
     def check_schedule(self) -> None:
         """Raise `MethodError` if the schedule is out of range; called when a method is made."""
+        check_fraction("warmup", self.warmup)
         check_fraction("finetune", self.finetune)
-        if self.warmup is not None:
-            check_fraction("warmup", self.warmup)
-            check_order(self.warmup, self.finetune)
+        check_order(self.warmup, self.finetune)
         check_annealing(self.annealing)
 
     def moves_masks(self, step: int, total_steps: int) -> bool:
@@ -34,7 +32,6 @@ class AnnealedMasking(MaskingMethod):
     def progress(self, step: int, total_steps: int) -> float:
         if step >= total_steps:
             return 1.0
-        assert self.warmup is not None, "for_density chooses it when a run begins"
         return progress(step, int(self.warmup * total_steps), self.annealing)
 
     def _last_update(self, total_steps: int) -> int:

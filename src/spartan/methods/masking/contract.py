@@ -43,10 +43,6 @@ class MaskingMethod(Registered, ABC):
     rates_only: ClassVar[bool] = False  # whether it takes no allocation but its own
     finds_masks: ClassVar[bool] = True  # or holds those that are there
 
-    def for_density(self, density: float) -> MaskingMethod:
-        """Return the method with the settings chosen that depend on what is to be kept."""
-        return self
-
     @abstractmethod
     def moves_masks(self, step: int, total_steps: int) -> bool:
         """Say whether the masks are selected anew after `step` (0: when attached)."""

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -68,10 +68,6 @@ from spartan.selection.soft import DualSearch
 # Where relative β puts the hard threshold at the target density: about where it lies in a small
 # residual network with batch norms, so that there relative and absolute β nearly agree.
 _THRESHOLD = 0.2
-# The descent to a tenth of the weights or less, as a share of the run. The milder the target, the
-# longer the network should train at it: with whole outputs as units at 30 %, 0.21 of the run gave
-# 55.3 % and 0.4 gave 54.4 %; at 50 %, 0.12 gave 56.3 % and 0.4 gave 56.0 % (three seeds each).
-_DESCENT, _DEEP = 0.4, 0.1
 # Below, a threshold counts as zero: β, which grows as it falls, must stay within float32.
 _TINY = 1e-30
 
@@ -103,8 +99,7 @@ class Spartan(AnnealedMasking):
             target density is 0.2. `"absolute"`: as published, β acts on raw mean |θ|, and its end
             value is multiplied by sqrt(weights per unit).
         warmup: Fraction of the run over which the density falls from 1 to the target. 0: the
-            target density from the first forward pass on. None: 0.4 to a tenth or less, and to more
-            than a tenth the shorter the more is kept, in proportion to -log(density).
+            target density from the first forward pass on.
         finetune: Last fraction of the run, with fixed masks.
         annealing: Shape of both schedules.
 
@@ -120,7 +115,7 @@ class Spartan(AnnealedMasking):
     # the run 57.4 %, at 10 % they are level. Ends from 2 to 8 differ by less than the seeds.
     beta: tuple[float, float] = (1.0, 4.0)
     beta_scale: Literal["relative", "absolute"] = "relative"
-    warmup: float | None = None
+    warmup: float = 0.4
     finetune: float = 0.2
     annealing: Curve = "cubic"
 
@@ -150,12 +145,6 @@ class Spartan(AnnealedMasking):
         As published, layers may lose everything: add `Budget(layer_floor=0)` for that.
         """
         return cls(beta, "absolute", warmup, finetune, "linear")
-
-    def for_density(self, density: float) -> Spartan:
-        if self.warmup is not None:
-            return self
-        depth = min(1.0, math.log(density) / math.log(_DEEP)) if density > 0 else 1.0
-        return replace(self, warmup=min(_DESCENT * depth, 1.0 - self.finetune))
 
     def select(self, groups: Sequence[BudgetGroup], step: int, total_steps: int) -> None:
         if step == 0 and self.beta_scale == "absolute":  # as published, all are multiplied by m
