@@ -29,6 +29,7 @@ from spartan.commands.train.trainer import lr_factor, make_optimizer
 from spartan.methods.growth import GrowthMethod
 from spartan.methods.registry import AnyMethod
 from spartan.seeds import derive_seed
+from spartan.teachers import Teacher
 from spartan.weights.patterns import Block, Pattern, Unstructured
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -73,9 +74,23 @@ class Task:
     methods: tuple[str, ...] = ()
     seeds: int = 3
 
-    def run(self, method: AnyMethod | None, budget: Budget, seed: int, data: Path) -> float:
-        """Train with a method, or none, and return the score."""
+    def run(
+        self, method: AnyMethod | None, budget: Budget, seed: int, data: Path, taught: bool = False
+    ) -> float:
+        """Train with a method, or none, and return the score.
+
+        With `taught`, the network learns from the same one trained densely beside the labels.
+        """
         warnings.simplefilter("ignore")  # layers and outputs that die are part of what is measured
+        teacher = Teacher(self._train(None, budget, seed, data)) if taught else None
+        model = self._train(method, budget, seed, data, teacher)
+        with torch.no_grad():
+            return self.score(model.eval(), data)
+
+    def _train(
+        self, method: AnyMethod | None, budget: Budget, seed: int, data: Path,
+        teacher: Teacher | None = None,
+    ) -> nn.Module:  # fmt: skip
         torch.manual_seed(derive_seed(seed, "init", 0))
         model = self.model(data)
         if isinstance(method, GrowthMethod):
@@ -94,14 +109,16 @@ class Task:
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
                 logits = model(inputs)
-                loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+                if teacher is None:
+                    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+                else:
+                    loss = teacher.loss(logits, inputs, targets)
             loss.backward()
             optimizer.step()
             schedule.step()
         if sparsifier is not None:
             sparsifier.finalize()
-        with torch.no_grad():
-            return self.score(model.eval(), data)
+        return model
 
 
 # Digits ------------------------------------------------------------------------------------------
