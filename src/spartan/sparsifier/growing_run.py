@@ -147,8 +147,7 @@ class GrowingRun:
     @property
     def moves(self) -> bool:
         """Whether connections move in what is left of the run."""
-        left = range(self.steps.done + 1, (self.steps.total or self.steps.done) + 1)
-        return self.attached and any(map(self.moves_after, left))
+        return self.attached and any(map(self.moves_after, self.steps.left))
 
     def finalize(self, keep: Keep | None = None) -> None:
         """Take the hooks away; the layers stay always-sparse, see `always_sparse.to_dense`."""

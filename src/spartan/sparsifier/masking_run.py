@@ -149,8 +149,7 @@ class MaskingRun:
     @property
     def moves(self) -> bool:
         """Whether masks move in what is left of the run."""
-        left = range(self.steps.done + 1, (self.steps.total or self.steps.done) + 1)
-        return self.attached and any(map(self.moves_after, left))
+        return self.attached and any(map(self.moves_after, self.steps.left))
 
     def finalize(self, keep: Keep | None = None) -> None:
         """Leave plain, exactly sparse weights and no hook; see `Sparsifier.finalize`."""
@@ -190,22 +189,11 @@ class MaskingRun:
 
     def extend(self, total_steps: int) -> None:
         """Let the schedule end after so many steps; see `Sparsifier.extend`."""
-        self._require_moving("total_steps")
         self.steps.total = total_steps
 
     def retarget(self, budget: Budget) -> None:
         """Go on to another budget; see `Sparsifier.retarget`."""
-        self._require_moving("budget")
         self.plan.retarget(budget)
-
-    def _require_moving(self, what: str) -> None:
-        """Raise `StateError` once masks are fixed."""
-        if not self.moves:
-            raise StateError(
-                f"The masks are fixed since step {self.steps.done} at the latest: another {what} "
-                "would change nothing. More steps train what is kept; make a new sparsifier to "
-                "prune on from here."
-            )
 
     def abandon(self) -> None:
         """Take all hooks away, and leave the model as it is."""

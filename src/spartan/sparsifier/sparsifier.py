@@ -204,6 +204,7 @@ class Sparsifier:
                 f"extend(total_steps={total_steps}) after step {self.step} of {self.total_steps}: "
                 "give more steps than are done, to a run with a schedule."
             )
+        self._require_moving("total_steps")
         self.run.extend(found)
         self.total_steps = found
 
@@ -222,6 +223,7 @@ class Sparsifier:
         self._require_attached()
         given = isinstance(budget, Budget) or self.budget.latency_ms is not None
         chosen = as_budget(budget) if given else self._of_density(budget)
+        self._require_moving("budget")
         self.run.retarget(chosen)
         self.budget = chosen
 
@@ -326,6 +328,14 @@ class Sparsifier:
             raise AttributeError(f"A Sparsifier has no attribute {name!r}.")
         renamed(f"Sparsifier.{name}", f"Sparsifier.{_NAMES_OF_0_1[name]}", stacklevel=3)
         return operator.attrgetter(_NAMES_OF_0_1[name])(self)
+
+    def _require_moving(self, what: str) -> None:
+        if isinstance(self.run, MaskingRun) and not self.moves:
+            raise StateError(
+                f"The masks are fixed since step {self.step} at the latest: another {what} would "
+                "change nothing. More steps train what is kept; make a new sparsifier to prune on "
+                "from here."
+            )
 
     def _require_attached(self) -> None:
         if self.finalized:

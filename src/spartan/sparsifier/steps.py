@@ -88,6 +88,11 @@ class OptimizerSteps:
         return self.total is not None and self.done >= self.total
 
     @property
+    def left(self) -> range:
+        """The steps that are not done yet; none without a schedule."""
+        return range(self.done + 1, (self.total or 0) + 1)
+
+    @property
     def is_within_one(self) -> bool:
         """Whether a step is being done now: begun, not ended, and not broken off."""
         return self.running is not None and self.running.alive
