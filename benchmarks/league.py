@@ -139,17 +139,22 @@ class Cell:
 
 
 def cells(task: str, rows: Sequence[dict[str, object]]) -> dict[float, dict[str, Cell]]:
-    """Return what there is of a task, by density and method."""
+    """Return what there is of a task, by density and method: of the seeds that all methods had."""
     found: dict[float, dict[str, Cell]] = {}
     for density in TASKS[task].densities:
-        for method in METHODS:
-            scores = [
-                float(str(r["score"]))
-                for r in rows
-                if (r["task"], r["density"], r["method"]) == (task, density, method)
-            ]
-            if scores:
-                found.setdefault(density, {})[method] = Cell(scores, _digits(task))
+        runs: dict[str, dict[object, float]] = {}
+        for row in rows:
+            if (row["task"], row["density"]) == (task, density) and row["method"] in METHODS:
+                runs.setdefault(str(row["method"]), {})[row["seed"]] = float(str(row["score"]))
+        common = set.intersection(*map(set, runs.values())) if runs else set()
+        if common:
+            found[density] = {
+                method: Cell(
+                    [runs[method][seed] for seed in sorted(common, key=str)], _digits(task)
+                )
+                for method in METHODS
+                if method in runs
+            }
     return found
 
 
@@ -170,8 +175,8 @@ def table(task: str, rows: Sequence[dict[str, object]]) -> str:
     same = TASKS[task].dense_of or task
     dense = [float(str(r["score"])) for r in rows if (r["task"], r["method"]) == (same, "dense")]
     unit = "bits per character, less is better" if bits else "accuracy in percent"
-    seeds = len({r["seed"] for r in rows if r["task"] == task})
-    told = f"{seeds} seeds" if seeds > 1 else "one seed"
+    seeds = {len(cell.scores) for row in by_density.values() for cell in row.values()}
+    told = " or ".join(f"{count} seeds" if count > 1 else "one seed" for count in sorted(seeds))
     title = f"**{TASKS[task].title}** ({unit}; dense {Cell(dense, _digits(task))}; {told})"
     lines = [title, "", "| density | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for density, row in by_density.items():

@@ -36,7 +36,10 @@ class Teacher:
         MethodError: A setting is out of range.
     """
 
-    def __init__(self, model: nn.Module, weight: float = 0.9, temperature: float = 4.0) -> None:
+    # A sure teacher makes gradients up to a T times as large as those of labels. With 0.9 and 4 an
+    # MLP without norms came to chance at 1 and 2 %, one seed of three; with these, to 97.5 %
+    # (digits, MLP without norms, 5, 2 and 1 %: 97.6, 97.6, 97.5; by labels only 97.1, 97.5, 96.5).
+    def __init__(self, model: nn.Module, weight: float = 0.5, temperature: float = 2.0) -> None:
         if not 0 <= weight <= 1:
             raise MethodError(f"weight={weight!r} must lie in [0, 1].")
         if not temperature > 0:
