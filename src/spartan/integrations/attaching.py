@@ -1,4 +1,4 @@
-"""`attach`: makes the sparsifier of a run that a trainer plans, or resumes with more steps."""
+"""`attach` makes the sparsifier of a run that a trainer plans or resumes; `Numbers` is its log."""
 
 from __future__ import annotations
 
@@ -43,8 +43,20 @@ def attach(model: nn.Module, optimizer: Any, total_steps: int, **settings: Any) 
     return sparsifier
 
 
-def numbers(sparsifier: Sparsifier) -> dict[str, float]:
-    """Return what a trainer logs of a sparsifier: density, kept weights, the method's numbers."""
-    kept = sum(row.kept for row in sparsifier.layers())
-    found = {"kept": float(kept), **sparsifier.monitor()}
-    return {f"spartan/{name}": value for name, value in found.items()}
+class Numbers:
+    """What a trainer logs of a sparsifier: density, kept weights, churn, the method's numbers.
+
+    Args:
+        sparsifier: The sparsifier.
+    """
+
+    def __init__(self, sparsifier: Sparsifier) -> None:
+        self._sparsifier, self._selected = sparsifier, sparsifier.selected()
+
+    def take(self) -> dict[str, float]:
+        """Return the numbers of now; churn is the share of units that changed since the last."""
+        kept = sum(row.kept for row in self._sparsifier.layers())
+        churn = self._sparsifier.churn(self._selected)
+        self._selected = self._sparsifier.selected()
+        found = {"kept": float(kept), "churn": churn, **self._sparsifier.monitor()}
+        return {f"spartan/{name}": value for name, value in found.items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from spartan.budgets.budget import Budget
 from spartan.errors import MissingExtraError, PrunableError, ScheduleError
-from spartan.integrations.attaching import attach, numbers
+from spartan.integrations.attaching import Numbers, attach
 from spartan.methods.growth.contract import GrowthMethod
 from spartan.methods.registry import AnyMethod
 from spartan.sparsifier.sparsifier import Sparsifier
@@ -70,7 +69,7 @@ class Sparsify(Callback):
         }
         self._module, self._total_steps = module, total_steps
         self.sparsifier: Sparsifier | None = None
-        self._selected: Mapping[str, Tensor] = {}
+        self._numbers: Numbers | None = None
         self._reached = False
         self._logged = 0
 
@@ -90,7 +89,7 @@ class Sparsify(Callback):
             self._total_steps or _planned_steps(trainer),
             **self._settings,
         )
-        self._selected = self.sparsifier.selected()
+        self._numbers = Numbers(self.sparsifier)
         self._reached, self._logged = self.sparsifier.at_budget, self.sparsifier.step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,9 +124,8 @@ class Sparsify(Callback):
         step, every = self.sparsifier.step, getattr(trainer, "log_every_n_steps", 0)
         if every and step != self._logged and step % every == 0:
             self._logged = step
-            churn = self.sparsifier.churn(self._selected)
-            self._selected = self.sparsifier.selected()
-            pl_module.log_dict({**numbers(self.sparsifier), "spartan/churn": churn})
+            assert self._numbers is not None
+            pl_module.log_dict(self._numbers.take())
 
     # Checkpoints ---------------------------------------------------------------------------------
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from spartan import always_sparse
 from spartan.always_sparse.conversion import sparse_layers
 from spartan.budgets.budget import Budget
 from spartan.errors import MissingExtraError, ScheduleError
-from spartan.integrations.attaching import attach, numbers
+from spartan.integrations.attaching import Numbers, attach
 from spartan.methods.registry import AnyMethod
 from spartan.sparsifier.sparsifier import Sparsifier
 from spartan.weights.patterns import Pattern
@@ -68,7 +65,7 @@ class SparsifierCallback(TrainerCallback):
             "exclude": exclude,
         }
         self.sparsifier: Sparsifier | None = None
-        self._selected: Mapping[str, Tensor] = {}
+        self._numbers: Numbers | None = None
 
     def on_train_begin(
         self,
@@ -83,7 +80,7 @@ class SparsifierCallback(TrainerCallback):
         self.sparsifier = attach(
             kwargs["model"], kwargs["optimizer"], state.max_steps, **self._settings
         )
-        self._selected = self.sparsifier.selected()
+        self._numbers = Numbers(self.sparsifier)
         self._forget_best(state)
 
     def on_step_begin(
@@ -109,8 +106,8 @@ class SparsifierCallback(TrainerCallback):
         running = self.sparsifier is not None and not self.sparsifier.finalized
         logs: dict[str, float] = kwargs["logs"]
         if running and "loss" in logs and state.is_world_process_zero:
-            assert self.sparsifier is not None
-            found = {**numbers(self.sparsifier), "spartan/churn": self._churn(self.sparsifier)}
+            assert self._numbers is not None
+            found = self._numbers.take()
             logs.update(found)
             state.log_history[-1].update(found)
 
@@ -130,8 +127,3 @@ class SparsifierCallback(TrainerCallback):
     def _forget_best(self, state: TrainerState) -> None:
         if self.sparsifier is not None and not self.sparsifier.at_budget:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-    def _churn(self, sparsifier: Sparsifier) -> float:
-        churn = sparsifier.churn(self._selected)
-        self._selected = sparsifier.selected()
-        return churn
