@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spartan.deploy.comparison import dense_copy, relative_error, run_on_example
-from spartan.deploy.graph import fuse, simplify, trace
-from spartan.deploy.inference_layers import InferenceLayer, inference_layer, replaceable
-from spartan.deploy.plan import LayerPlan, Plan, pattern_of
+from spartan.copies import copy_model
+from spartan.deploy.choosing import choose
+from spartan.deploy.comparison import TOLERANCE, dense_copy, relative_error, run_on_example
+from spartan.deploy.fast_path import add_fast_path
+from spartan.deploy.inference_layers import InferenceLayer
+from spartan.deploy.plan import Plan
+from spartan.deploy.running_state import changed_since, state_of
 from spartan.deploy.timing import Timing, busy_warning, time_side_by_side
 from spartan.errors import DeployError
 from spartan.example_inputs import run_on
 from spartan.kernels import backend
-from spartan.kernels.row_bundles import best_height
-
-# Denser than this, no sparse kernel has won except on a handful of inputs: not worth measuring.
-_TOO_DENSE, _HANDFUL = 0.7, 64
-# Relative error of the outputs at which the result is refused: float32 sums in another order stay
-# far below it.
-_TOLERANCE = 1e-5
 
 
 def accelerate(
@@ -31,15 +29,16 @@ def accelerate(
     """Return a model for inference that runs sparse where that is faster.
 
     Each Linear and Conv2d is timed, dense and sparse, on the inputs it gets from `example_input`,
-    with the current number of threads. Batch norms are folded, and residual additions, ReLU and
-    GELU are fused into the sparse layers before them, if torch.fx can trace the model. The result
-    then takes the same arguments, but has the class, attributes and hooks of a graph; a model that
-    cannot be traced keeps its own. Where nothing is won, it is a plain copy.
+    with the current number of threads. The result is a copy of the model in evaluation mode, of the
+    same class, with sparse layers where they won: they have what the dense layers had, a `weight`
+    that is made when its values are read among it. A layer that cannot be replaced stays dense, and
+    the plan says why. If torch.fx can trace the model, calls with the arguments of the example run
+    batch norms, residual additions, ReLU and GELU within the sparse layers before them.
 
-    The given model is not changed. The result holds copies, in evaluation mode; it can be pickled
-    and deep-copied, and its state dict saved and loaded. It takes inputs of any size, but what is
-    fastest was measured on this one. Its `plan` attribute says what was measured; a deep copy of a
-    traced model has none.
+    The given model is not changed, and the result is in the state that it is in: all runs on the
+    example are on copies. The result can be pickled and deep-copied, and its state dict saved and
+    loaded. It takes whatever the model takes, but what is fastest was measured on this example. Its
+    `plan` attribute says what was measured.
 
     Args:
         model: The model, with zeros where it was pruned.
@@ -48,36 +47,36 @@ def accelerate(
         verbose: Print the plan.
 
     Raises:
-        DeployError: The model cannot be copied or run on the example, or the result would differ
-            from it by more than 1e-5 (relative to the norm).
+        DeployError: The model cannot be copied, or does not run on the example.
     """
-    # Outside inference mode: the copy's buffers are to be ordinary tensors.
+    # Outside inference mode: the copy's tensors are to be ordinary ones.
     with torch.inference_mode(False), torch.no_grad():
         dense = dense_copy(model).eval().requires_grad_(False)
-        reference = run_on_example(dense, example_input)
-        warning = busy_warning()
-        try:
-            work, layers, traced = _build(dense, example_input, reference, seconds, tracing=True)
-        except DeployError:
-            # Something that fusing did not foresee: replacing layers alone is safer.
-            work, layers, traced = _build(dense, example_input, reference, seconds, tracing=False)
-    with torch.inference_mode():
-        example_input = copy.deepcopy(example_input)
-        dense_time, time = time_side_by_side(
-            [lambda: run_on(dense, example_input), lambda: run_on(work, example_input)],
-            max(5 * seconds, 0.2),
-        )
-    if work is dense or time.median > dense_time.median:
-        work, time = dense, dense_time
+        trial = _Trial(dense, example_input)
+        warnings = [w for w in (busy_warning(), trial.warning) if w]
+        layers, chosen = choose(trial.fresh(), example_input, seconds)
+        chosen, notes = trial.agreeing(chosen)
+        work = _with_layers(trial.fresh(), chosen)
+        work.plan = None  # type: ignore[assignment]
+        unfused = _fuse(work, example_input, trial.changes) if chosen else "no layer runs sparse"
+    layers = [
+        layer.staying_dense(notes[layer.name]) if layer.name in notes else layer for layer in layers
+    ]
+    budget = 0.0 if trial.changes else max(5 * seconds, 0.2)
+    dense_time, time = _times(dense, work if chosen else None, example_input, budget)
+    if chosen and time.median > dense_time.median:
+        chosen, time, unfused = {}, dense_time, "no layer runs sparse"
         layers = [layer.staying_dense("the whole model was slower") for layer in layers]
+    work = work if chosen else dense
     plan = Plan(
         layers=layers,
         dense=dense_time,
         accelerated=time,
         threads=torch.get_num_threads(),
         kernels=str(backend()),
-        traced=traced,
-        warnings=[warning] if warning else [],
+        traced=not unfused,
+        untraced=unfused,
+        warnings=warnings,
     )
     work.plan = plan  # type: ignore[assignment]
     if verbose:
@@ -92,116 +91,128 @@ def plan_of(accelerated: nn.Module) -> Plan:
     return plan
 
 
-def _build(
-    dense: nn.Module, example_input: Any, reference: Any, seconds: float, tracing: bool
-) -> tuple[nn.Module, list[LayerPlan], bool]:
-    """Return the model with sparse layers where they win, the layers, and whether it was traced."""
-    work = copy.deepcopy(dense)
-    if isinstance(work, nn.Linear | nn.Conv2d):
-        work = nn.Sequential(work)  # so that it can be replaced
-    traced = trace(work, example_input) if tracing else None
-    if traced is not None:
-        simplify(traced)
-        work = traced
-    layers, sparse = _choose(work, example_input, seconds)
-    if not sparse:
-        return dense, layers, traced is not None
-    _replace(work, sparse)
-    if traced is not None:
-        fuse(traced)
-    _refuse_difference(run_on_example(work, example_input), reference)
-    return work, layers, traced is not None
+@dataclass(frozen=True)
+class _Outcome:
+    """What a model did with the example.
+
+    Attributes:
+        output: What it returned.
+        changes: The name of something that the model changed of itself, or nothing.
+    """
+
+    output: Any
+    changes: str
 
 
-def _replace(model: nn.Module, layers: dict[str, InferenceLayer]) -> None:
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+class _Trial:
+    """Runs copies of a model on an example, each from the state that the model is in.
+
+    Attributes:
+        changes: What the model changes of itself when it runs, or nothing.
+        warning: If its output is another at each run, that it was not compared.
+
+    Args:
+        dense: The model.
+        example_input: One input.
+    """
+
+    def __init__(self, dense: nn.Module, example_input: Any) -> None:
+        self._dense = dense
+        self._example_input = example_input
+        first = self._run(copy_model(dense, DeployError))
+        self._reference = first.output
+        self.changes = first.changes
+        second = self._run(self.fresh())
+        steady = relative_error(second.output, first.output) <= TOLERANCE
+        self.warning = "" if steady else (
+            "The model's output changes from run to run: its layers were compared, it was not."
+        )  # fmt: skip
+
+    def fresh(self) -> nn.Module:
+        """Return a copy of the model that has not run; it shares parameters that nobody changes."""
+        shared = () if self.changes else self._dense.parameters()
+        return copy_model(self._dense, DeployError, shared=shared)
+
+    def agreeing(
+        self, layers: dict[str, InferenceLayer]
+    ) -> tuple[dict[str, InferenceLayer], dict[str, str]]:
+        """Return the layers with which the model computes the same, and of the others why not."""
+        notes: dict[str, str] = {}
+
+        def keep(kept: dict[str, InferenceLayer], names: list[str]) -> dict[str, InferenceLayer]:
+            more = {name: layers[name] for name in names}
+            reason = self._fault({**kept, **more}) if names else ""
+            if not reason:
+                return {**kept, **more}
+            if len(names) == 1:
+                notes[names[0]] = reason
+                return kept
+            half = len(names) // 2
+            return keep(keep(kept, names[:half]), names[half:])
+
+        return keep({}, list(layers)), notes
+
+    def _fault(self, layers: dict[str, InferenceLayer]) -> str:
+        """Return what is wrong with a model that has these layers, or nothing."""
+        layers = copy.deepcopy(layers)  # the model may change them
+        try:
+            output = self._run(_with_layers(self.fresh(), layers)).output
+        except DeployError as failure:
+            return f"the model fails with it: {failure.__cause__}".splitlines()[0]
+        if any(layer.lent or layer.is_dense for layer in layers.values()):
+            return "the model computes with its weight itself"
+        error = 0.0 if self.warning else relative_error(output, self._reference)
+        if not error <= TOLERANCE:
+            return f"the model would differ by {error:.0e}"
+        return ""
+
+    def _run(self, model: nn.Module) -> _Outcome:
+        before = state_of(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            output = run_on_example(model, self._example_input)
+        return _Outcome(output, changed_since(before, model))
+
+
+def _with_layers(model: nn.Module, layers: dict[str, InferenceLayer]) -> nn.Module:
+    """Return the model with layers in their places: everywhere that the module of that name is."""
+    if "" in layers:
+        return layers[""]
+    by_module = {model.get_submodule(name): layer for name, layer in layers.items()}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in by_module:
+                module._modules[name] = by_module[child]
     for module in model.modules():
         fast_path = isinstance(module, nn.TransformerEncoderLayer)
         if fast_path and any(isinstance(m, InferenceLayer) for m in module.children()):
             # The fast path reads the dense weights of its linear layers.
             module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+    return model
 
 
-def _choose(
-    model: nn.Module, example_input: Any, seconds: float
-) -> tuple[list[LayerPlan], dict[str, InferenceLayer]]:
-    """Time every layer; return what was found, and the sparse layers that won."""
-    inputs = _inputs(model, example_input)
-    plans: list[LayerPlan] = []
-    chosen: dict[str, InferenceLayer] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        plan, layer = _choose_layer(name, module, inputs.get(module), seconds)
-        plans.append(plan)
-        if layer is not None:
-            chosen[name] = layer
-    return plans, chosen
-
-
-def _choose_layer(
-    name: str, module: nn.Linear | nn.Conv2d, x: Tensor | None, seconds: float
-) -> tuple[LayerPlan, InferenceLayer | None]:
-    matrix = module.weight.detach().flatten(1)
-    density = int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
-    height = best_height(matrix)
-    facts = (name, tuple(module.weight.shape), density, pattern_of(matrix, height))
-    note = _why_dense(module, x, density)
-    if note or x is None:
-        return LayerPlan(*facts, "dense", note=note), None
-    candidates = [inference_layer(module, h) for h in sorted({1, height})]
-    with torch.inference_mode():
-        calls = [lambda layer=layer: layer(x) for layer in (module, *candidates)]
-        dense, *times = time_side_by_side(calls, seconds)
-    best = min(range(len(times)), key=lambda i: times[i].median)
-    sparse: Timing = times[best]
-    wins = sparse.median < dense.median
-    rows = candidates[best].values.shape[1]
-    form = ("rows" if rows == 1 else f"rows of {rows}") if wins else "dense"
-    return LayerPlan(*facts, form, dense, sparse), candidates[best] if wins else None
-
-
-def _why_dense(module: nn.Linear | nn.Conv2d, x: Tensor | None, density: float) -> str:
-    """Return why a layer stays dense without being measured, or nothing."""
-    if x is None:
-        return "not called by itself"
-    if not replaceable(module):
-        return "no kernel for its class, groups or padding"
-    if not x.numel() or not module.weight.numel():
-        return "empty"
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        return f"{x.dtype} on {x.device.type}".replace("torch.", "")
-    many = module.weight[0].numel() > _HANDFUL
-    return "too dense" if density > _TOO_DENSE and many else ""
-
-
-def _inputs(model: nn.Module, example_input: Any) -> dict[nn.Module, Tensor]:
-    """Return the first input of each layer that is called."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and module not in seen:
-            seen[module] = x.clone()
-
-    handles = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
+def _fuse(work: nn.Module, example_input: Any, changes: str) -> str:
+    """Add a fast path, or return why there is none."""
+    if isinstance(work, InferenceLayer):
+        return "it is one layer"
+    if changes:
+        return f"it changes {changes!r} when it runs"
     try:
-        run_on_example(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+        add_fast_path(work, example_input)
+    except DeployError as error:
+        return str(error)
+    return ""
 
 
-def _refuse_difference(result: Any, reference: Any) -> None:
-    error = relative_error(result, reference)
-    if error > _TOLERANCE:
-        raise DeployError(
-            f"The accelerated model would differ from the given one (relative error {error:.1e}). "
-            "Does the model compute something random in evaluation mode?"
-        )
+def _times(
+    dense: nn.Module, work: nn.Module | None, example_input: Any, seconds: float
+) -> tuple[Timing, Timing]:
+    """Return the times of copies of both models; twice the same if there is one."""
+    example_input = copy.deepcopy(example_input)
+    copies = [
+        copy_model(m, DeployError, shared=m.parameters()) for m in (dense, work) if m is not None
+    ]
+    calls = [partial(run_on, model, example_input) for model in copies]
+    with torch.inference_mode():
+        times = time_side_by_side(calls, seconds)
+    return times[0], times[-1]

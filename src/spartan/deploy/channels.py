@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from spartan.deploy.graph import calls, calls_one_of, changes_in_place, module_of
+from spartan.deploy.graph_nodes import calls, calls_one_of, changes_in_place, module_of
 
 _POINTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),

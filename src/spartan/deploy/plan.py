@@ -53,8 +53,9 @@ class Plan:
         threads: Threads used.
         kernels: Which kernels ran.
         traced: Whether the structure was seen, so that batch norms, additions and activations
-            could be fused.
+            are fused.
         warnings: What makes these figures doubtful.
+        untraced: Why nothing is fused, or nothing.
     """
 
     layers: list[LayerPlan]
@@ -64,6 +65,7 @@ class Plan:
     kernels: str
     traced: bool
     warnings: list[str] = field(default_factory=list)
+    untraced: str = ""
 
     @property
     def speedup(self) -> float:
@@ -77,10 +79,11 @@ class Plan:
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             dense = f"{1e3 * layer.dense.median:8.3f}" if layer.dense else " " * 8
-            sparse = f"{1e3 * layer.sparse.median:9.3f}" if layer.sparse else f" ({layer.note})"
+            sparse = f"{1e3 * layer.sparse.median:9.3f}" if layer.sparse else ""
+            note = f" ({layer.note})" if layer.note else ""
             lines.append(
                 f"{layer.name:<{width}}  {shape:>16}  {layer.density:7.2%}  {layer.pattern:<12}  "
-                f"{layer.format:<12}  {dense}  {sparse}"
+                f"{layer.format:<12}  {dense}  {sparse}{note}"
             )
         lines.append(
             f"whole model: dense {self.dense}, accelerated {self.accelerated}: "
@@ -90,10 +93,7 @@ class Plan:
         if self.dense is self.accelerated:
             lines.append("Nothing is won: the result is a plain copy.")
         elif not self.traced:
-            lines.append(
-                "The model cannot be traced by torch.fx: layers were replaced one by one, nothing "
-                "was fused."
-            )
+            lines.append(f"Layers were replaced one by one, nothing was fused: {self.untraced}.")
         return "\n".join(lines)
 
 

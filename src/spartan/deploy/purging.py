@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
 from spartan.deploy.comparison import dense_copy, relative_error, run_on_example
-from spartan.deploy.graph import simplify, trace
+from spartan.deploy.folding import fold_norms
+from spartan.deploy.graph import trace
 from spartan.errors import DeployError
 from spartan.example_inputs import tensors_of
 
@@ -64,13 +65,14 @@ def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     """Do the work of `purge`, and count."""
-    traced = trace(dense_copy(model).eval(), example_input)
-    if traced is None:
+    try:
+        traced = trace(dense_copy(model).eval(), example_input)
+    except DeployError as error:
         raise DeployError(
-            "torch.fx cannot trace this model, so nobody knows which layer reads which channel: "
-            "purge the parts of it that can be traced, or keep the model as it is."
-        )
-    simplify(traced)
+            f"This model has no graph that says which layer reads which channel: {error}. Purge "
+            "the parts of it that can be traced, or keep the model as it is."
+        ) from error
+    fold_norms(traced)
     purged = Purged(traced)
     with torch.inference_mode(False), torch.no_grad():
         # Layers that lose outputs may be the only ones that read a channel before them.

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("none", "relu", "gelu")
 # Above this many samples, lanes beat reading all weights once for each.
 _FEW = 2
-_PREPARED_KEPT = 16  # sizes of inputs: those a server meets in turn; the oldest goes first
+# Sizes of inputs that weights stay blocked for, those a server meets in turn; the oldest goes
+# first. Fewer where they would take more memory than the dense weight did.
+_PREPARED_KEPT = 16
 
 _T = TypeVar("_T")
 
@@ -54,6 +56,9 @@ class Product:
         self.weights = weights
         self.bias = bias
         self._prepared: OrderedDict[Any, Any] = OrderedDict()
+        blocked_bytes = weights.values.numel() * 4 + weights.columns.numel() * 2
+        most = weights.outputs * weights.inputs * 4 // max(1, blocked_bytes)
+        self._kept = max(2, min(_PREPARED_KEPT, most))
         self._padded_bias = torch.zeros(weights.count * weights.height)
         if bias is not None:
             self._padded_bias[: weights.outputs] = bias
@@ -142,6 +147,8 @@ class Product:
             rows, images, columns), in which the rows of several images fill vectors together.
         """
         w, g = self.weights, geometry
+        if not g.images:
+            return x.new_empty(0, w.outputs, g.out_rows, g.out_columns)
         native = _native_for(x, w.values, addend) if x.numel() and g.height else None
         if native is None:
             return self._convolution_by_torch(x, g, addend, activation)
@@ -154,10 +161,12 @@ class Product:
                 x = x.contiguous()
             y = torch.empty(g.images, w.outputs, g.out_rows, g.out_columns)
         addend = _in_order_of(y, addend)
-        blocked = self._prepare(g, lambda: self._blocked(native, block_for_images(w, g)))
+        blocked, sizes = self._prepare(
+            g, lambda: (self._blocked(native, block_for_images(w, g)), _native_sizes(native, g))
+        )
         native.convolution(
             weights=blocked.weights,
-            sizes=self._prepare(("sizes", g), lambda: _native_sizes(native, g)),
+            sizes=sizes,
             x=x,
             y=y,
             addend=addend,
@@ -198,7 +207,7 @@ class Product:
             with torch.inference_mode(False):
                 found = make()
             self._prepared[key] = found
-            while len(self._prepared) > _PREPARED_KEPT:
+            while len(self._prepared) > self._kept:
                 self._prepared.popitem(last=False)
         return found
 

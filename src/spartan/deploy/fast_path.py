@@ -1,0 +1,201 @@
+"""`FastPath`: stands in for a model's forward, and takes the fused graph where that is the same.
+
+A graph follows the way that the model took on one input. A model with a fast path keeps its class,
+attributes and code; calls with the arguments of the example go through the graph while everything
+is as it was when it was traced, and all other calls through the model's own code. Both run the same
+layers, so there is one set of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spartan.deploy.comparison import TOLERANCE, relative_error
+from spartan.deploy.fusing import fuse
+from spartan.deploy.graph import trace
+from spartan.deploy.running_state import MODULE_ATTRIBUTES
+from spartan.errors import DeployError
+
+
+def add_fast_path(model: nn.Module, example_input: Any) -> None:
+    """Let a model run through its fused graph, where its arguments are those of the example.
+
+    Raises:
+        DeployError: It cannot be traced; it stays as it is. The message says why.
+    """
+    if "forward" in vars(model):
+        raise DeployError("its forward was replaced")
+    path = FastPath(model)
+    path.take_arguments_of(example_input)
+    model.forward = path  # before the guard looks at the model
+    try:
+        path.build(path.given_in(*_call_of(example_input)))
+    except DeployError:
+        del model.forward
+        raise
+
+
+class FastPath:
+    """The forward of a model that has a graph; see the module's description.
+
+    A copy or pickle has no graph: it is traced again, and compared, at its first call.
+
+    Args:
+        model: In evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._types: dict[str, type] = {}  # of the arguments that the graph takes
+        self._signature = inspect.signature(type(model).forward)
+        self._lock = threading.Lock()
+        self._graph: fx.GraphModule | None = None
+        self._guard: _Guard | None = None
+        self._refused = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the model's own forward."""
+        parameters = list(self._signature.parameters.values())
+        return self._signature.replace(parameters=parameters[1:])
+
+    @property
+    def graph(self) -> fx.GraphModule | None:
+        """The fused graph, if it was made yet."""
+        return self._graph
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        given = None if self._refused or _recording() else self.given_in(args, kwargs)
+        if given is not None:
+            if self._graph is None:
+                self._try_to_build(given)
+            if self._graph is not None and self._guard is not None and self._guard.holds():
+                return self._graph.forward(**given)
+        return type(self._model).forward(self._model, *args, **kwargs)
+
+    def take_arguments_of(self, example_input: Any) -> None:
+        """Take the graph for calls with these arguments."""
+        args, kwargs = _call_of(example_input)
+        bound = self._signature.bind(self._model, *args, **kwargs).arguments
+        self._types = {name: _kind(value) for name, value in list(bound.items())[1:]}
+
+    def given_in(self, args: Any, kwargs: Any) -> dict[str, Any] | None:
+        """Return the arguments for the graph; None if the call has others."""
+        try:
+            given = self._signature.bind(self._model, *args, **kwargs).arguments
+        except TypeError:
+            return None  # the model itself says what is wrong
+        del given[next(iter(given))]
+        for name in list(given):
+            if name not in self._types:
+                default = self._signature.parameters[name].default
+                if given.pop(name) is not default:
+                    return None
+            elif _kind(given[name]) is not self._types[name]:
+                return None
+        return given if len(given) == len(self._types) else None
+
+    def build(self, given: dict[str, Any] | None) -> None:
+        """Trace and fuse.
+
+        Raises:
+            DeployError: The model cannot be traced, or the graph computes something else.
+        """
+        assert given is not None
+        with torch.inference_mode(False), torch.no_grad():
+            graph = trace(self._model, given)
+            fuse(graph)
+            expected = type(self._model).forward(self._model, **copy.deepcopy(given))
+            result = graph.forward(**copy.deepcopy(given))
+        error = relative_error(result, expected)
+        if not error <= TOLERANCE:
+            raise DeployError(f"its graph computes something else (relative error {error:.1e})")
+        self._guard = _Guard(self._model, graph)
+        self._graph = graph
+
+    def _try_to_build(self, given: dict[str, Any]) -> None:
+        with self._lock:
+            if self._graph is None and not self._refused:
+                try:
+                    self.build(given)
+                except DeployError:
+                    self._refused = True  # its own code is right, if slower
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_again = {"_graph": None, "_guard": None, "_lock": None, "_signature": None}
+        return {**self.__dict__, **made_again}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._signature = inspect.signature(type(self._model).forward)
+
+
+class _Guard:
+    """Whether everything that a trace may have read is still the same object.
+
+    That is all modules but those that the graph calls: their children, tensors and attributes.
+    Hooks on them would not run.
+
+    Args:
+        model: What was traced.
+        graph: The graph.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
+        called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+        self._entries: list[tuple[dict[str, Any], str, Any]] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._hooks: list[dict[int, Any]] = []
+        for name, module in _apart_from(called, model):
+            own = vars(module)
+            self._sizes.append((own, len(own)))
+            for part in (module._modules, module._parameters, module._buffers):
+                self._entries += [(part, key, value) for key, value in part.items()]
+            self._entries += [
+                (own, key, value)
+                for key, value in own.items()
+                if key not in MODULE_ATTRIBUTES and key != "plan"
+            ]
+            if name:
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+
+    def holds(self) -> bool:
+        """Whether the graph still is the model."""
+        return (
+            all(part.get(key) is value for part, key, value in self._entries)
+            and all(len(own) == size for own, size in self._sizes)
+            and not any(self._hooks)
+        )
+
+
+def _apart_from(called: set[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if not any(".".join(parts[:i]) in called for i in range(1, len(parts) + 1)):
+            yield name, module
+
+
+def _call_of(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, tuple | list):
+        return tuple(example_input), {}
+    return (example_input,), {}
+
+
+def _kind(value: Any) -> type:
+    return Tensor if isinstance(value, Tensor) else type(value)
+
+
+def _recording() -> bool:
+    """Whether torch is recording a program, or somebody looks for the model's own structure."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
