@@ -12,6 +12,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class FastPath:
         """That of the model's own forward."""
         parameters = list(self._signature.parameters.values())
         return self._signature.replace(parameters=parameters[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the model's own forward; torch.export names its file."""
+        return type(self._model).forward.__code__
 
     @property
     def graph(self) -> fx.GraphModule | None:

@@ -402,9 +402,9 @@ class InferenceConv2d(InferenceLayer, nn.Conv2d):  # type: ignore[misc, override
 
     def _in_program(self, x: Tensor) -> Tensor:
         if self.is_dense:
-            return self._conv_forward(x, self.weight, self.bias)
+            return cast("Tensor", self._conv_forward(x, self.weight, self.bias))
         if x.dim() == 3:
-            return self._in_program(x[None])[0]
+            return self._in_program(x[None]).squeeze(0)
         parts = (self.values, self.columns, self.starts, self.bias)
         sizes = (self.kernel_size, self.stride, self.zeros, self.dilation)
         return cast("Tensor", sparse_conv2d(x, *parts, self.outputs, *sizes))

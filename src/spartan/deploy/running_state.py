@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spartan.deploy.inference_layers import InferenceLayer
 from spartan.deploy.sparse_operators import version_of
 
 _PLAIN = (bool, int, float, str, bytes, complex)
@@ -39,6 +40,8 @@ def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
         dot = f"{prefix}." if prefix else ""
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             yield f"{dot}{name}", _fact(tensor)
+        if isinstance(module, InferenceLayer):
+            continue  # what it prepares for each size of input is no state
         for name, value in vars(module).items():
             if name not in MODULE_ATTRIBUTES:
                 yield f"{dot}{name}", _fact(value)
