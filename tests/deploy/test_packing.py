@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import spartan
-from spartan.deploy.container import CODES
+from spartan.deploy.container import CODES, WITH_PLAIN_ZEROS
 from spartan.deploy.layouts import LAYOUTS, Layout, MatrixShape, smallest, stored_bytes
 from spartan.deploy.packed import PackedTensors
 from spartan.deploy.sizes import Sizes, measure_sizes
@@ -66,17 +66,21 @@ def test_long_gaps(gap: int) -> None:
 
 @pytest.mark.parametrize("dtype", list(CODES))
 def test_round_trip_of_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    state = {"a": pruned(32, 48).mul(100).to(dtype), "b": pruned(3, 8, 3, 3).to(dtype)}
-    state["scalar"] = torch.ones((), dtype=dtype)
-    state["none"] = torch.zeros(0, 4, dtype=dtype)
+    if dtype is torch.float4_e2m1fn_x2:  # torch makes none from other numbers
+        state = {"a": torch.randint(0, 256, (32, 48), dtype=torch.uint8).view(dtype)}
+    else:
+        state = {"a": pruned(32, 48).mul(100).to(dtype), "b": pruned(3, 8, 3, 3).to(dtype)}
+        state["scalar"] = torch.ones((), dtype=dtype)
+        state["none"] = torch.zeros(0, 4, dtype=dtype)
     spartan.save(state, tmp_path / "x.safetensors")
     back = spartan.load(tmp_path / "x.safetensors")
     assert set(back) == set(state)
     for name, tensor in state.items():
         assert back[name].dtype == dtype
         assert back[name].shape == tensor.shape
-        zero_signs = torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
-        assert torch.equal(bits(back[name]), bits(zero_signs))
+        if dtype in WITH_PLAIN_ZEROS:
+            tensor = torch.where(tensor == 0, torch.zeros_like(tensor), tensor)
+        assert torch.equal(bits(back[name]), bits(tensor))
 
 
 def test_special_values_survive_and_minus_zero_becomes_zero(tmp_path: Path) -> None:
@@ -296,8 +300,7 @@ def set_metadata(**changes: Any) -> Any:
         ("one name", set_metadata(aliases={"w": "w"})),
         ("name of its own", lambda arrays, _: arrays.update({"w": np.ones(3)})),
         ("damaged", lambda _, metadata: metadata.update({"spartan.packed": "[" * 10**5})),
-        ("dtype", lambda arrays, _: arrays.update({"w.compressed": np.ones(3, np.complex64)})),
-        ("dtype", lambda arrays, _: arrays.update({"v": np.ones(3, np.complex64)})),
+        ("values", lambda arrays, _: arrays.update({"w.compressed": np.ones(3, np.complex64)})),
     ],
 )
 def test_hostile_files_are_refused(reason: str, edit: Any, tmp_path: Path) -> None:
@@ -392,7 +395,7 @@ def test_ties_survive_repacking(tmp_path: Path) -> None:
         ({"a": torch.ones(2)}, {"spartan.packed": "x"}, "texts"),
         ({"__metadata__": torch.ones(2)}, None, "__metadata__"),
         ({"a": torch.ones(2, device="meta")}, None, "meta"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, None, "complex64"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, None, "complex128"),
         ({"a": 3}, None, "int"),
     ],
 )

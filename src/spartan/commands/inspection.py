@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from spartan.commands.terminal.tables import make_table, shape_of
-from spartan.deploy.packed import PackedTensors
+from spartan.deploy.shards import open_tensors
 from spartan.errors import FileError
 
 
@@ -72,7 +72,7 @@ def inspect_file(path: Path) -> FileFacts:
     if not path.is_file():
         raise FileError(f"There is no file {str(path)!r}.")
     if path.suffix == ".safetensors":
-        named: Any = PackedTensors(path)
+        named: Any = open_tensors(path)
     else:
         try:
             named = torch.load(path, map_location="cpu", weights_only=True)

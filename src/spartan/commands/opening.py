@@ -10,7 +10,7 @@ from torch import nn
 from spartan.commands.models import build_model
 from spartan.commands.runs.facts import read_facts
 from spartan.commands.runs.folder import Run
-from spartan.deploy.packing import load
+from spartan.deploy.loading import load
 from spartan.errors import ConfigError, StateError
 
 

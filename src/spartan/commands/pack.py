@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from spartan.commands.runs.folder import Run
-from spartan.deploy.packed import PackedTensors
 from spartan.deploy.packing import Stored, save
+from spartan.deploy.shards import open_tensors
 from spartan.deploy.sizes import measure_sizes
 from spartan.errors import DeployError
 
@@ -35,7 +35,7 @@ class Pack:
         """Run the command."""
         file = Run.open(self.source).model_path if self.source.is_dir() else self.source
         _refuse_same(file, self.out)
-        tensors = PackedTensors(file)
+        tensors = open_tensors(file)
         narrow = None if self.values == "same" else self.values
         stored = save(tensors, self.out, values=narrow, metadata=tensors.metadata)
         sizes = measure_sizes(stored, self.out.stat().st_size, tensors if self.zstd else None)
@@ -57,7 +57,7 @@ class Unpack:
     def run(self) -> int:
         """Run the command."""
         _refuse_same(self.source, self.out)
-        tensors = PackedTensors(self.source)
+        tensors = open_tensors(self.source)
         tensors.check()
         save(tensors, self.out, compress=False, metadata=tensors.metadata)
         before, after = self.source.stat().st_size, self.out.stat().st_size

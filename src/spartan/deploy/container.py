@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,13 @@ CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float4_e2m1fn_x2: "F4",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -35,6 +40,12 @@ CODES = {
     torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+}
+# Dtypes whose zero is no bits at all, and whose minus zero is the sign bit alone, if they have one.
+# Others are stored as they are: without them, zeros could not be left out.
+WITH_PLAIN_ZEROS = frozenset(CODES) - {
+    *(torch.complex64, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    torch.float4_e2m1fn_x2,
 }
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -82,7 +93,7 @@ def write_file(
 
 def bits_of(tensor: Tensor) -> NDArray[np.generic]:
     """Return a tensor's bits as unsigned integers, in its shape."""
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     signed = plain.view(_SIGNED[plain.element_size()]).numpy()
     return signed.view(f"u{plain.element_size()}")
 
@@ -92,6 +103,21 @@ def tensor_of(bits: NDArray[np.generic], dtype: torch.dtype, shape: tuple[int, .
     size = bits.dtype.itemsize
     signed = bits.view("u1" if size == 1 else f"i{size}")
     return torch.from_numpy(np.ascontiguousarray(signed)).view(dtype).reshape(shape)
+
+
+def header_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape as a header has it: floats of four bits count one by one."""
+    shape = tuple(tensor.shape)
+    if tensor.dtype is torch.float4_e2m1fn_x2:
+        return (*shape[:-1], 2 * shape[-1])
+    return shape
+
+
+def tensor_shape(shape: Sequence[int], code: str) -> tuple[int, ...]:
+    """Return the shape of the tensor that a header describes."""
+    if code == "F4" and shape:
+        return (*shape[:-1], shape[-1] // 2)
+    return tuple(shape)
 
 
 def refuse_more_than_memory(dense_bytes: int) -> None:

@@ -12,7 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spartan.deploy.container import CODES, bits_of, refuse_more_than_memory, tensor_of
+from spartan.deploy.container import (
+    CODES,
+    bits_of,
+    refuse_more_than_memory,
+    tensor_of,
+    tensor_shape,
+)
 from spartan.deploy.layouts import LAYOUTS, VALUES, MatrixShape, Parts
 from spartan.errors import FileError
 
@@ -44,8 +50,10 @@ class PackedTensors(Mapping[str, Tensor]):
             self._keys = set(self._file.keys())
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
             own = json.loads(self.metadata.pop(KEY, "null"))
-        except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            raise self._damaged(str(error)) from error
+        except OSError as error:
+            raise FileError(f"{str(path)!r} cannot be read: {error}.") from error
+        except (SafetensorError, ValueError, RecursionError) as error:
+            raise self._of_another_kind() or self._damaged(str(error)) from error
         self._described, self.aliases = self._read_description(own)
         self.shapes = self._read_shapes()
 
@@ -97,8 +105,13 @@ class PackedTensors(Mapping[str, Tensor]):
         """Return layout and dtype of the packed tensors, and the other names of tied ones."""
         if own is None:
             return self._bitmasks_of_others(), {}
-        if not isinstance(own, dict) or own.get("version") != VERSION:
-            raise self._damaged(f"its layouts are not of version {VERSION}")
+        if not isinstance(own, dict):
+            raise self._damaged("its metadata are not what this program writes")
+        if own.get("version") != VERSION:
+            raise FileError(
+                f"{str(self.path)!r} was packed with layouts of version {own.get('version')!r}, "
+                f"and this program reads version {VERSION}: install the spartan that wrote it."
+            )
         tensors: Any = own.get("tensors", {})
         aliases: Any = own.get("aliases", {})
         texts = is_dict_of(aliases, str) and is_dict_of(tensors, dict)
@@ -107,7 +120,7 @@ class PackedTensors(Mapping[str, Tensor]):
         for name, told in tensors.items():
             layout, code = told.get("layout"), told.get("dtype")
             if code not in _DTYPES or (layout != "dense" and layout not in BY_NAME):
-                raise self._damaged(f"{name!r} has the unknown layout {layout!r} or dtype {code!r}")
+                raise self._unknown(name, f"layout {layout!r} or dtype {code!r}")
         return tensors, aliases
 
     def _bitmasks_of_others(self) -> dict[str, dict[str, str]]:
@@ -119,7 +132,7 @@ class PackedTensors(Mapping[str, Tensor]):
             if key != name and mine <= self._keys:
                 code = str(self._file.get_slice(f"{name}.{VALUES}").get_dtype())
                 if code not in _DTYPES:
-                    raise self._damaged(f"{name!r} has the unknown dtype {code!r}")
+                    raise self._unknown(name, f"dtype {code!r}")
                 described[name] = {"layout": "bitmask", "dtype": code}
                 self._keys.discard(f"{name}.row_offsets")
         return described
@@ -144,10 +157,10 @@ class PackedTensors(Mapping[str, Tensor]):
             raise FileError(f"{str(self.path)!r} cannot be unpacked: {error}.") from error
         for key in sorted(left):
             view = self._file.get_slice(key)
-            if str(view.get_dtype()) not in _DTYPES:
-                raise self._damaged(f"{key!r} has the unknown dtype {view.get_dtype()!r}")
-            shapes[key] = tuple(view.get_shape())
-            self._codes[key] = str(view.get_dtype())
+            code = self._codes[key] = str(view.get_dtype())
+            if code not in _DTYPES:
+                raise self._unknown(key, f"dtype {code!r}")
+            shapes[key] = tensor_shape(view.get_shape(), code)
         if not all(name in shapes for name in (*self.aliases.values(), *self._described)):
             raise self._damaged("its metadata name a tensor that is not there")
         if any(name in shapes for name in self.aliases):
@@ -186,6 +199,23 @@ class PackedTensors(Mapping[str, Tensor]):
 
     def _damaged(self, reason: str) -> FileError:
         return FileError(f"{str(self.path)!r} is damaged or not a safetensors file: {reason}.")
+
+    def _unknown(self, name: str, what: str) -> FileError:
+        return FileError(
+            f"{str(self.path)!r} has the unknown {what} in {name!r}: the program that wrote it may "
+            "be newer than this one."
+        )
+
+    def _of_another_kind(self) -> FileError | None:
+        with self.path.open("rb") as file:
+            begin = file.read(8)
+        kinds = {b"PK": "a zip file, as torch.save writes: torch.load reads it",
+                 b"GGUF": "a GGUF file", b"\x80": "a pickle: torch.load may read it"}  # fmt: skip
+        found = [kind for magic, kind in kinds.items() if begin.startswith(magic)]
+        # The first bytes of a safetensors file are the size of its header.
+        if not found or int.from_bytes(begin, "little") < self.path.stat().st_size:
+            return None
+        return FileError(f"{str(self.path)!r} is no safetensors file but {found[0]}.")
 
 
 def is_dict_of(value: Any, kind: type) -> bool:

@@ -1,4 +1,4 @@
-"""`save` and `load`: safetensors files with each sparse tensor in its smallest layout.
+"""`save`: safetensors files with each sparse tensor in its smallest layout.
 
 A packed file is a safetensors file. A tensor `w` that is smaller when stored sparsely is replaced
 by the arrays of its layout, `w.compressed`, `w.bitmask`, … and `w.shape` (see `layouts`); every
@@ -10,7 +10,7 @@ each replaced tensor its layout and dtype, and for each further name of a tied t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ from torch.nn.parameter import is_lazy
 
 from spartan.deploy.container import (
     CODES,
+    WITH_PLAIN_ZEROS,
     Entry,
     bits_of,
+    header_shape,
     write_file,
 )
 from spartan.deploy.layouts import VALUES, Layout, MatrixShape, Parts, smallest
 from spartan.deploy.packed import BY_NAME, KEY, VERSION, PackedTensors, is_dict_of
+from spartan.deploy.shards import INDEX, ShardedTensors, divide, refuse_pretrained, write_index
 from spartan.errors import DeployError
 from spartan.files import write_atomically
 
@@ -58,18 +61,22 @@ def save(
     compress: bool = True,
     values: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = 5 << 30,
 ) -> list[Stored]:
     """Write a model's tensors into a safetensors file, each in its smallest layout.
 
-    The file is written tensor by tensor, and appears when it is whole.
+    The file is written tensor by tensor, and appears when it is whole. A tensor that has several
+    names is stored once.
 
     Args:
         model: A module, or its state dict.
-        path: The file.
+        path: The file. If its name ends with `.safetensors.index.json`, the tensors go into several
+            files beside it, and it says which are where.
         compress: Whether to use sparse layouts; without, the file is an ordinary one.
         values: `"float16"` or `"bfloat16"` to round the wider floats of tensors with two or more
             dimensions; `load` returns them in their own dtype.
         metadata: Further metadata of the file.
+        shard_bytes: Of each of several files, if no tensor is larger.
 
     Returns:
         How each tensor was stored.
@@ -81,31 +88,75 @@ def save(
     """
     if values is not None and values not in _NARROW:
         raise DeployError(f"values={values!r}: choose 'float16' or 'bfloat16', or leave it out.")
+    path = Path(path)
     state = model.state_dict() if isinstance(model, nn.Module) else model
     _check_metadata(metadata or {}, state)
-    aliases = _aliases(state)
-    names = [name for name in state if name not in aliases]
-    narrow = None if values is None else _NARROW[values]
+    tensors = _Tensors(state, compress, None if values is None else _NARROW[values])
+    if tensors.described:
+        refuse_pretrained(path)
+    if not path.name.endswith(INDEX):
+        tensors.write(path, tensors.names, metadata or {})
+        return list(tensors.stored.values())
+    sizes = {name: tensors.stored[name].bytes for name in tensors.names}
+    shards = divide(sizes, shard_bytes, path)
+    for shard, names in shards.items():
+        tensors.write(shard, names, metadata or {})
+    places = {entry.name: shard.name for shard, names in shards.items()
+              for name in names for entry in tensors.entries[name]}  # fmt: skip
+    write_index(path, places, sum(sizes.values()))
+    return list(tensors.stored.values())
 
-    described: dict[str, dict[str, str]] = {}
-    entries: list[Entry] = []
-    report: list[Stored] = []
-    for name in names:
-        tensor = state[name]
-        stored = _narrowed(name, tensor, narrow)
-        layout, parts = _smallest(name, stored, state) if compress else (None, None)
-        kind = "dense" if layout is None else layout.name
-        if kind != "dense" or stored.dtype != tensor.dtype:
-            described[name] = {"layout": kind, "dtype": CODES[tensor.dtype]}
-        own = list(_entries(name, stored, parts))
-        entries += own
-        dense_bytes = tensor.numel() * tensor.element_size()
-        report.append(Stored(name, kind, dense_bytes, sum(entry.nbytes for entry in own)))
 
-    def arrays() -> Iterator[Any]:
+class _Tensors:
+    """How each tensor of a state is stored.
+
+    Attributes:
+        names: Of all tensors, but for further names of tied ones.
+        described: Layout and dtype of those that are not stored as they are.
+        entries: The arrays that each becomes.
+        stored: What to report of each.
+    """
+
+    def __init__(
+        self, state: Mapping[str, Tensor], compress: bool, narrow: torch.dtype | None
+    ) -> None:
+        self._state, self._narrow = state, narrow
+        self._aliases = _aliases(state)
+        self.names = [name for name in state if name not in self._aliases]
+        self.described: dict[str, dict[str, str]] = {}
+        self.entries: dict[str, list[Entry]] = {}
+        self.stored: dict[str, Stored] = {}
+        for name in self.names:
+            tensor = state[name]
+            stored = _narrowed(name, tensor, narrow)
+            layout, parts = _smallest(name, stored, state) if compress else (None, None)
+            kind = "dense" if layout is None else layout.name
+            if kind != "dense" or stored.dtype != tensor.dtype:
+                self.described[name] = {"layout": kind, "dtype": CODES[tensor.dtype]}
+            self.entries[name] = list(_entries(name, stored, parts))
+            taken = sum(entry.nbytes for entry in self.entries[name])
+            dense = tensor.numel() * tensor.element_size()
+            self.stored[name] = Stored(name, kind, dense, taken)
+
+    def write(self, path: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
+        """Write a file of these tensors."""
+        described = {name: self.described[name] for name in names if name in self.described}
+        aliases = {other: first for other, first in self._aliases.items() if first in set(names)}
+        header = {"format": "pt", **metadata}
+        # Without, tensors of this name would be taken for those of another packer.
+        if described or aliases or any(name.endswith(".bitmask") for name in names):
+            own_metadata = {"version": VERSION, "tensors": described, "aliases": aliases}
+            header[KEY] = json.dumps(own_metadata)
+        entries = [entry for name in names for entry in self.entries[name]]
+        write_atomically(
+            path,
+            lambda temporary: write_file(temporary, entries, header, lambda: self._arrays(names)),
+        )
+
+    def _arrays(self, names: Sequence[str]) -> Iterator[Any]:
         for name in names:
-            stored = _narrowed(name, state[name], narrow)
-            layout = described.get(name, {}).get("layout", "dense")
+            stored = _narrowed(name, self._state[name], self._narrow)
+            layout = self.described.get(name, {}).get("layout", "dense")
             if layout == "dense":
                 yield bits_of(stored)
                 continue
@@ -113,66 +164,6 @@ def save(
             assert parts is not None
             yield from parts.values()
             yield np.array(stored.shape, np.int64)
-
-    if described:
-        _refuse_pretrained(Path(path))
-    header = {"format": "pt", **(metadata or {})}
-    # Without, tensors of this name would be taken for those of another packer.
-    if described or aliases or any(name.endswith(".bitmask") for name in names):
-        own_metadata = {"version": VERSION, "tensors": described, "aliases": aliases}
-        header[KEY] = json.dumps(own_metadata)
-    write_atomically(Path(path), lambda temporary: write_file(temporary, entries, header, arrays))
-    return report
-
-
-def load(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read a packed or ordinary safetensors file.
-
-    Everything is checked before the model is changed.
-
-    Args:
-        path: The file.
-        model: If given, its tensors are overwritten, one at a time.
-
-    Returns:
-        The tensors by name; with a model, its state dict.
-
-    Raises:
-        FileError: The file is missing, damaged or contradicts itself.
-        DeployError: It is not a file of this model.
-    """
-    packed = PackedTensors(path)
-    if model is None:
-        own = {name: packed[name] for name in packed if name not in packed.aliases}
-        return {name: own[packed.aliases.get(name, name)] for name in packed}
-    state = model.state_dict()
-    _check_fit(packed, state)
-    packed.check()
-    with torch.no_grad():
-        for name in packed:
-            state[name].copy_(packed[name])
-    return state
-
-
-def _refuse_pretrained(path: Path) -> None:
-    """Raise `DeployError` if this is the file that `from_pretrained` reads of a folder.
-
-    It would take what is packed for missing, and leave those weights at random.
-    """
-    config = path.parent / "config.json"
-    if path.name != "model.safetensors" or not config.is_file():
-        return
-    try:
-        told = json.loads(config.read_text())
-    except ValueError:
-        return
-    if isinstance(told, dict) and "model_type" in told:
-        raise DeployError(
-            f"{str(path)!r} is what from_pretrained of transformers reads, which knows no packed "
-            "tensors: choose another name, such as packed.safetensors. To load that, make the "
-            "model from its config and give it to spartan.load; or write an ordinary file with "
-            "compress=False."
-        )
 
 
 def _check_metadata(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
@@ -188,7 +179,7 @@ def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         DeployError: A tensor cannot be stored.
     """
-    if isinstance(state, PackedTensors):
+    if isinstance(state, PackedTensors | ShardedTensors):
         return state.aliases
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -237,6 +228,8 @@ def _matrix(tensor: Tensor) -> Any:
 def _smallest(
     name: str, tensor: Tensor, state: Mapping[str, Tensor]
 ) -> tuple[Layout | None, Parts | None]:
+    if tensor.dtype not in WITH_PLAIN_ZEROS:
+        return None, None
     # What the header says of an array, and the metadata of a packed tensor.
     found = smallest(_matrix(tensor), 2 * len(name) + 128) if tensor.numel() else None
     # A tensor whose parts would take the name of another stays as it is.
@@ -248,38 +241,9 @@ def _smallest(
 def _entries(name: str, tensor: Tensor, parts: Parts | None) -> Iterator[Entry]:
     code = CODES[tensor.dtype]
     if parts is None:
-        yield Entry(name, code, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+        yield Entry(name, code, header_shape(tensor), tensor.numel() * tensor.element_size())
         return
     for part, array in parts.items():
         own = code if part == VALUES else f"{array.dtype.kind.upper()}{8 * array.itemsize}"
         yield Entry(f"{name}.{part}", own, array.shape, array.nbytes)
     yield Entry(f"{name}.shape", "I64", (tensor.dim(),), 8 * tensor.dim())
-
-
-def _check_fit(packed: PackedTensors, state: Mapping[str, Tensor]) -> None:
-    # Older files do not count batches; like torch, leave the model's own count.
-    counters = {name for name in state if name.endswith("num_batches_tracked")}
-    missing = sorted(set(state) - set(packed) - counters)
-    unknown = sorted(set(packed) - set(state))
-    if missing or unknown:
-        raise DeployError(
-            f"{str(packed.path)!r} is not a file of this model: it lacks {missing[:5]} and has "
-            f"{unknown[:5]} besides."
-        )
-    for name in packed:
-        tensor = state[name]
-        writable = not tensor.is_meta and (0 not in tensor.stride() or tensor.numel() < 2)
-        if not writable:
-            raise DeployError(
-                f"{name!r} of the model cannot be written: it is expanded or on the meta device."
-            )
-        if packed.dtype(name).is_floating_point and not tensor.is_floating_point():
-            raise DeployError(
-                f"{str(packed.path)!r} is not a file of this model: {name!r} is "
-                f"{packed.dtype(name)} in the file and {tensor.dtype} in the model."
-            )
-        if tuple(tensor.shape) != packed.shapes[name]:
-            raise DeployError(
-                f"{str(packed.path)!r} is not a file of this model: {name!r} has shape "
-                f"{packed.shapes[name]} in the file and {tuple(tensor.shape)} in the model."
-            )

@@ -18,7 +18,7 @@ from spartan.commands.opening import open_model
 from spartan.commands.options.compress import CompressConfig
 from spartan.commands.runs.facts import read_facts
 from spartan.commands.runs.folder import Run
-from spartan.deploy.packing import load
+from spartan.deploy.loading import load
 from spartan.errors import CalibrationError, ConfigError
 from spartan.files import load_tensors, save_tensors, write_text
 from spartan.post_training import CompressionReport, compress
