@@ -51,7 +51,8 @@ def main() -> None:
         ("MLP", mlp().eval(), (16, 1024)),
     ):
         batch = shape[0]
-        dense = 1e3 * bench(model, shape, [batch], options.threads)[batch].dense.median
+        example = {batch: torch.randn(shape)}
+        dense = 1e3 * bench(model, example, options.threads)[batch].dense.median
         for allocation in ("global", "uniform"):
             for share in SHARES:
                 asked = share * dense
@@ -59,10 +60,8 @@ def main() -> None:
                     latency_ms=asked, example_input=torch.randn(shape), allocation=allocation
                 )
                 delivered = deliver(model, budget)
-                got = (
-                    1e3
-                    * bench(delivered, shape, [batch], options.threads)[batch].accelerated.median
-                )
+                plan = bench(delivered, example, options.threads)[batch]
+                got = 1e3 * plan.accelerated.median
                 weights = [m.weight for m in delivered.modules() if hasattr(m, "in_channels")]
                 weights += [m.weight for m in delivered.modules() if hasattr(m, "in_features")]
                 kept = sum(int(w.count_nonzero()) for w in weights)

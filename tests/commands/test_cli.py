@@ -383,6 +383,25 @@ def test_bench_writes_table_figures_and_plot(
     assert call("bench", "mlp", "--input", "1x1x8x8", *words) == 0
 
 
+def test_bench_and_export_take_several_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--batch", "2", "3", "--seconds", "0.01", "--out", tmp_path]
+    inputs = ["--input", "ids=1x6:int64", "mask=1x6:bool"]
+    assert call("bench", "tests.deploy.models:reader", *inputs, *words) == 0
+    printed = capsys.readouterr().out
+    assert "batch 3" in printed
+    assert "a table" in printed
+    factory = ["--input", "tests.deploy.models:text"]
+    assert call("bench", "tests.deploy.models:reader", *factory, "--out", tmp_path) == 0
+    assert call("bench", "tests.deploy.models:reader", *factory, "--batch", 9) == 2
+    assert "how large the batch is" in capsys.readouterr().err
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = ["--onnx", tmp_path / "x.onnx"]
+    assert call("export", "tests.deploy.models:reader", *inputs, *onnx) == 0
+    assert "dimensions ids [1], mask [1]" in " ".join(capsys.readouterr().out.split())
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("doctor") == 0
     printed = capsys.readouterr().out
@@ -413,15 +432,18 @@ def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (("pack", "missing.safetensors", "out"), "no file"),
         (("pack", "{run}", "{run}/model.safetensors"), "another"),
         (("pack", "{run}", "{run}"), "folder"),
-        (("unpack", "{run}/config.json", "out"), "damaged"),
+        (("unpack", "{run}/config.json", "out"), "no safetensors file"),
         (("bench", "mlp"), "--input"),
-        (("bench", "mlp", "--input", "axb"), "shape"),
+        (("bench", "mlp", "--input", "axb"), "no input"),
+        (("bench", "mlp", "--input", "1x1x8x8:int5"), "no dtype"),
+        (("bench", "mlp", "--input", "x=1x1x8x8", "1x3"), "a name"),
+        (("bench", "mlp", "--input", "nowhere:function"), "nowhere"),
         (("bench", "nosuch", "--input", "1x1x8x8"), "nosuch"),
         (("bench", "{run}", "--input", "1x5x8x8"), "does not run"),
         (("bench", "{run}", "--threads", "0"), "thread"),
         (("bench", "{run}", "--batch", "0"), "positive"),
         (("bench", "{run}", "--weights", "missing"), "no file"),
-        (("evaluate", "{run}", "--weights", "{run}/config.json"), "damaged"),
+        (("evaluate", "{run}", "--weights", "{run}/config.json"), "no safetensors file"),
         (("export", "mlp", "--onnx", "x.onnx"), "--input"),
         (("train", "--latency-ms", "1000", "--out", "x"), "already takes"),
         (("train", "--latency-ms", "1", "--density", "0.1", "--out", "x"), "of its own"),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
+from spartan.commands.inputs import Inputs
 from spartan.commands.opening import open_model
 from spartan.deploy.accelerating import accelerate, plan_of
 from spartan.deploy.plan import LayerPlan, Plan
@@ -31,8 +33,9 @@ class Bench:
 
     model: tyro.conf.Positional[str]
     """Run folder, or a model as in `spartan train --model`."""
-    input: str | None = None
-    """Shape of an input, like 1x3x32x32; a run knows its own."""
+    input: tuple[str, ...] = ()
+    """What goes in, batch first: 1x3x32x32, or input_ids=1x128:int64 mask=1x128:bool, or a function
+    that returns it (package.module:function). A run knows its own."""
     batch: tuple[int, ...] = ()
     """Batch sizes; by default that of the input."""
     weights: Path | None = None
@@ -48,11 +51,13 @@ class Bench:
 
     def run(self) -> int:
         """Run the command."""
-        shape = None if self.input is None else parse_shape(self.input)
-        opened, shape = open_model(self.model, self.weights, shape, self.classes)
+        inputs = Inputs(self.input)
+        opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes)
         if min(self.batch, default=1) < 1 or self.seconds <= 0:
             raise ConfigError("--batch and --seconds must be positive.")
-        plans = bench(opened, shape, self.batch or shape[:1], self.threads, self.seconds)
+        sizes = self.batch or (inputs.shape or shape)[:1]
+        examples = {size: inputs.make(opened, shape, size) for size in sizes}
+        plans = bench(opened, examples, self.threads, self.seconds)
         console = Console()
         for size, plan in plans.items():
             console.print(f"batch {size}\n{plan}", highlight=False, soft_wrap=True, markup=False)
@@ -61,25 +66,9 @@ class Bench:
         return 0
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Read `1x3x32x32`.
-
-    Raises:
-        DeployError: It is no shape.
-    """
-    try:
-        shape = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise DeployError(f"{text!r} is no shape; write its sizes like 1x3x32x32, batch first.")
-    return shape
-
-
 def bench(
     model: nn.Module,
-    shape: Sequence[int],
-    batches: Sequence[int],
+    examples: Mapping[int, Any],
     threads: int | None = None,
     seconds: float = 0.2,
 ) -> dict[int, Plan]:
@@ -87,28 +76,18 @@ def bench(
 
     Args:
         model: The model.
-        shape: Of an input, batch first.
-        batches: Batch sizes; the first dimension of `shape` is replaced by each.
+        examples: An input for each batch size.
         threads: Threads to use; as many as torch does if not given.
         seconds: How long to measure each layer; the whole model takes five times as long.
 
     Returns:
         A plan per batch size.
     """
-    plans: dict[int, Plan] = {}
     with _using_threads(threads):
-        for batch in batches:
-            x = _random(batch, *shape[1:])
-            plans[batch] = plan_of(accelerate(model, x, seconds=seconds, verbose=False))
-    return plans
-
-
-def _random(*shape: int) -> Tensor:
-    try:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    except RuntimeError as error:
-        size = "x".join(map(str, shape))
-        raise DeployError(f"An input of {size} does not fit this machine: {error}") from error
+        return {
+            batch: plan_of(accelerate(model, example, seconds=seconds, verbose=False))
+            for batch, example in examples.items()
+        }
 
 
 def write_bench(plans: dict[int, Plan], folder: Path) -> list[Path]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from rich.console import Console
 
-from spartan.commands.bench import parse_shape
+from spartan.commands.inputs import Inputs
 from spartan.commands.opening import open_model
 from spartan.deploy.onnx import export_onnx
 
@@ -22,8 +21,9 @@ class Export:
     """Run folder, or a model as in `spartan train --model`."""
     onnx: Path
     """File to write."""
-    input: str | None = None
-    """Shape of an input, like 1x3x32x32; a run knows its own."""
+    input: tuple[str, ...] = ()
+    """What goes in, batch first: 1x3x32x32, or input_ids=1x128:int64 mask=1x128:bool, or a function
+    that returns it (package.module:function). A run knows its own."""
     weights: Path | None = None
     """Safetensors file, packed or not; a run's own weights by default."""
     classes: int = 10
@@ -33,8 +33,9 @@ class Export:
 
     def run(self) -> int:
         """Run the command."""
-        shape = None if self.input is None else parse_shape(self.input)
-        opened, shape = open_model(self.model, self.weights, shape, self.classes)
-        exported = export_onnx(opened, torch.randn(shape), self.onnx, purge=self.purge)
+        inputs = Inputs(self.input)
+        opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes)
+        example = inputs.make(opened, shape)
+        exported = export_onnx(opened, example, self.onnx, purge=self.purge)
         Console().print(str(exported), highlight=False, soft_wrap=True)
         return 0

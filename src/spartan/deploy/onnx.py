@@ -7,20 +7,27 @@ import copy
 import importlib
 import io
 import logging
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from spartan.copies import copy_model
+from spartan.deploy.comparison import relative_error, run_on_example
+from spartan.deploy.inference_layers import InferenceLayer
 from spartan.deploy.purging import purge_channels
 from spartan.errors import DeployError, MissingExtraError
 from spartan.files import write_atomically
 
 # Relative error at which the file is refused. Ten times what our own kernels are allowed: other
-# runtimes fuse layers and approximate GELU and exp.
-_TOLERANCE = 1e-4
+# runtimes fuse layers and approximate GELU and exp. Narrower floats: this many units of rounding.
+_TOLERANCE, _ROUNDINGS = 1e-4, 16
 
 
 @dataclass(frozen=True)
@@ -31,66 +38,188 @@ class Exported:
         path: The file.
         bytes: Its size.
         removed: Channels that were removed, by layer.
-        error: Relative difference of ONNX Runtime's output and the model's.
+        error: Relative difference of ONNX Runtime's outputs and the model's.
+        free: Dimensions of each input that may vary, besides the batch.
     """
 
     path: Path
     bytes: int
     removed: dict[str, int]
     error: float
+    free: dict[str, list[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         gone = sum(self.removed.values())
         channels = f"{gone:,} zero channels of {len(self.removed)} layers removed; " if gone else ""
+        others = [f"{name} {dims}" for name, dims in self.free.items() if dims]
+        free = f"free batch and dimensions {', '.join(others)}" if others else "free batch"
         return (
-            f"{self.path}: {self.bytes:,} bytes; {channels}ONNX Runtime agrees to "
+            f"{self.path}: {self.bytes:,} bytes, {free}; {channels}ONNX Runtime agrees to "
             f"{self.error:.1e}. It multiplies zeros like other numbers; for speed from them, "
             "use spartan.accelerate."
         )
 
 
 def export_onnx(
-    model: nn.Module, example_input: Tensor, path: Path, *, purge: bool = True
+    model: nn.Module, example_input: Any, path: Path, *, purge: bool = True
 ) -> Exported:
-    """Write a model of one tensor to another, and run the file.
+    """Write a model, and run the file.
 
-    The first dimension, the batch, may vary.
+    The first dimension of the inputs, the batch, may vary; so may others where the model allows
+    it, as the size of images or the length of texts. Both are tried out.
 
     Args:
         model: The model.
-        example_input: One input.
+        example_input: One input: a tensor, a tuple of positional or a dict of keyword arguments.
         path: The file.
         purge: Whether to remove zero channels first; models that torch.fx cannot trace keep them.
 
     Raises:
-        DeployError: The model cannot be exported, or ONNX Runtime's output differs.
+        DeployError: The model cannot be exported, or only for one batch size, or ONNX Runtime's
+            outputs differ.
         MissingExtraError: onnx or onnxruntime is not installed.
     """
     runtime = _packages()
-    model = copy.deepcopy(model).eval()
+    if any(isinstance(module, InferenceLayer) for module in model.modules()):
+        raise DeployError(
+            "An accelerated model has kernels that ONNX does not know: export the model that was "
+            "given to accelerate."
+        )
+    model = copy_model(model, DeployError).eval()
+    example = _Example(model, example_input)
     removed: dict[str, int] = {}
     work = model
     if purge:
-        with contextlib.suppress(DeployError):
+        with contextlib.suppress(DeployError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is not purged is exported as it is
             purged = purge_channels(model, example_input)
             work, removed = purged.model, purged.removed
-    with torch.inference_mode():
-        expected = model(example_input)
-    if not isinstance(expected, Tensor):
-        raise DeployError(
-            f"The model returns {type(expected).__name__}; only a tensor can be told."
-        )
-    errors: list[float] = []
+    results: list[tuple[float, dict[str, list[int]]]] = []
 
     def write(temporary: Path) -> None:
-        _export(work, example_input, temporary)
-        errors.append(_check(runtime, temporary, example_input, expected))
+        try:
+            _export(work, example, temporary, every_dimension=True)
+            results.append(_check(runtime, temporary, example))
+        except DeployError:
+            # Dimensions besides the batch may be what the model, ONNX or its runtime cannot vary.
+            _export(work, example, temporary, every_dimension=False)
+            results.append(_check(runtime, temporary, example))
 
     write_atomically(path, write)
-    return Exported(path, path.stat().st_size, removed, errors[0])
+    error, free = results[0]
+    return Exported(path, path.stat().st_size, removed, error, free)
 
 
-def _packages() -> object:
+class _Example:
+    """An example input with a batch of two or more, which no exporter takes for a constant.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Arguments by name.
+        free_sizes: Of dimensions after the first: those that the model also takes twice as large,
+            in all inputs at a time, as images of other sizes or longer texts.
+
+    Raises:
+        DeployError: The model does not run on it, or ONNX Runtime has no such numbers.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Any) -> None:
+        example_input = copy.deepcopy(example_input)
+        self._model = model
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        if isinstance(example_input, Mapping):
+            self.kwargs = dict(example_input)
+        elif isinstance(example_input, tuple | list):
+            self.args = tuple(example_input)
+        else:
+            self.args = (example_input,)
+        self.run(self.args, self.kwargs)
+        if any(x.dtype is torch.bfloat16 for x in (*self._tensors(), *model.parameters())):
+            raise DeployError(
+                "ONNX Runtime computes nothing in bfloat16 on a CPU, so the file could not be "
+                "checked: export model.float() with an example in float32."
+            )
+        if self.batch < 2:
+            self.args, self.kwargs = self.with_sizes(lambda _, i: 2 if i == 0 else None)
+        sizes = {n for x in self._tensors() for n in x.shape[1:] if n > 1}
+        self.free_sizes = {n for n in sizes if self._runs_with({n})}
+        if self.free_sizes and not self._runs_with(self.free_sizes):
+            self.free_sizes = set()
+
+    @property
+    def batch(self) -> int:
+        """The size of the first dimension of the first input."""
+        sizes = [len(x) for x in self._tensors() if x.dim()]
+        if not sizes:
+            raise DeployError("The example input has no tensor with a batch dimension.")
+        return sizes[0]
+
+    def run(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """Return the tensors that the model returns for some arguments."""
+        call = lambda *values: self._model(*values[0], **values[1])  # noqa: E731
+        with torch.inference_mode():
+            outputs = run_on_example(call, (args, kwargs))  # type: ignore[arg-type]
+        return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+
+    def with_sizes(self, size: Callable[[Tensor, int], int | None]) -> tuple[Any, Any]:
+        """Return arguments whose tensors are repeated and cut to other sizes.
+
+        Args:
+            size: Maps a tensor and one of its dimensions to a size; None leaves it.
+        """
+
+        def sized(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            y = x
+            for i in range(x.dim()):
+                wanted = size(x, i) if i or len(x) == self.batch else None
+                if wanted is not None:
+                    times = -(-wanted // x.shape[i])
+                    y = torch.cat([y] * times, i).narrow(i, 0, wanted)
+            return y
+
+        return tree_map(sized, self.args), tree_map(sized, self.kwargs)
+
+    def larger(self) -> tuple[Any, Any]:
+        """Return arguments in which all free dimensions are twice as large."""
+        return self._doubled(self.free_sizes)
+
+    def is_free(self, x: Tensor, i: int) -> bool:
+        """Whether a dimension of an input may vary, besides the batch."""
+        return i > 0 and x.shape[i] in self.free_sizes
+
+    def _doubled(self, sizes: set[int]) -> tuple[Any, Any]:
+        return self.with_sizes(lambda x, i: 2 * x.shape[i] if i and x.shape[i] in sizes else None)
+
+    def _runs_with(self, sizes: set[int]) -> bool:
+        try:
+            self.run(*self._doubled(sizes))
+        except DeployError:
+            return False
+        return True
+
+    def dynamic_shapes(self, every_dimension: bool) -> tuple[Any, ...] | dict[str, Any]:
+        """Return what torch.export is to leave free."""
+        free, other = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
+        batch = self.batch
+
+        def dims(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return None
+            rest = {i: other for i in range(x.dim()) if every_dimension and self.is_free(x, i)}
+            return {**({0: free} if x.dim() and len(x) == batch else {}), **rest}
+
+        if self.args:
+            return tuple(tree_map(dims, arg) for arg in self.args)
+        return {name: tree_map(dims, value) for name, value in self.kwargs.items()}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
+
+
+def _packages() -> Any:
     try:
         for name in ("onnx", "onnxscript"):
             importlib.import_module(name)
@@ -101,43 +230,98 @@ def _packages() -> object:
         ) from error
 
 
-def _export(model: nn.Module, example_input: Tensor, path: Path) -> None:
-    batch = torch.export.Dim("batch", min=1)
-    # The exporter prints its progress, and logs which of its own optional packages are missing.
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+def _export(model: nn.Module, example: _Example, path: Path, every_dimension: bool) -> None:
+    shapes = example.dynamic_shapes(every_dimension)
+    with _quiet(), torch.no_grad():
         try:
-            # A batch of one would be taken for a constant.
-            twice = torch.cat([example_input, example_input])
-            batch_of_two = example_input if len(example_input) > 1 else twice
-            torch.onnx.export(
-                model,
-                (batch_of_two,),
-                path,
-                dynamo=True,
-                external_data=False,
-                dynamic_shapes=({0: batch},),
-                verbose=False,
+            program = torch.export.export(
+                model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False
             )
+            torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise DeployError(
-                f"torch cannot export this model: {type(error).__name__} {reason}"
-            ) from error
+            # The exporter runs the user's code on stand-ins: whatever it raises, it cannot.
+            raise DeployError(f"torch cannot export this model: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    if "specialized" in text or "Constraints violated" in text:
+        return (
+            "it takes the batch size for a constant. Write x.shape[0] instead of len(x), and no "
+            "int() or .item() around it."
+        )
+    unknown = re.search(r"Found <class '([^']+)'> in output", text)
+    if unknown:
+        return (
+            f"it returns a {unknown[1].rpartition('.')[2]}, which torch.export does not know. "
+            "Leave it out: for a cache of transformers, give use_cache=False with the example."
+        )
+    lines = [line for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's progress, and which of its optional packages it lacks."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
-def _check(runtime: object, path: Path, example_input: Tensor, expected: Tensor) -> float:
-    session = runtime.InferenceSession(  # type: ignore[attr-defined]
-        str(path), providers=["CPUExecutionProvider"]
-    )
-    (output,) = session.run(None, {session.get_inputs()[0].name: example_input.numpy()})
-    difference = (torch.from_numpy(output).double() - expected.double()).norm()
-    error = float(difference / expected.double().norm().clamp_min(1e-30))
-    if not error <= _TOLERANCE:
-        raise DeployError(f"ONNX Runtime's output differs by {error:.1e}; no file was written.")
+def _check(runtime: Any, path: Path, example: _Example) -> tuple[float, dict[str, list[int]]]:
+    """Compare the file with the model: on the example, another batch, and other sizes.
+
+    Returns:
+        The largest relative error, and the dimensions of each input that may vary.
+    """
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings are about names of dimensions
+    try:
+        session = runtime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:
+        raise DeployError(f"ONNX Runtime cannot open the file: {_sentence(error)}") from error
+    inputs = session.get_inputs()
+    fixed = [i.name for i in inputs if i.shape and i.shape[0] == example.batch]
+    if fixed:
+        raise DeployError(
+            f"The file would take batches of {example.batch} only: the model fixes the batch size "
+            f"of {fixed[0]!r} somewhere, as by len(x), int() or .item(). Use x.shape[0]."
+        )
+    free = {
+        i.name: [k for k, size in enumerate(i.shape) if k and isinstance(size, str)] for i in inputs
+    }
+    variants = [
+        (example.args, example.kwargs),
+        example.with_sizes(lambda _, i: example.batch + 1 if i == 0 else None),
+    ]
+    if any(free.values()):
+        variants.append(example.larger())
+    return max(_error(session, inputs, example, *variant) for variant in variants), free
+
+
+def _error(session: Any, inputs: Any, example: _Example, args: Any, kwargs: Any) -> float:
+    expected = example.run(args, kwargs)
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    feed = {i.name: x.cpu().numpy() for i, x in zip(inputs, tensors, strict=False)}
+    try:
+        outputs = session.run(None, feed)
+    except Exception as failure:
+        raise DeployError(f"ONNX Runtime cannot run the file: {_sentence(failure)}") from failure
+    found = [torch.from_numpy(output) for output in outputs]
+    error = relative_error(found, [x.cpu() for x in expected])
+    eps = max((torch.finfo(x.dtype).eps for x in expected if x.is_floating_point()), default=0.0)
+    if not error <= max(_TOLERANCE, _ROUNDINGS * eps):
+        raise DeployError(f"ONNX Runtime's outputs differ by {error:.1e}; no file was written.")
     return error

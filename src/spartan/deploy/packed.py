@@ -28,6 +28,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 # Of a tensor in a file. No model has so many; headers that claim more are damaged.
 _MOST_DIMENSIONS = 16
+_LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones
 
 
 class PackedTensors(Mapping[str, Tensor]):
@@ -198,7 +199,7 @@ class PackedTensors(Mapping[str, Tensor]):
         return tensor
 
     def _damaged(self, reason: str) -> FileError:
-        return FileError(f"{str(self.path)!r} is damaged or not a safetensors file: {reason}.")
+        return FileError(f"{str(self.path)!r} is damaged: {reason}.")
 
     def _unknown(self, name: str, what: str) -> FileError:
         return FileError(
@@ -207,15 +208,16 @@ class PackedTensors(Mapping[str, Tensor]):
         )
 
     def _of_another_kind(self) -> FileError | None:
+        """Return what to raise of a file that never was a safetensors file."""
         with self.path.open("rb") as file:
             begin = file.read(8)
-        kinds = {b"PK": "a zip file, as torch.save writes: torch.load reads it",
-                 b"GGUF": "a GGUF file", b"\x80": "a pickle: torch.load may read it"}  # fmt: skip
-        found = [kind for magic, kind in kinds.items() if begin.startswith(magic)]
-        # The first bytes of a safetensors file are the size of its header.
-        if not found or int.from_bytes(begin, "little") < self.path.stat().st_size:
+        # The first eight bytes of a safetensors file are the size of its header.
+        if len(begin) < 8 or int.from_bytes(begin, "little") <= _LARGEST_HEADER:
             return None
-        return FileError(f"{str(self.path)!r} is no safetensors file but {found[0]}.")
+        kinds = {b"PK": ": torch.load reads the zip files of torch.save",
+                 b"GGUF": ", but a GGUF file", b"\x80": ", but perhaps a pickle"}  # fmt: skip
+        found = [kind for magic, kind in kinds.items() if begin.startswith(magic)]
+        return FileError(f"{str(self.path)!r} is no safetensors file{(found or [''])[0]}.")
 
 
 def is_dict_of(value: Any, kind: type) -> bool:
