@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import spartan
 from spartan.commands.models import mlp, resnet20
-from spartan.deploy.purging import purge_channels
+from spartan.deploy.removing import purge_channels
 from spartan.errors import DeployError
 from tests.deploy.test_accelerate import Untraceable
 

@@ -3,6 +3,6 @@
 from spartan.deploy.accelerating import accelerate
 from spartan.deploy.loading import load
 from spartan.deploy.packing import save
-from spartan.deploy.purging import purge
+from spartan.deploy.removing import purge
 
 __all__ = ["accelerate", "load", "purge", "save"]

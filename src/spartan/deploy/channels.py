@@ -36,9 +36,20 @@ _POINTWISE_CALLS: dict[Any, Callable[..., Tensor]] = {
 }
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_POOL_CALLS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_POOLS = (
+    *(nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    *(nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
+)
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_WHOLE_POOL_CALLS = {
+    *(F.max_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d),
+    *(F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+    *(F.max_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d),
+}
+_POOL_CALLS = _WHOLE_POOL_CALLS | {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,15 @@ class Channels:
     Attributes:
         space: Number of the space they are in.
         constant: For each, the number it holds everywhere; NaN if it is not constant. Float64.
-        layout: `"image"` (N, C, H, W), `"features"` (…, C), `"matrix"` (N, C), or `"flat"`: an
-            image flattened to (N, C x H x W).
+        layout: `"image"` (N, C, …), `"features"` (…, C), `"matrix"` (N, C), or `"flat"`: an image
+            flattened to (N, C x …).
+        spatial: Dimensions of an image after its channels: 1, 2 or 3.
     """
 
     space: int
     constant: Tensor
     layout: str
+    spatial: int = 0
 
 
 class ChannelFlow:
@@ -152,7 +165,7 @@ class ChannelFlow:
         return _through_call(node, x) if module is None else self._through_module(module, x)
 
     def _mix(self, node: fx.Node, layer: Any, x: Channels | None) -> Channels:
-        image = isinstance(layer, nn.Conv2d)
+        image = isinstance(layer, CONVOLUTIONS)
         source = node.args[0]
         matrix = source in self._matrices or (x is not None and x.layout in ("matrix", "flat"))
         if x is not None and (x.layout == "image") != image:
@@ -161,7 +174,8 @@ class ChannelFlow:
         self.readers.append((node, layer, x))
         constant = _constant_outputs(layer, x)
         layout = "image" if image else "matrix" if matrix or _rank(node) == 2 else "features"
-        y = Channels(self._new_space(), constant, layout)
+        spatial = layer.weight.dim() - 2 if image else 0
+        y = Channels(self._new_space(), constant, layout, spatial)
         self.writers.append((node, layer, y))
         return y
 
@@ -194,12 +208,14 @@ class ChannelFlow:
             if getattr(module, "return_indices", False):
                 return None
             # The average of a constant and of padding depends on the place.
-            average = isinstance(module, nn.AvgPool2d)
-            plain = average and module.padding in (0, (0, 0)) and module.divisor_override is None
+            average = isinstance(module, _AVERAGES)
+            plain = average and not _any(module.padding)
+            plain = plain and getattr(module, "divisor_override", None) is None
             return replace(x, constant=_unless(average and not plain, x.constant))
         if isinstance(module, _NORMS) and module.running_mean is not None:
-            wanted = "image" if isinstance(module, nn.BatchNorm2d) else "matrix"
-            if x.layout == wanted and len(x.constant) == module.num_features:
+            spatial = _NORMS.index(type(module)) + 1 if type(module) in _NORMS else -1
+            fits = x.spatial == spatial or (spatial == 1 and x.layout == "matrix")
+            if fits and x.layout in ("image", "matrix") and len(x.constant) == module.num_features:
                 self.followers.append((module, x))
                 return replace(x, constant=_normalise(module, x.constant))
         if _depthwise(module) and x.layout == "image":
@@ -210,14 +226,14 @@ class ChannelFlow:
 
 def mixes(layer: nn.Module | None) -> bool:
     """Whether every output of a layer may read every input."""
-    return type(layer) is nn.Linear or (
-        type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
-    )
+    if isinstance(layer, CONVOLUTIONS) and type(layer) in CONVOLUTIONS:
+        return layer.groups == 1 and layer.padding_mode == "zeros"
+    return type(layer) is nn.Linear
 
 
 def padded(layer: nn.Module) -> bool:
     """Whether a layer sees zeros around the image, so that a constant channel is not one to it."""
-    return isinstance(layer, nn.Conv2d) and layer.padding not in ("valid", (0, 0))
+    return isinstance(layer, CONVOLUTIONS) and layer.padding != "valid" and _any(layer.padding)
 
 
 def by_channel(layer: Any, channels: int) -> Tensor:
@@ -254,16 +270,17 @@ def _through_call(node: fx.Node, x: Channels) -> Channels | None:
     if calls_one_of(node, _POOL_CALLS) and x.layout == "image":
         if node.kwargs.get("return_indices"):
             return None
-        whole = target in (F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
-        return replace(x, constant=_unless(not whole, x.constant))
+        return replace(x, constant=_unless(target not in _WHOLE_POOL_CALLS, x.constant))
     if calls_one_of(node, {"view", "reshape"}) and x.layout == "image":
         batch_and_rest = len(node.args) == 3 and node.args[2] == -1
         return _flatten(x) if batch_and_rest and _asks_for_batch(node.args[1]) else None
     if calls_one_of(node, {torch.mean, "mean"}) and x.layout == "image":
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         keep = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
-        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
-            return x if keep else replace(x, layout="matrix")
+        dims = [dims] if isinstance(dims, int) else dims
+        rank = x.spatial + 2
+        if isinstance(dims, list | tuple) and sorted(d % rank for d in dims) == [*range(2, rank)]:
+            return x if keep else replace(x, layout="matrix", spatial=0)
     return None
 
 
@@ -271,7 +288,7 @@ def _flatten(x: Channels) -> Channels | None:
     # Features may have more than two dimensions.
     if x.layout == "matrix":
         return x
-    return replace(x, layout="flat") if x.layout == "image" else None
+    return replace(x, layout="flat", spatial=0) if x.layout == "image" else None
 
 
 def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
@@ -280,6 +297,11 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
         return (module.start_dim, module.end_dim) == (1, -1)
     called = calls_one_of(node, {torch.flatten, "flatten"})
     return called and (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
+
+
+def _any(padding: Any) -> bool:
+    """Whether a layer or pool pads at all."""
+    return padding == "same" or bool(padding if isinstance(padding, int) else any(padding))
 
 
 def _rank(node: fx.Node) -> int | None:
@@ -330,7 +352,8 @@ def _normalise(norm: Any, constant: Tensor) -> Tensor:
 
 def _depthwise(layer: nn.Module) -> bool:
     return (
-        type(layer) is nn.Conv2d
+        isinstance(layer, CONVOLUTIONS)
+        and type(layer) in CONVOLUTIONS
         and 1 < layer.groups == layer.in_channels == layer.out_channels
         and layer.padding_mode == "zeros"
     )

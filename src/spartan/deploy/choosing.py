@@ -12,6 +12,7 @@ from spartan.deploy.comparison import TOLERANCE, relative_error, run_on_example
 from spartan.deploy.inference_layers import (
     InferenceLayer,
     inference_layer,
+    matrix_of,
     why_not_replaceable,
 )
 from spartan.deploy.plan import LayerPlan, pattern_of
@@ -84,7 +85,7 @@ def _plan(
 def _choose_layer(
     name: str, module: Any, x: Tensor | None, seconds: float
 ) -> tuple[LayerPlan, InferenceLayer | None]:
-    matrix = module.weight.detach().flatten(1)
+    matrix = matrix_of(module)
     note = _why_unmeasured(matrix, x)
     if note or x is None:
         return _plan(name, module.weight, note=note), None
@@ -120,14 +121,14 @@ def _inputs(model: nn.Module, example_input: Any) -> dict[nn.Module, Tensor]:
     seen: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("input")
+        x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor) and module not in seen:
             seen[module] = x.clone()
 
     handles = [
         module.register_forward_pre_hook(note, with_kwargs=True)
         for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if not why_not_replaceable(module)
     ]
     try:
         run_on_example(model, example_input)

@@ -29,11 +29,11 @@ def fold_norms(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
             continue
         layer = module_of(traced, before)
-        plain = type(layer) in (nn.Conv2d, nn.Linear)
+        plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
         once = len(before.users) == 1 and counts[before.target] == 1
         if not (plain and once and follows_as_norm(before, layer, module)):
             continue
-        fold: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+        fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         traced.set_submodule(str(before.target), fold(layer, module))
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)

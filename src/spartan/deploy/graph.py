@@ -11,7 +11,7 @@ import copy
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -34,6 +34,10 @@ class _Proxy(fx.Proxy):
     def _change(self, function: Any, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
+    def __len__(self) -> int:
+        pieces = _pieces(self.node)
+        return super().__len__() if pieces is None else pieces
+
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._change(operator.iadd, other)
 
@@ -51,8 +55,23 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Take the pieces of `chunk` apart."""
+        pieces = _pieces(obj.node)
+        if pieces is None:
+            return super().iter(obj)
+        return iter([obj[i] for i in range(pieces)])  # type: ignore[index]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, InferenceLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """Return how many tensors a node returns, if it is a `chunk` and its call says it."""
+    if node.op not in ("call_method", "call_function") or node.target not in ("chunk", torch.chunk):
+        return None
+    pieces = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
+    return pieces if isinstance(pieces, int) else None
 
 
 def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:

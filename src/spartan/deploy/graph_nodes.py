@@ -13,6 +13,12 @@ NOTHING_IN_EVALUATION = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
 )
 
+_NORM_AFTER = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+
 
 def calls(traced: fx.GraphModule) -> Counter[Any]:
     """Return how often each module is called, counting twice what its call does not tell.
@@ -59,8 +65,8 @@ def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
 
 def follows_as_norm(node: fx.Node, layer: nn.Module | None, norm: nn.Module | None) -> bool:
     """Whether a batch norm in evaluation normalises the outputs of the layer that a node calls."""
-    if isinstance(layer, nn.Conv2d):
-        fits = type(norm) is nn.BatchNorm2d
+    if isinstance(layer, tuple(_NORM_AFTER)):
+        fits = any(isinstance(layer, a) and type(norm) is b for a, b in _NORM_AFTER.items())
     else:  # of more dimensions, it is the second that is normalised
         matrix = len(node.meta.get("shape", ())) == 2
         fits = isinstance(layer, nn.Linear) and type(norm) is nn.BatchNorm1d and matrix

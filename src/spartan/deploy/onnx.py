@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from spartan.copies import copy_model
 from spartan.deploy.comparison import relative_error, run_on_example
 from spartan.deploy.inference_layers import InferenceLayer
-from spartan.deploy.purging import purge_channels
+from spartan.deploy.removing import purge_channels
 from spartan.errors import DeployError, MissingExtraError
 from spartan.files import write_atomically
 
@@ -256,8 +256,10 @@ def _sentence(error: Exception) -> str:
             f"it returns a {unknown[1].rpartition('.')[2]}, which torch.export does not know. "
             "Leave it out: for a cache of transformers, give use_cache=False with the example."
         )
-    lines = [line for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+    while error.__cause__ is not None:  # the exporter wraps what happened in advice
+        error = error.__cause__  # type: ignore[assignment]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`purge`: removes zero and constant channels, which leaves a smaller dense model.
+"""`purge_graph`: removes zero and constant channels from a traced model.
 
 A channel goes where every layer that mixes it in either has zero weights for it, or finds a
 constant in it: the constant moves into that layer's bias. A padded convolution sees a constant
@@ -11,90 +11,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from spartan.deploy.channels import ChannelFlow, Channels, by_channel, padded
-from spartan.deploy.comparison import dense_copy, relative_error, run_on_example
-from spartan.deploy.folding import fold_norms
-from spartan.deploy.graph import trace
-from spartan.errors import DeployError
-from spartan.example_inputs import tensors_of
-
-# Relative error at which the result is refused: float32 sums in another order stay far below it.
-_TOLERANCE = 1e-5
+from spartan.deploy.channels import CONVOLUTIONS, ChannelFlow, Channels, by_channel, padded
 
 
-@dataclass(frozen=True)
-class Purged:
-    """A model without the channels that carry nothing.
-
-    Attributes:
-        model: The smaller model, a graph.
-        removed: Outputs that are no longer computed, by layer.
-    """
-
-    model: fx.GraphModule
-    removed: dict[str, int] = field(default_factory=dict)
-
-
-def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
-    """Return a smaller dense model that computes the same, without the channels that carry nothing.
-
-    For Linear and Conv2d layers whose weights were pruned by `Channel()`, or by
-    `Channel(inputs=True)`; zeros inside of channels stay, and images come in batches. Batch norms
-    are folded into the layers before them, residual connections keep their width. The result is in
-    evaluation mode and shares nothing with the model.
+def purge_graph(traced: fx.GraphModule, in_place: bool = False) -> dict[str, int]:
+    """Remove channels from a graph.
 
     Args:
-        model: Any model that torch.fx can trace; it is not changed.
-        example_input: One input (a tensor, a tuple or a dict). With it, more batch norms can be
-            folded, and the outputs of both models are compared.
+        traced: The graph; the layers that it calls are changed.
+        in_place: Whether the layers alone may change, and the graph stays as it is.
 
-    Raises:
-        DeployError: torch.fx cannot trace the model, or the outputs differ by more than 1e-5.
+    Returns:
+        How many outputs are no longer computed, by layer.
     """
-    purged = purge_channels(model, example_input).model
-    if example_input is not None:
-        _refuse_difference(model, purged, example_input)
-    return purged
-
-
-def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
-    """Do the work of `purge`, and count."""
-    try:
-        traced = trace(dense_copy(model).eval(), example_input)
-    except DeployError as error:
-        raise DeployError(
-            f"This model has no graph that says which layer reads which channel: {error}. Purge "
-            "the parts of it that can be traced, or keep the model as it is."
-        ) from error
-    fold_norms(traced)
-    purged = Purged(traced)
+    removed: dict[str, int] = {}
     with torch.inference_mode(False), torch.no_grad():
         # Layers that lose outputs may be the only ones that read a channel before them.
-        while _purge_spaces(traced, purged.removed):
+        while _purge_spaces(traced, removed):
             pass
-        _skip_zeros(traced, purged.removed)
+        if not in_place:
+            _skip_zeros(traced, removed)
     traced.graph.lint()
     traced.recompile()
-    return purged
-
-
-def _refuse_difference(model: nn.Module, purged: nn.Module, example_input: Any) -> None:
-    with torch.inference_mode():
-        expected = run_on_example(dense_copy(model).eval(), example_input)
-        error = relative_error(run_on_example(purged, example_input, "purged model"), expected)
-    # Half precision cannot agree to more than it resolves.
-    resolved = [torch.finfo(x.dtype).eps for x in tensors_of(expected) if x.is_floating_point()]
-    if not error <= max([_TOLERANCE, *(4 * eps for eps in resolved)]):
-        raise DeployError(
-            f"The purged model's output differs by {error:.1e}; keep the model as it is, and "
-            "please report its structure."
-        )
+    return removed
 
 
 def _purge_spaces(traced: fx.GraphModule, removed: dict[str, int]) -> bool:
@@ -255,7 +199,7 @@ class Chosen(nn.Module):
 
 
 def _dim(layer: nn.Module) -> int:
-    return -3 if isinstance(layer, nn.Conv2d) else -1
+    return 1 - layer.weight.dim() if isinstance(layer, CONVOLUTIONS) else -1
 
 
 def _call(traced: fx.GraphModule, name: str, module: nn.Module) -> fx.Node:
@@ -280,7 +224,7 @@ def _keep_inputs(layer: Any, keep: Tensor) -> None:
 
 def _keep_followed(layer: Any, keep: Tensor) -> None:
     """Keep channels of a batch norm or a depthwise convolution."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, CONVOLUTIONS):
         _keep_outputs(layer, keep)
         layer.groups = layer.in_channels = layer.out_channels
         return

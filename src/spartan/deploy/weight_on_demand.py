@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,14 @@ class WeightOnDemand(Tensor):
         )
         made._dense = dense
         return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return an ordinary parameter: a copy belongs to no layer."""
+        return copy.deepcopy(self._dense(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as an ordinary parameter."""
+        return self._dense().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
