@@ -20,6 +20,7 @@ from spartan.__main__ import main
 from spartan.commands.runs.folder import Run
 from spartan.commands.runs.metrics import Row
 from spartan.commands.terminal.display import Display
+from spartan.deploy.packing import save
 from tests.conftest import ROOT
 
 TINY = ["--epochs", "3", "--density", "0.1", "--seed", "1"]
@@ -191,6 +192,21 @@ def test_inspect(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "model.w" in out
     assert "10.00%" in out
     assert "list.0" in out
+
+
+def test_inspect_counts_tied_tensors_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 20))
+    model[1].weight = model[0].weight
+    save(model, tmp_path / "tied.safetensors")
+    torch.save(model.state_dict(), tmp_path / "tied.pt")
+    for name in ("tied.safetensors", "tied.pt"):
+        assert call("inspect", tmp_path / name) == 0
+        out = capsys.readouterr().out
+        assert "is 0.weight" in out
+        assert "440" in out
+        assert "840" not in out
 
 
 def test_train_on_cifar10(cifar10: str, tmp_path: Path) -> None:

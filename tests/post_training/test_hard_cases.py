@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spartan
 from spartan import NM, Block
-from spartan.errors import CalibrationError, MethodError
+from spartan.errors import CalibrationError, MethodError, PrunableError
 from spartan.methods.masking.fixed import Fixed
 from spartan.post_training import METHODS, Distillation
 
@@ -321,3 +321,28 @@ def test_best_chooses_by_the_steps_there_are() -> None:
     report = compress(model, x, density=0.3, method="best", distillation=many)
     assert report.settings["method"]["name"] == "fcpts"
     assert report.settings["steps"] == 60
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 8, 8)])
+def test_single_samples_are_told_from_batches(shape: tuple[int, ...]) -> None:
+    model: nn.Module = mlp(16, 32, 4)
+    if len(shape) == 3:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    samples = [torch.randn(shape) for _ in range(12)]
+    with pytest.raises(CalibrationError, match=r"torch\.stack\(samples\)"):
+        compress(model, samples, density=0.5)
+    assert compress(model, torch.stack(samples), density=0.5).model is not model
+    with pytest.raises(CalibrationError, match="does not run"):
+        compress(model, torch.randn(12, 7), density=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_models_are_refused_with_the_way_on() -> None:
+    scripted = torch.jit.script(mlp(16, 32, 4))
+    with pytest.raises(PrunableError, match="made from"):
+        compress(scripted, torch.randn(12, 16), density=0.5)
+
+
+def test_finite_inputs_whose_squares_overflow_are_named_with_their_size() -> None:
+    with pytest.raises(CalibrationError, match=r"e\+30.*fcpts"):
+        compress(mlp(16, 32, 4), torch.randn(32, 16) * 1e30, density=0.5, method="obs")

@@ -41,6 +41,8 @@ class TensorFacts:
         numel: Number of entries.
         nonzero: Entries that are not zero.
         bytes: Size of its data.
+        tied: Name of the tensor that this one is another name of, or nothing. Such are listed,
+            and not counted.
     """
 
     name: str
@@ -49,6 +51,7 @@ class TensorFacts:
     numel: int
     nonzero: int
     bytes: int
+    tied: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def inspect_file(path: Path) -> FileFacts:
                 f"{str(path)!r} is neither a safetensors file nor a torch checkpoint of plain "
                 f"tensors: {reason}"
             ) from error
+    # Files say which names are one tensor; what torch loaded is on one memory.
+    aliases: Any = getattr(named, "aliases", None)
+    first: dict[Any, str] = {}
     tensors = [
         TensorFacts(
             name=name,
@@ -90,12 +96,22 @@ def inspect_file(path: Path) -> FileFacts:
             numel=tensor.numel(),
             nonzero=_count_nonzero(tensor),
             bytes=tensor.numel() * tensor.element_size(),
+            tied=_earlier_name(name, tensor, first) if aliases is None else aliases.get(name, ""),
         )
         for name, tensor in _walk(named, "")
     ]
     if not tensors:
         raise FileError(f"{str(path)!r} holds no tensors.")
     return FileFacts(path, path.stat().st_size, tensors)
+
+
+def _earlier_name(name: str, tensor: Tensor, first: dict[Any, str]) -> str:
+    """Return the first name of the memory that a tensor is on, if it had one before."""
+    if not tensor.numel():
+        return ""
+    place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    earlier = first.setdefault(place, name)
+    return "" if earlier == name else earlier
 
 
 def _count_nonzero(tensor: Tensor) -> int:
@@ -122,15 +138,19 @@ def print_inspection(console: Console, facts: FileFacts) -> None:
     )
     for t in facts.tensors:
         density = f"{t.nonzero / t.numel:.2%}" if t.numel else "-"
+        if t.tied:
+            table.add_row(t.name, shape_of(t.shape), t.dtype, "", "", f"is {t.tied}", "")
+            continue
         table.add_row(
             t.name, shape_of(t.shape), t.dtype, f"{t.nonzero:,}", f"{t.numel:,}", density,
             f"{t.bytes:,}",
         )  # fmt: skip
-    nonzero, numel = (sum(getattr(t, k) for t in facts.tensors) for k in ("nonzero", "numel"))
+    counted = [t for t in facts.tensors if not t.tied]
+    nonzero, numel = (sum(getattr(t, k) for t in counted) for k in ("nonzero", "numel"))
     table.add_section()
     table.add_row(
         "all", "", "", f"{nonzero:,}", f"{numel:,}", f"{nonzero / numel:.2%}" if numel else "-",
-        f"{sum(t.bytes for t in facts.tensors):,}",
+        f"{sum(t.bytes for t in counted):,}",
     )  # fmt: skip
     console.print(table)
     console.print(f"file size {facts.bytes:,} bytes", highlight=False)

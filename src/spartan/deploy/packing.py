@@ -31,7 +31,7 @@ from spartan.deploy.container import (
 from spartan.deploy.layouts import VALUES, Layout, MatrixShape, Parts, smallest
 from spartan.deploy.packed import BY_NAME, KEY, VERSION, PackedTensors, is_dict_of
 from spartan.deploy.shards import INDEX, ShardedTensors, divide, refuse_pretrained, write_index
-from spartan.errors import DeployError
+from spartan.errors import DeployError, FileError
 from spartan.files import write_atomically
 
 _NARROW = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,7 +71,7 @@ def save(
     Args:
         model: A module, or its state dict.
         path: The file. If its name ends with `.safetensors.index.json`, the tensors go into several
-            files beside it, and it says which are where.
+            files beside it, in a folder that is made, and it says which are where.
         compress: Whether to use sparse layouts; without, the file is an ordinary one.
         values: `"float16"` or `"bfloat16"` to round the wider floats of tensors with two or more
             dimensions; `load` returns them in their own dtype.
@@ -97,6 +97,12 @@ def save(
     if not path.name.endswith(INDEX):
         tensors.write(path, tensors.names, metadata or {})
         return list(tensors.stored.values())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"Cannot make the folder {str(path.parent)!r}: {error.strerror}."
+        ) from error
     sizes = {name: tensors.stored[name].bytes for name in tensors.names}
     shards = divide(sizes, shard_bytes, path)
     for shard, names in shards.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
+from spartan.example_inputs import run_on
 
 _LABELS = ("labels", "label")
 
@@ -65,7 +66,9 @@ class Calibration:
             )
         taken = _positional(model)
         gathered: dict[str, tuple[Any, list[list[Tensor]]]] = {}
+        self._first: Any = None
         for batch in batches:
+            self._first = batch if self._first is None else self._first
             skeleton, tensors = _strip(_without_labels(batch, taken))
             if not tensors:
                 raise CalibrationError(
@@ -89,6 +92,25 @@ class Calibration:
 
     def __len__(self) -> int:
         return sum(len(bank) for bank in self._banks)
+
+    def refuse_single_samples(self, model: nn.Module, error: Exception) -> None:
+        """Say so if the model, which failed on batches, takes what was given as a sample of one.
+
+        Raises:
+            CalibrationError: It does.
+        """
+        skeleton, tensors = _strip(_without_labels(self._first, _positional(model)))
+        try:
+            with torch.no_grad():
+                run_on(model, _fill(skeleton, [t[None].to(self._device) for t in tensors]))
+        except Exception:
+            return  # it fails for another reason, which was told
+        shape = tuple(tensors[0].shape)
+        raise CalibrationError(
+            f"The calibration data begin with a tensor of {shape}, which is one sample to this "
+            "model and not a batch: put samples together with torch.stack(samples), or give a data "
+            "loader with batches of them."
+        ) from error
 
     def split(self, held_out: int, seed: int) -> tuple[Calibration, Calibration]:
         """Return two parts, the second with `held_out` samples, drawn at random."""

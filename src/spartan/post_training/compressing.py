@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spartan.budgets.budget import Budget, as_budget
-from spartan.errors import BudgetError, CalibrationError, MethodError
+from spartan.errors import BudgetError, CalibrationError, MethodError, PrunableError
 from spartan.example_inputs import run_on
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.post_training.allocation import Allocation
@@ -197,6 +197,11 @@ def _prepare(
 ) -> tuple[Network, list[str]]:
     """Look at the model and the samples; also return the names of weights that are not reached."""
     require_dense(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PrunableError(
+            "A scripted or traced model has no layers that can be changed: compress the model that "
+            "it was made from, and script or trace the result."
+        )
     found = find_prunable(model, *names)
     check_maskable(found)
     say_coverage(coverage_of(model, found), decided=names != (None, None), stacklevel=4)
@@ -210,7 +215,11 @@ def _prepare(
     dense = evaluating_copy(model)
     dense.requires_grad_(False)
     weights = counterparts(found, dense)
-    reach = scout(dense, fit.batches(batch_size), weights)
+    try:
+        reach = scout(dense, fit.batches(batch_size), weights)
+    except CalibrationError as error:
+        samples.refuse_single_samples(dense, error)
+        raise
     scout(dense, kept_back.batches(batch_size), weights)  # refuses what is not finite
     with torch.no_grad():
         how.check(run_on(dense, fit.batches(2)[0]))

@@ -159,6 +159,16 @@ def _not_finite(weight: Prunable) -> str:
     )
 
 
+def _too_large(weight: Prunable, largest: float) -> str:
+    if not math.isfinite(largest):
+        return _not_finite(weight)
+    return (
+        f"The inputs of {weight.name!r} reach {largest:.1e} on the calibration data, and their "
+        "squares overflow. Give samples scaled as those that the model was trained on, or use "
+        "method='fcpts', which squares no inputs."
+    )
+
+
 def record_products(
     model: nn.Module,
     batches: Sequence[Any],
@@ -228,7 +238,7 @@ class GramBuilder:
         for ours, theirs in ((x, x) for x in dense.columns(positions)) if same else pairs:
             hessian = theirs @ theirs.mT
             if not bool(torch.isfinite(hessian).all()):
-                raise CalibrationError(_not_finite(self.weight))
+                raise CalibrationError(_too_large(self.weight, float(theirs.abs().max())))
             cross = hessian if same else ours @ theirs.mT
             self.gram.hessian[groups] += hessian
             self.gram.cross[groups] += cross
