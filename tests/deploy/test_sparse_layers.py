@@ -362,8 +362,12 @@ def test_the_graph_runs_only_while_the_model_is_as_it_was_traced() -> None:
     handle.remove()
     fast.body[1] = nn.Tanh()
     torch.testing.assert_close(fast(x), model.head(torch.tanh(model.body[0](x))))
+    fast.body[1] = nn.ReLU()
+    fast.drop.register_forward_hook(lambda *args: seen.append(args))  # was taken out of the graph
+    fast(x)
+    assert len(seen) == 2
     with torch.no_grad():
-        fast.train()
+        fast.drop.train()
         torch.manual_seed(0)
         assert not torch.equal(fast(x), fast(x))  # dropout
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spartan.deploy.comparison import TOLERANCE, relative_error
-from spartan.deploy.fusing import fuse
+from spartan.deploy.fusing import FusedLayer, fuse
 from spartan.deploy.graph import trace
 from spartan.deploy.running_state import MODULE_ATTRIBUTES
 from spartan.errors import DeployError
@@ -57,6 +58,8 @@ class FastPath:
         self._types: dict[str, type] = {}  # of the arguments that the graph takes
         self._signature = inspect.signature(type(model).forward)
         self._lock = threading.Lock()
+        self._names = tuple(self._signature.parameters)[1:]
+        self.layers: list[FusedLayer] = []
         self._graph: fx.GraphModule | None = None
         self._guard: _Guard | None = None
         self._refused = False
@@ -95,11 +98,13 @@ class FastPath:
 
     def given_in(self, args: Any, kwargs: Any) -> dict[str, Any] | None:
         """Return the arguments for the graph; None if the call has others."""
-        try:
-            given = self._signature.bind(self._model, *args, **kwargs).arguments
-        except TypeError:
+        if len(args) > len(self._names):
             return None  # the model itself says what is wrong
-        del given[next(iter(given))]
+        given = dict(zip(self._names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given or name not in self._names:
+                return None
+            given[name] = value
         for name in list(given):
             if name not in self._types:
                 default = self._signature.parameters[name].default
@@ -118,13 +123,14 @@ class FastPath:
         assert given is not None
         with torch.inference_mode(False), torch.no_grad():
             graph = trace(self._model, given)
-            fuse(graph)
+            called = fuse(graph)
             expected = type(self._model).forward(self._model, **copy.deepcopy(given))
             result = graph.forward(**copy.deepcopy(given))
         error = relative_error(result, expected)
         if not error <= TOLERANCE:
             raise DeployError(f"its graph computes something else (relative error {error:.1e})")
-        self._guard = _Guard(self._model, graph)
+        self._guard = _Guard(self._model, called)
+        self.layers = [call for _, call in called if isinstance(call, FusedLayer)]
         self._graph = graph
 
     def _try_to_build(self, given: dict[str, Any]) -> None:
@@ -136,8 +142,8 @@ class FastPath:
                     self._refused = True  # its own code is right, if slower
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = {"_graph": None, "_guard": None, "_lock": None, "_signature": None}
-        return {**self.__dict__, **made_again}
+        nothing: dict[str, Any] = {"_graph": None, "_guard": None, "_lock": None, "layers": []}
+        return {**self.__dict__, **nothing, "_signature": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -149,41 +155,46 @@ class _Guard:
     """Whether everything that a trace may have read is still the same object.
 
     That is all modules but those that the graph calls: their children, tensors and attributes.
-    Hooks on them would not run.
+    Hooks on them, and on sparse layers, would not run.
 
     Args:
         model: What was traced.
-        graph: The graph.
+        called: What its graph calls, with names. Modules that sparse layers took over are not.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
-        called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-        self._entries: list[tuple[dict[str, Any], str, Any]] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
+    def __init__(self, model: nn.Module, called: Sequence[tuple[str, Any]]) -> None:
+        entries: list[tuple[dict[str, Any], str, Any]] = []
+        self._owns: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = []
-        for name, module in _apart_from(called, model):
+        for name, module in _apart_from({name for name, _ in called}, model):
             own = vars(module)
-            self._sizes.append((own, len(own)))
+            self._owns.append(own)
             for part in (module._modules, module._parameters, module._buffers):
-                self._entries += [(part, key, value) for key, value in part.items()]
-            self._entries += [
+                entries += [(part, key, value) for key, value in part.items()]
+            entries += [
                 (own, key, value)
                 for key, value in own.items()
                 if key not in MODULE_ATTRIBUTES and key != "plan"
             ]
             if name:
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        for _, call in called:
+            if isinstance(call, FusedLayer):
+                self._hooks += [call.layer._forward_hooks, call.layer._forward_pre_hooks]
+        self._sizes = [len(own) for own in self._owns]
+        self._dicts = [part for part, _, _ in entries]
+        self._keys = [key for _, key, _ in entries]
+        self._values = [value for _, _, value in entries]
 
     def holds(self) -> bool:
         """Whether the graph still is the model."""
-        return (
-            all(part.get(key) is value for part, key, value in self._entries)
-            and all(len(own) == size for own, size in self._sizes)
-            and not any(self._hooks)
-        )
+        # In loops that run in C: this is asked at every call.
+        same = map(operator.is_, map(dict.get, self._dicts, self._keys), self._values)
+        return all(same) and not any(self._hooks) and [*map(len, self._owns)] == self._sizes
 
 
-def _apart_from(called: set[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _apart_from(called: Container[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that are neither called nor inside of one that is."""
     for name, module in model.named_modules():
         parts = name.split(".")
         if not any(".".join(parts[:i]) in called for i in range(1, len(parts) + 1)):

@@ -8,54 +8,34 @@ or assigns another, gets a dense layer from then on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spartan.deploy.sparse_operators import version_of
 from spartan.deploy.weight_on_demand import WeightOnDemand
 from spartan.errors import DeployError
 from spartan.kernels.products import Product
 from spartan.kernels.row_bundles import RowBundles, bundle
 
 
-class Norm(NamedTuple):
-    """A batch norm in evaluation, which a layer applies to its outputs.
+class _Made:
+    """A product, and the versions of the tensors that it was made from.
 
-    Attributes:
-        weight: (outputs,), or None.
-        bias: (outputs,), or None.
-        mean: (outputs,).
-        variance: (outputs,).
-        eps: Added to the variance.
+    Which tensors they are is the layer's matter, and that of who keeps a layer and its norm
+    together: they forget a product when a tensor is exchanged.
     """
 
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    variance: Tensor
-    eps: float
+    def __init__(self, product: Product, tensors: Iterable[Tensor | None]) -> None:
+        self.product = product
+        # torch counts no writes into inference tensors.
+        self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
+        self._versions = [t._version for t in self._tensors]
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Return a and c of y ↦ a y + c, float64."""
-        scale = (self.variance.double() + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight.double()
-        shift = -self.mean.double() * scale
-        return scale, shift if self.bias is None else shift + self.bias.double()
-
-
-class _Made(NamedTuple):
-    """A product, and what it was made from."""
-
-    tensors: tuple[Tensor | None, ...]
-    versions: tuple[int, ...]
-    product: Product
-
-    def holds(self, tensors: tuple[Tensor | None, ...]) -> bool:
-        same = all(a is b for a, b in zip(tensors, self.tensors, strict=True))
-        return same and self.versions == tuple(version_of(t) for t in tensors)
+    def holds(self) -> bool:
+        """Whether nothing was written since."""
+        return [t._version for t in self._tensors] == self._versions
 
 
 _NOTHING_MADE = {"_on_demand": None, "_lent": None, "_lent_version": 0, "_compare_lent": False}
@@ -75,7 +55,7 @@ class InferenceLayer(nn.Module):
     columns: Tensor
     starts: Tensor
     bias: nn.Parameter | None
-    _made: dict[bool, _Made]
+    _made: dict[nn.Module | None, _Made]
     _on_demand: WeightOnDemand | None
     _lent: nn.Parameter | None  # the dense weight, once its values were read
     _lent_version: int
@@ -112,8 +92,10 @@ class InferenceLayer(nn.Module):
         """Set an attribute; a weight that is assigned makes the layer dense."""
         if name == "weight":
             self._become_dense(value)
-        else:
-            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, value)
+        if name in ("values", "columns", "starts", "bias"):
+            self._forget()
 
     @property
     def density(self) -> float:
@@ -132,26 +114,29 @@ class InferenceLayer(nn.Module):
         """Whether somebody has read the values of the dense weight."""
         return self._lent is not None
 
-    def product(self, norm: Sequence[Any] | None = None) -> Product:
-        """Return W x + b, normalised if asked; made anew when one of its tensors changes.
+    def product(self, norm: Any = None) -> Product:
+        """Return W x + b, normalised if asked; made anew when one of its tensors is written.
 
         Args:
-            norm: The fields of a `Norm`.
+            norm: A batch norm in evaluation, whose tensors are not exchanged.
         """
-        tensors = (self.values, self.columns, self.starts, self.bias, *(norm or ())[:4])
-        made = self._made.get(norm is not None)
-        if made is None or not made.holds(tensors):
-            versions = tuple(version_of(t) for t in tensors)
-            made = _Made(tensors, versions, self._make(norm))
-            self._made[norm is not None] = made
+        made = self._made.get(norm)
+        if made is None or not made.holds():
+            tensors = [self.values, self.columns, self.starts, self.bias]
+            if norm is not None:
+                tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            made = self._made[norm] = _Made(self._make(norm), tensors)
         return made.product
 
-    def _make(self, norm: Sequence[Any] | None) -> Product:
+    def _make(self, norm: Any) -> Product:
         values, bias = self.values.detach(), self.bias
         w = RowBundles(values, self.columns, self.starts, self.outputs, self.inputs)
         if norm is None:
             return Product(w, bias)
-        scale, shift = Norm(*norm).scale_and_shift()
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale
+        shift = shift if norm.bias is None else shift + norm.bias.double()
         rows = scale.new_zeros(w.count * w.height)
         rows[: self.outputs] = scale
         scaled = values.double() * rows.view(-1, w.height)[w.bundle_of_entry()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -39,7 +38,7 @@ class InferenceLinear(InferenceLayer, nn.Linear):  # type: ignore[misc, override
         input: Tensor,
         addend: Tensor | None = None,
         activation: str = "none",
-        norm: Sequence[Any] | None = None,
+        norm: Any = None,
         feature_major: bool = False,
     ) -> Tensor:
         """Apply to the last dimension.
@@ -48,7 +47,7 @@ class InferenceLinear(InferenceLayer, nn.Linear):  # type: ignore[misc, override
             input: (…, inputs).
             addend: (…, outputs), added before the activation.
             activation: `"none"`, `"relu"` or `"gelu"`.
-            norm: A batch norm before the addend: the fields of a `Norm`.
+            norm: A batch norm in evaluation, before the addend.
             feature_major: Whether the result is stored outputs first.
         """
         x, activation = input, self.activation if activation == "none" else activation
@@ -148,7 +147,7 @@ class InferenceConv2d(InferenceLayer, nn.Conv2d):  # type: ignore[misc, override
         input: Tensor,
         addend: Tensor | None = None,
         activation: str = "none",
-        norm: Sequence[Any] | None = None,
+        norm: Any = None,
     ) -> Tensor:
         """Apply to images.
 
@@ -156,7 +155,7 @@ class InferenceConv2d(InferenceLayer, nn.Conv2d):  # type: ignore[misc, override
             input: ([images,] channels, rows, columns).
             addend: Shaped like the output, added before the activation.
             activation: `"none"`, `"relu"` or `"gelu"`.
-            norm: A batch norm before the addend: the fields of a `Norm`.
+            norm: A batch norm in evaluation, before the addend.
         """
         x, activation = input, self.activation if activation == "none" else activation
         if _in_a_program():
@@ -237,15 +236,17 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 def _in_a_program() -> bool:
     """Whether torch is recording a program: compiling, exporting or tracing."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or _tracing_state() is not None
 
 
-def _finish(
-    y: Tensor, norm: Sequence[Any] | None, addend: Tensor | None, activation: str
-) -> Tensor:
+_tracing_state = torch._C._get_tracing_state
+
+
+def _finish(y: Tensor, norm: Any, addend: Tensor | None, activation: str) -> Tensor:
     if norm is not None:
-        weight, bias, mean, variance, eps = norm
-        y = F.batch_norm(y, mean, variance, weight, bias, eps=eps)
+        y = F.batch_norm(
+            y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
     return activate(y if addend is None else y + addend, activation)
 
 
