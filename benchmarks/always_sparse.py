@@ -192,7 +192,11 @@ def memory_of(width: int, per_unit: int) -> None:
 
 
 def resident(key: str) -> int:
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    (line,) = (
+        x
+        for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if x.startswith(key)
+    )
     return 1024 * int(line.split()[1])
 
 

@@ -151,7 +151,7 @@ def main() -> None:
     scale = SCALES[args.scale]
     threads = max(1, torch.get_num_threads() // args.jobs)
     began = time.perf_counter()
-    results = json.loads(args.out.read_text()) if args.out.exists() else []
+    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     done = {(r["method"], r["sparsity"], r["seed"]) for r in results}
     wanted = [
         job

@@ -70,7 +70,7 @@ def main() -> None:
         *("bench", sparse, "--weights", packed, "--threads", options.threads),
         *("--batch", *BATCHES, "--out", options.out / "bench"),
     )
-    plans = json.loads((options.out / "bench" / "bench.json").read_text())
+    plans = json.loads((options.out / "bench" / "bench.json").read_text(encoding="utf-8"))
     rows = {
         "accuracy, %": (
             accuracy(dense),

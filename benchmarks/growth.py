@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path, default=Path("growth_results.json"))
     args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.out.exists() else []
+    results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     done = {(r["task"], r["method"], r["seed"]) for r in results}
     wanted = [(x, m, s) for x in TASKS for s in range(SEEDS) for m in args.methods]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:

@@ -112,7 +112,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def read() -> list[dict[str, object]]:
     """Return all runs so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def write() -> None:
     rows = read()
     tasks = [task for task in TASKS if cells(task, rows)]
     picture(tasks, rows)
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     tables = "\n\n".join(table(task, rows) for task in tasks)

@@ -257,7 +257,7 @@ class CharacterTransformer(nn.Module):
 @functools.cache
 def _text(data: Path) -> tuple[Tensor, Tensor, int]:
     """Return the training and the held-out part of the text as numbers, and how many there are."""
-    text = (data / "tinyshakespeare.txt").read_text()
+    text = (data / "tinyshakespeare.txt").read_text(encoding="utf-8")
     symbols = sorted(set(text))
     numbers = torch.tensor([symbols.index(one) for one in text])
     split = int(0.9 * len(numbers))

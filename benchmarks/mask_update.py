@@ -152,7 +152,9 @@ def temporary_memory(n: int) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is there now
 
     def kilobytes(key: str) -> int:
-        return next(int(x.split()[1]) for x in status.read_text().splitlines() if key in x)
+        return next(
+            int(x.split()[1]) for x in status.read_text(encoding="utf-8").splitlines() if key in x
+        )
 
     before = kilobytes("VmRSS")
     step()

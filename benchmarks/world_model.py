@@ -105,7 +105,7 @@ def _targets(job: WorldJob, world: WorldRun, seed: int) -> dict[str, float]:
 
 def _seconds(folder: Path) -> dict[str, float]:
     path = folder / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _adaptation(

@@ -90,7 +90,7 @@ def assert_rounded(found: Tensor, wanted: Tensor, magnitude: Tensor, terms: int)
 
 @pytest.fixture(scope="session")
 def vectors() -> dict[str, Any]:
-    return json.loads((VECTORS / "spartan_vectors.json").read_text())
+    return json.loads((VECTORS / "spartan_vectors.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks_of(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 WITH_CODE = [page for page in PAGES if blocks_of(page)]
@@ -41,8 +41,10 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def defined_in(path: Path) -> set[str]:
     """Names that a source file defines at its top level, and methods as Class.method."""
     if path.suffix != ".py":
-        return set(re.findall(r"^[\w:<>&* ]*?\b(\w+)\(", path.read_text(), re.MULTILINE))
-    tree = ast.parse(path.read_text())
+        return set(
+            re.findall(r"^[\w:<>&* ]*?\b(\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+        )
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -53,7 +55,7 @@ def defined_in(path: Path) -> set[str]:
 
 def test_the_page_on_the_code_is_true() -> None:
     """Files that it names exist, and hold the functions named with them."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     source = ROOT / "src" / "spartan"
     for path in re.findall(r"`([\w/]+(?:\.py|\.cpp|/))`", text):
         assert (source / path).exists(), path

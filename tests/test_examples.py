@@ -24,7 +24,10 @@ def run(folder: Path, name: str, *words: object) -> str:
 
 
 def test_each_is_short() -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    lengths = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines())
+        for path in EXAMPLES.glob("*.py")
+    }
     assert lengths
     assert max(lengths.values()) <= 60
 

@@ -92,7 +92,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "t", "one")
     write_text(tmp_path / "t", "two")
-    assert (tmp_path / "t").read_text() == "two"
+    assert (tmp_path / "t").read_text(encoding="utf-8") == "two"
     with pytest.raises(FileError, match="Cannot write"):
         write_text(tmp_path / "missing" / "t", "x")
     with pytest.raises(FileError, match="Cannot write"):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from spartan import gates
 from tests.conftest import VECTORS
 
-FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())
+FACTS: dict[str, Any] = json.loads(
+    (VECTORS / "hardconcrete_vectors.json").read_text(encoding="utf-8")
+)
 EXACT = {"rtol": 0, "atol": 1e-12}
 log_alphas = st.floats(-9, 9)
 uniforms = st.floats(1e-6, 1 - 1e-6)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from spartan.multipliers import Ascent, DualRule, Multiplicative, NuPI
 from tests.conftest import VECTORS
 
-FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())[
-    "dual_updates"
-]
+FACTS: dict[str, Any] = json.loads(
+    (VECTORS / "hardconcrete_vectors.json").read_text(encoding="utf-8")
+)["dual_updates"]
 violations = st.lists(st.floats(-2, 2), min_size=1, max_size=30)
 
 

@@ -114,7 +114,7 @@ def test_every_file_says_what_it_holds() -> None:
     """The first line is a sentence, and no file is longer than a reader's patience."""
     root = Path(spartan.__file__).parent
     for path in root.rglob("*.py"):
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         assert lines[0].lstrip("r").startswith('"""'), path
         assert len(lines[0]) > 20, path
         assert len(lines) <= 420, path

@@ -52,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -86,7 +86,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> No
         for key, value in tensors.items()
     }
     header = {_KEY: json.dumps(metadata), "format": "pt"}
-    write_atomically(path, lambda temporary: save_file(own, temporary, header))
+
+    def write(temporary: Path) -> None:
+        save_file(own, temporary, header)
+        _order_metadata(temporary)
+
+    write_atomically(path, write)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes them in any."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it is, but for escapes that another JSON writer chose
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:

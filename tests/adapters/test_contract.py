@@ -289,7 +289,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="damaged"):
         AdapterModel.from_pretrained(fresh(), tmp_path / "a")
     model.save_pretrained(tmp_path / "a")
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     values["adapter"]["num_parents"] = 9
     path.write_text(json.dumps(values))
     base = fresh()

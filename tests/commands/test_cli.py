@@ -71,7 +71,10 @@ def test_train_fills_the_run_folder(run: Path) -> None:
     weights = [t for k, t in tensors.items() if t.dim() == 2]
     kept = sum(int(t.count_nonzero()) for t in weights)
     assert kept == round(0.1 * sum(t.numel() for t in weights))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     tests = [row for row in rows if row["split"] == "test"]
     assert [row["epoch"] for row in tests] == [1, 2, 3]
     assert tests[-1]["density"] == pytest.approx(0.1, abs=1e-4)
@@ -96,7 +99,7 @@ def test_a_signal_ends_a_process_with_one_sentence(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     try:
         while time.monotonic() < deadline and process.poll() is None:
-            if metrics.exists() and len(metrics.read_text().splitlines()) > 7:
+            if metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 7:
                 break
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
@@ -151,7 +154,7 @@ def test_config_file_repeats_a_run(run: Path, tmp_path: Path) -> None:
 def test_report_of_one_and_of_several(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 6
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is loaded from elsewhere
     assert "&lt;svg" not in page
@@ -163,7 +166,7 @@ def test_report_of_one_and_of_several(
     out = capsys.readouterr().out
     assert "whole" in out
     assert "8,448" in out  # kept weights of the mlp
-    text = both.read_text()
+    text = both.read_text(encoding="utf-8")
     assert "whole" in text
     assert "magnitude" in text
     assert text.count("<svg") == 7
@@ -283,7 +286,7 @@ def test_a_run_learns_from_another(
     taught = tmp_path / "taught"
     words = ["--out", taught, "--epochs", "2", "--density", "0.05", "--teacher", run / file]
     assert call("train", *words) == 0
-    config = json.loads((taught / "config.json").read_text())
+    config = json.loads((taught / "config.json").read_text(encoding="utf-8"))
     assert config["teacher"] == str(run / file)
     assert call("train", "--resume", taught, "--teacher", "other") == 2
     assert "--teacher was" in capsys.readouterr().err
@@ -392,10 +395,10 @@ def test_bench_writes_table_figures_and_plot(
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
     assert printed.count("whole model: dense") == 2
-    plans = json.loads((out / "bench.json").read_text())
+    plans = json.loads((out / "bench.json").read_text(encoding="utf-8"))
     assert {layer["name"] for layer in plans["16"]["layers"]} == {"1", "4", "7"}
-    assert "256x256" in (out / "bench.txt").read_text()
-    assert (out / "bench.svg").read_text().startswith("<?xml")
+    assert "256x256" in (out / "bench.txt").read_text(encoding="utf-8")
+    assert (out / "bench.svg").read_text(encoding="utf-8").startswith("<?xml")
     assert call("bench", "mlp", "--input", "1x1x8x8", *words) == 0
 
 

@@ -75,7 +75,7 @@ def test_adapters_are_trained_compared_and_saved(
     assert spartan("adapt", model, "--data", table, "--adapter", *names, *words, "--out", out) == 0
     printed = capsys.readouterr().out
     assert "40 texts of 2 classes, 8 held out" in printed
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["classes"] == ["cold", "warm"]
     assert [row["name"] for row in results["adapters"]] == names
     for row in results["adapters"]:
@@ -90,7 +90,7 @@ def test_adapters_are_trained_compared_and_saved(
     assert memory["head_parameters"] == 2 * 32 + 2
     ((shares, *_),) = [list(memory["specializations"].values())]
     assert [len(row) for row in shares["shares"]] == [16, 16]
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 1 + 2
     assert not re.search(r'(src|href)="http', page)
     # What was saved goes into a fresh model.
@@ -215,7 +215,7 @@ def test_a_memory_learns_topics(tmp_path: Path) -> None:
         words += ["--lr", "0.01", "--seed", str(seed), "--out", str(out)]
         start = ["adapt", minilm(), "--data", "docs:scipy", "--adapter", "memory", "probe"]
         assert spartan(*start, *words) == 0
-        for row in json.loads((out / "results.json").read_text())["adapters"]:
+        for row in json.loads((out / "results.json").read_text(encoding="utf-8"))["adapters"]:
             scores[row["name"]].append(row["accuracy"])
             for found in row["specializations"].values():
                 assert found["p"] <= 0.05

@@ -55,9 +55,12 @@ def test_a_run_is_compressed_and_is_a_run_again(
     assert kept == round(Fraction("0.1") * total)
     assert f"{kept:,}" in printed
     assert "compressed" in printed
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert "divergence from the dense network" in page
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     tested = [row for row in rows if row["split"] == "test"]
     assert tested[0]["density"] == 1.0
     assert tested[-1]["accuracy"] > tested[0]["accuracy"] - 0.05
@@ -182,6 +185,9 @@ def test_compress_the_pretrained_network(
     )
     kept, total = nonzeros(tmp_path / "out")
     assert kept == round(Fraction("0.3") * total)
-    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(x)
+        for x in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert rows[0]["accuracy"] > 0.8
     assert rows[-1]["accuracy"] > 0.72

@@ -51,20 +51,23 @@ def test_train(run: Path) -> None:
     models = {f"{m}.safetensors" for m in ("dense", "identity", "sparse", "nearest", "global")}
     assert models | {"config.json", "results.json", "metrics.jsonl", "report.html"} <= names
     assert "checkpoint.safetensors" not in names
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert len(results["scores"]) == 7
     assert results["influence_held"] == 0
     for score in results["scores"]:
         if score["name"] == "no interaction":
             assert score["graphs"]["shd"] == pytest.approx(score["graphs"]["true_edges"])
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 5
     assert page.count("<img") == 7
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
     with Image.open(run / "world.gif") as animation:
         assert animation.n_frames == 60
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     ends = {row["split"]: row["step"] for row in rows}
     assert ends == {"dense": 40, "identity": 50, "sparse": 90, "nearest": 110, "global": 130}
 
@@ -126,22 +129,30 @@ def test_an_interrupted_run_continues_to_the_same_models(
         found, _ = load_tensors(parts / f"{name}.safetensors")
         assert all((expected[key] == found[key]).all() for key in expected), name
     for name in ("metrics.jsonl", "results.json"):
-        assert (parts / name).read_text() == (run / name).read_text()
+        assert (parts / name).read_text(encoding="utf-8") == (run / name).read_text(
+            encoding="utf-8"
+        )
 
 
 def test_a_refined_run_shows_what_it_was_refined_from(tmp_path: Path) -> None:
     out = tmp_path / "refined"
     words = ("--env", "particles", *QUICK, "--no-baselines", "--refine-steps", 30)
     assert spartan("world", "train", *words, "--transitions", 300, "--out", out) == 0
-    titles = [score["name"] for score in json.loads((out / "results.json").read_text())["scores"]]
+    titles = [
+        score["name"]
+        for score in json.loads((out / "results.json").read_text(encoding="utf-8"))["scores"]
+    ]
     assert titles[:2] == ["SPARTAN", "SPARTAN, unrefined"]
     refined, _ = load_tensors(out / "sparse.safetensors")
     unrefined, _ = load_tensors(out / "unrefined.safetensors")
     assert not all((refined[key] == unrefined[key]).all() for key in refined)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     ends = {row["split"]: row["step"] for row in rows}
     assert ends == {"dense": 40, "identity": 50, "unrefined": 90, "sparse": 120}
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 5
     assert "SPARTAN, unrefined" in page
 
@@ -155,7 +166,7 @@ def test_a_refined_run_shows_what_it_was_refined_from(tmp_path: Path) -> None:
 def test_a_folder_of_an_earlier_version_takes_defaults(run: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(run, old)
-    options = json.loads((old / "config.json").read_text())
+    options = json.loads((old / "config.json").read_text(encoding="utf-8"))
     for name in ("refine_steps", "refine_price", "token_layers"):
         del options[name]
     (old / "config.json").write_text(json.dumps(options))
@@ -236,7 +247,7 @@ def test_runs_are_kept_apart(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_damaged_model_is_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text((run / "config.json").read_text(encoding="utf-8"))
     assert spartan("world", "show", tmp_path) == 2
     assert "no sparse model yet" in capsys.readouterr().err
     (tmp_path / "sparse.safetensors").write_bytes(b"nothing")

@@ -85,7 +85,7 @@ def test_the_commands_take_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
         target = folder / "model.safetensors" if command == ["inspect"] else folder
         extra = [tmp_path / "packed.safetensors"] if command == ["pack"] else []
         assert call(*command, target, *extra) == 0
-    assert "growth has ever tried" in (folder / "report.html").read_text()
+    assert "growth has ever tried" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_train_on_cifar10(cifar10: str, tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def _count(model: nn.Module) -> int:
 
 def table_rows() -> dict[str, list[str]]:
     """Return the cells of the table in the docs, by the name of the row."""
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     rows = text[text.index(_MARKS[0]) : text.index(_MARKS[1])].splitlines()[3:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {row[0]: row[1:] for row in cells}
@@ -385,7 +385,7 @@ def write_table() -> None:
             cells = [cell(name) for cell in (accelerated, purged, saved, exported)]
             lines.append(f"| {' | '.join([name, *cells])} |")
             print(lines[-1], flush=True)
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     begin, end = text.index(_MARKS[0]) + len(_MARKS[0]), text.index(_MARKS[1])
     PAGE.write_text(text[:begin] + "\n".join(lines) + "\n" + text[end:])
 

@@ -144,7 +144,7 @@ def test_files_in_shards(tmp_path: Path) -> None:
             layer.weight.mul_(torch.rand(64, 64) < 0.1)
     index = tmp_path / "model.safetensors.index.json"
     spartan.save(model, index, shard_bytes=4000)
-    places = json.loads(index.read_text())["weight_map"]
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     assert len(set(places.values())) >= 3
     for name in set(places.values()):
         held = load_file(tmp_path / name)

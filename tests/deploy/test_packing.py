@@ -225,6 +225,13 @@ def force(layout: Layout, state: dict[str, Tensor], path: Path, patch: pytest.Mo
     spartan.save(state, path)
 
 
+def widen(arrays: Any, part: str, more: int) -> None:
+    """Make an array of indices U64, the first of them beyond what int64 holds."""
+    wide = arrays[f"w.{part}"].astype(np.uint64)
+    wide[0] += np.uint64(more)
+    arrays[f"w.{part}"] = wide
+
+
 DAMAGE: list[tuple[str, str, Any]] = [
     ("bitmask", "values", lambda a: a.update({"w.compressed": a["w.compressed"][:-1]})),
     ("bitmask", "size", lambda a: a.update({"w.bitmask": a["w.bitmask"][:, :-1]})),
@@ -234,7 +241,11 @@ DAMAGE: list[tuple[str, str, Any]] = [
     ("columns", "out of", lambda a: a["w.columns"].__setitem__(0, 60_000)),
     ("columns", "out of order", lambda a: a["w.columns"].__imul__(0)),
     ("columns", "out of range", lambda a: a["w.row_starts"].__imul__(-1)),
-    ("columns", "out of range", lambda a: a.update({"w.columns": a["w.columns"].view("i2") - 9})),
+    ("columns", "nobody writes", lambda a: a.update({"w.columns": a["w.columns"].view("i2") - 9})),
+    ("columns", "nobody writes", lambda a: widen(a, "columns", 1 << 63)),
+    ("columns", "nobody writes", lambda a: widen(a, "row_starts", 1 << 63)),
+    ("columns", "out of range", lambda a: a["w.row_starts"].__setitem__(1, -(1 << 31))),
+    ("columns", "do not rise", lambda a: a["w.row_starts"].__setitem__(1, (1 << 31) - 1)),
     ("columns", "dimensions", lambda a: a.update({"w.columns": a["w.columns"][:, None]})),
     ("columns", "dimensions", lambda a: a.update({"w.row_starts": np.array(3)})),
     ("columns", "row starts", lambda a: a["w.row_starts"].__iadd__(1)),
@@ -284,6 +295,10 @@ def set_metadata(**changes: Any) -> Any:
         ("version", set_metadata(version=99)),
         ("unknown layout", set_metadata(tensors={"w": {"layout": "magic", "dtype": "F32"}})),
         ("unknown layout", set_metadata(tensors={"w": {"layout": "gaps", "dtype": "F99"}})),
+        ("claims to be U8", set_metadata(tensors={"w": {"layout": "gaps", "dtype": "U8"}})),
+        ("claims to be F16", set_metadata(tensors={"w": {"layout": "gaps", "dtype": "F16"}})),
+        ("max_bytes", lambda arrays, _: arrays.update({"w.shape": np.array([1 << 14, 1 << 13])})),
+        ("damaged", lambda arrays, _: arrays.update({"w.shape": np.array([0, 1 << 60])})),
         ("lacks", set_metadata(tensors={"v": {"layout": "gaps", "dtype": "F32"}})),
         ("not there", set_metadata(aliases={"v": "nowhere"})),
         ("damaged", set_metadata(tensors=[1, 2])),
@@ -300,7 +315,7 @@ def set_metadata(**changes: Any) -> Any:
         ("one name", set_metadata(aliases={"w": "w"})),
         ("name of its own", lambda arrays, _: arrays.update({"w": np.ones(3)})),
         ("damaged", lambda _, metadata: metadata.update({"spartan.packed": "[" * 10**5})),
-        ("values", lambda arrays, _: arrays.update({"w.compressed": np.ones(3, np.complex64)})),
+        ("claims", lambda arrays, _: arrays.update({"w.compressed": np.ones(3, np.complex64)})),
     ],
 )
 def test_hostile_files_are_refused(reason: str, edit: Any, tmp_path: Path) -> None:
@@ -309,6 +324,14 @@ def test_hostile_files_are_refused(reason: str, edit: Any, tmp_path: Path) -> No
     rewrite(path, edit)
     with pytest.raises(FileError, match=reason):
         spartan.load(path)
+
+
+def test_a_small_file_becomes_a_large_tensor_only_if_asked(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    spartan.save({"w": torch.zeros(1 << 14, 1 << 11)}, path)
+    with pytest.raises(FileError, match="would become 134,217,728 bytes"):
+        spartan.load(path)
+    assert spartan.load(path, max_bytes=1 << 28)["w"].shape == (1 << 14, 1 << 11)
 
 
 @pytest.mark.parametrize("size", [0, 7, 50, 300, -1])

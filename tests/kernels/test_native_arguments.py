@@ -254,5 +254,5 @@ def test_inputs_are_not_changed_by_a_refused_call() -> None:
 
 def test_the_stub_says_what_the_module_has() -> None:
     """The build makes `_native.pyi`; the copy that mypy reads must be the same program."""
-    installed = Path(module.__file__ or "").with_name("_native.pyi").read_text()
-    assert ast.dump(ast.parse(COPY.read_text())) == ast.dump(ast.parse(installed))
+    installed = Path(module.__file__ or "").with_name("_native.pyi").read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(COPY.read_text(encoding="utf-8"))) == ast.dump(ast.parse(installed))

@@ -25,7 +25,9 @@ from spartan.methods.masking.gates_state import GateGroup, gates_of
 from spartan.methods.masking.groups import BudgetGroup
 from tests.conftest import VECTORS
 
-FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())
+FACTS: dict[str, Any] = json.loads(
+    (VECTORS / "hardconcrete_vectors.json").read_text(encoding="utf-8")
+)
 STEPS = 40
 
 # Most runs here are too short for that.

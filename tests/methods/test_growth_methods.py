@@ -135,7 +135,7 @@ def test_greed_grows_with_gamma() -> None:
 
 
 def test_acquisition_of_dst_ee() -> None:
-    vector = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())
+    vector = json.loads((VECTORS / "hardconcrete_vectors.json").read_text(encoding="utf-8"))
     case = vector["related_methods"]["dst_ee_growth"]
     gradient, rounds = torch.tensor(case["grad"]), torch.tensor(case["active_count_N"])
     score = acquisition(gradient, rounds, case["t"], case["c"], case["eps"])

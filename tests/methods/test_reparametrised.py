@@ -17,9 +17,9 @@ from spartan.errors import MethodError
 from spartan.methods import DPF, Powerpropagation
 from tests.conftest import VECTORS
 
-FACTS: dict[str, Any] = json.loads((VECTORS / "hardconcrete_vectors.json").read_text())[
-    "related_methods"
-]
+FACTS: dict[str, Any] = json.loads(
+    (VECTORS / "hardconcrete_vectors.json").read_text(encoding="utf-8")
+)["related_methods"]
 
 
 def layer_of(values: list[float]) -> nn.Linear:

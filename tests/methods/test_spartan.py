@@ -31,7 +31,7 @@ def soft_mask(weight: MaskedWeight) -> torch.Tensor:
 # The published run prunes its last layer away before it grows back.
 @pytest.mark.filterwarnings("ignore:Nothing is kept")
 def test_published_trajectory() -> None:
-    facts = json.loads((VECTORS / "spartan_trajectory.json").read_text())
+    facts = json.loads((VECTORS / "spartan_trajectory.json").read_text(encoding="utf-8"))
     tensors = load_file(VECTORS / "spartan_trajectory.safetensors")
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2)).double()
     model.load_state_dict({k: tensors[f"init.{k}"] for k in model.state_dict()})

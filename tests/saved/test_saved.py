@@ -89,7 +89,7 @@ def test_a_saved_run_goes_on_as_it_would_have(name: str) -> None:
     assert sparsifier.state_dict()["version"] > before["version"]
     sparsifier.finalize()
     kept = {key: int(p.count_nonzero()) for key, p in model.named_parameters()}
-    wanted = json.loads((OLD / "states" / "kept.json").read_text())[name]
+    wanted = json.loads((OLD / "states" / "kept.json").read_text(encoding="utf-8"))[name]
     assert {key: kept[key] for key in wanted} == wanted
 
 

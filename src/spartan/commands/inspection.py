@@ -16,6 +16,13 @@ from spartan.commands.terminal.tables import make_table, shape_of
 from spartan.deploy.shards import open_tensors
 from spartan.errors import FileError
 
+_AS_SIGNED = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float4_e2m1fn_x2: torch.uint8,
+}
+
 
 @dataclass(frozen=True)
 class Inspect:
@@ -115,7 +122,9 @@ def _earlier_name(name: str, tensor: Tensor, first: dict[Any, str]) -> str:
 
 
 def _count_nonzero(tensor: Tensor) -> int:
-    # Eight-bit floats have no counting kernel of their own.
+    # torch counts no unsigned integers of more than a byte, and no floats of eight bits.
+    if tensor.dtype in _AS_SIGNED:
+        tensor = tensor.view(_AS_SIGNED[tensor.dtype])
     narrow = tensor.is_floating_point() and tensor.element_size() == 1
     return int(torch.count_nonzero(tensor.float() if narrow else tensor))
 

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,10 +86,10 @@ class Bitmask(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
-        bitmask = _indices(parts, "bitmask", 2)
-        fits = bitmask.shape == (shape.rows, -(-shape.columns // 8)) and bitmask.dtype == np.uint8
+        bitmask = _indices(parts, "bitmask", 2, np.uint8)
+        fits = bitmask.shape == (shape.rows, -(-shape.columns // 8))
         _require(fits, "its bitmask does not have the size of its shape")
-        used = np.unpackbits(bitmask.astype(np.uint8), axis=1, bitorder="little")
+        used = np.unpackbits(bitmask, axis=1, bitorder="little")
         _require(not used[:, shape.columns :].any(), "its bitmask has bits past the end of a row")
         return _as_many(np.flatnonzero(used[:, : shape.columns]), parts)
 
@@ -115,16 +116,15 @@ class Columns(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
-        columns = _indices(parts, "columns", 1).astype(np.int64)
-        starts = _indices(parts, "row_starts", 1).astype(np.int64)
-        lengths = np.diff(starts)
-        _require(
-            starts.shape == (shape.rows + 1,) and starts[0] == 0 and bool((lengths >= 0).all()),
-            "its row starts do not fit its shape",
-        )
-        _require(starts[-1] == len(columns), "its row starts do not fit its columns")
+        columns = _indices(parts, "columns", 1, np.uint16).astype(np.int64)
+        starts = _indices(parts, "row_starts", 1, np.int32, np.int64).astype(np.int64)
+        _require(starts.shape == (shape.rows + 1,), "its row starts do not fit its shape")
+        # Before any difference, which could overflow.
+        rising = starts[0] == 0 and bool((starts[1:] >= starts[:-1]).all())
+        fits = rising and starts[-1] == len(columns)
+        _require(fits, "its row starts do not rise from 0 to the number of its columns")
         _require(not len(columns) or columns.max() < shape.columns, "a column is out of range")
-        rows = np.repeat(np.arange(shape.rows), lengths)
+        rows = np.repeat(np.arange(shape.rows), np.diff(starts))
         return _as_many(_rising(rows * shape.columns + columns), parts)
 
 
@@ -162,8 +162,7 @@ class Gaps(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
-        gaps = _indices(parts, "gaps", 1)
-        _require(gaps.dtype in (np.uint8, np.uint16), "its gaps have no such dtype")
+        gaps = _indices(parts, "gaps", 1, np.uint8, np.uint16)
         where = np.cumsum(gaps.astype(np.int64) + 1) - 1
         inside = not len(where) or where[-1] < shape.rows * shape.columns
         _require(inside, "its gaps lead past its end")
@@ -199,7 +198,7 @@ class Blocks(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
-        values, bitmask = parts[VALUES], _indices(parts, "block_bitmask", 2)
+        values, bitmask = parts[VALUES], _indices(parts, "block_bitmask", 2, np.uint8)
         whole = values.ndim == 3 and _divides(values.shape[1:], (shape.rows, shape.columns))
         _require(whole, "its blocks do not divide its shape")
         rows, columns = (int(n) for n in values.shape[1:])
@@ -240,10 +239,10 @@ class TwoOfFour(Layout):
     def positions(
         self, parts: Mapping[str, NDArray[np.generic]], shape: MatrixShape
     ) -> NDArray[np.int64]:
-        packed = _indices(parts, "places", 2)
-        fits = packed.dtype == np.uint8 and packed.size * 8 == shape.rows * shape.columns
+        packed = _indices(parts, "places", 2, np.uint8)
+        fits = packed.size * 8 == shape.rows * shape.columns
         _require(fits, "its places do not have the size of its shape")
-        flat = packed.astype(np.uint8).reshape(-1)
+        flat = packed.reshape(-1)
         codes = np.stack([flat & 15, flat >> 4], 1).reshape(-1)
         places = np.stack([codes & 3, codes >> 2], 1).astype(np.int64)
         places += np.arange(len(codes))[:, None] * 4
@@ -303,15 +302,14 @@ def _rising(where: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _indices(
-    parts: Mapping[str, NDArray[np.generic]], name: str, dimensions: int
-) -> NDArray[np.integer]:
-    """Return an array of indices, none of them negative."""
-    array = parts[name]
-    whole = np.issubdtype(array.dtype, np.integer) and array.ndim == dimensions
-    _require(whole, f"{name} is not made of integers in {dimensions} dimensions")
-    indices = array.astype(array.dtype, copy=False)
-    _require(not indices.size or int(indices.min()) >= 0, f"a number in {name} is out of range")
-    return indices
+    parts: Mapping[str, NDArray[np.generic]], name: str, dimensions: int, *dtypes: type[Any]
+) -> NDArray[Any]:
+    """Return an array of indices, of a dtype that `encode` writes and with none below zero."""
+    array: NDArray[Any] = parts[name]
+    written = array.dtype in dtypes and array.ndim == dimensions
+    _require(written, f"{name} is {array.dtype} in {array.ndim} dimensions, which nobody writes")
+    _require(not array.size or int(array.min()) >= 0, f"a number in {name} is out of range")
+    return array
 
 
 def _require(condition: object, reason: str) -> None:

@@ -21,7 +21,11 @@ _Tensors = PackedTensors | ShardedTensors
 
 
 def load(
-    path: str | Path, model: nn.Module | None = None, *, strict: bool = True
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    strict: bool = True,
+    max_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     """Read a safetensors file, packed or ordinary.
 
@@ -34,6 +38,8 @@ def load(
         model: If given, its tensors are overwritten, one at a time.
         strict: Whether the file must have all tensors of the model and no others; without, those
             that only one side has are named in a warning, and left.
+        max_bytes: What the packed tensors of a file may take together; by default 1,000 times the
+            size of the file, or 64 MiB for small ones.
 
     Returns:
         The tensors by name; with a model, its state dict.
@@ -43,7 +49,7 @@ def load(
         DeployError: It is not a file of this model: names, shapes or values do not fit, or it has
             two different tensors for one.
     """
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, max_bytes)
     if model is None:
         own = {name: tensors[name] for name in tensors if name not in tensors.aliases}
         return {name: own[tensors.aliases.get(name, name)] for name in tensors}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from spartan.deploy.container import (
     tensor_of,
     tensor_shape,
 )
-from spartan.deploy.layouts import LAYOUTS, VALUES, MatrixShape, Parts
+from spartan.deploy.layouts import LAYOUTS, VALUES, Layout, MatrixShape, Parts
 from spartan.errors import FileError
 
 KEY = "spartan.packed"  # of the metadata
@@ -28,6 +30,9 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 # Of a tensor in a file. No model has so many; headers that claim more are damaged.
 _MOST_DIMENSIONS = 16
+# What a file may unpack to by default: so many bytes, or so many times its size. A weight of 99.9 %
+# zeros is 800 times as large as its file.
+_SMALL, _FACTOR = 64 << 20, 1000
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses larger ones
 
 
@@ -36,13 +41,16 @@ class PackedTensors(Mapping[str, Tensor]):
 
     Args:
         path: A packed or an ordinary file.
+        max_bytes: What all packed tensors may take together; by default 1,000 times the file, or
+            64 MiB for small ones.
 
     Raises:
         FileError: The file is missing, damaged or contradicts itself.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, max_bytes: int | None = None) -> None:
         self.path = Path(path)
+        self._max_bytes = max_bytes
         if not self.path.is_file():
             raise FileError(f"There is no file {str(path)!r}.")
         try:
@@ -74,12 +82,8 @@ class PackedTensors(Mapping[str, Tensor]):
         dtype = _DTYPES[described["dtype"]]
         if described["layout"] == "dense":
             return self._read(name).to(dtype)
-        stored, parts = self._parts(name)
         shape = MatrixShape(self.shapes[name])
-        try:
-            bits = BY_NAME[described["layout"]].decode(parts, shape)
-        except FileError as error:
-            raise self._damaged(f"{name!r}: {error}") from error
+        stored, bits = self._decoded(name, partial(_matrix, shape))
         return tensor_of(bits, stored, shape.dims).to(dtype)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -96,11 +100,8 @@ class PackedTensors(Mapping[str, Tensor]):
         """
         for name, described in self._described.items():
             if described["layout"] != "dense":
-                _, parts = self._parts(name)
-                try:
-                    BY_NAME[described["layout"]].positions(parts, MatrixShape(self.shapes[name]))
-                except FileError as error:
-                    raise self._damaged(f"{name!r}: {error}") from error
+                shape = MatrixShape(self.shapes[name])
+                self._decoded(name, partial(_positions, shape))
 
     def _read_description(self, own: Any) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Return layout and dtype of the packed tensors, and the other names of tied ones."""
@@ -151,22 +152,43 @@ class PackedTensors(Mapping[str, Tensor]):
                 raise self._damaged(f"{name!r} lacks {missing}")
             left -= needed
             shapes[name] = self._read_shape(name)
-            total += math.prod(shapes[name]) * _DTYPES[described["dtype"]].itemsize
-        try:
-            refuse_more_than_memory(total)
-        except FileError as error:
-            raise FileError(f"{str(self.path)!r} cannot be unpacked: {error}.") from error
+            stored = str(self._file.get_slice(f"{name}.{VALUES}").get_dtype())
+            self._check_claim(name, stored, described["dtype"])
+            widest = max(_DTYPES[stored].itemsize, _DTYPES[described["dtype"]].itemsize)
+            total += math.prod(shapes[name]) * widest
+        self._refuse_larger(total)
         for key in sorted(left):
             view = self._file.get_slice(key)
             code = self._codes[key] = str(view.get_dtype())
-            if code not in _DTYPES:
-                raise self._unknown(key, f"dtype {code!r}")
+            self._check_claim(key, code, self._described.get(key, {}).get("dtype", code))
             shapes[key] = tensor_shape(view.get_shape(), code)
         if not all(name in shapes for name in (*self.aliases.values(), *self._described)):
             raise self._damaged("its metadata name a tensor that is not there")
         if any(name in shapes for name in self.aliases):
             raise self._damaged("two of its tensors have one name")
         return {**shapes, **{name: shapes[first] for name, first in self.aliases.items()}}
+
+    def _check_claim(self, name: str, stored: str, claimed: str) -> None:
+        """Refuse unknown dtypes, and values to be returned in a dtype that was never narrowed."""
+        if stored not in _DTYPES:
+            raise self._unknown(name, f"dtype {stored!r}")
+        narrowed = stored in ("F16", "BF16") and claimed in ("F32", "F64")
+        if stored != claimed and not narrowed:
+            raise self._damaged(f"{name!r} claims to be {claimed}, and its values are {stored}")
+
+    def _refuse_larger(self, total: int) -> None:
+        """Refuse to unpack more than a file of this size honestly holds, or a machine has."""
+        most = self._max_bytes or max(_SMALL, _FACTOR * self.path.stat().st_size)
+        if total > most:
+            raise FileError(
+                f"{str(self.path)!r} of {self.path.stat().st_size:,} bytes would become "
+                f"{total:,} bytes, more than the {most:,} that are allowed: if you trust it, give "
+                "max_bytes=."
+            )
+        try:
+            refuse_more_than_memory(total)
+        except FileError as error:
+            raise FileError(f"{str(self.path)!r} cannot be unpacked: {error}.") from error
 
     def _read_shape(self, name: str) -> tuple[int, ...]:
         dims = self._read(f"{name}.shape")
@@ -177,17 +199,29 @@ class PackedTensors(Mapping[str, Tensor]):
             raise self._damaged(f"{name!r} has no sensible shape")
         return tuple(dims.tolist())
 
+    def _decoded(
+        self, name: str, decode: Callable[[Layout, Parts], NDArray[Any]]
+    ) -> tuple[torch.dtype, NDArray[Any]]:
+        """Return the dtype of the stored values, and what is made of the arrays of a layout."""
+        layout = BY_NAME[self._described[name]["layout"]]
+        try:
+            stored, parts = self._parts(name)
+            return stored, decode(layout, parts)
+        except FileError as error:
+            raise self._damaged(f"{name!r}: {error}") from error
+        except (MemoryError, RuntimeError, ValueError) as error:
+            # NumPy and torch refuse shapes that no array can have, each in its own way.
+            raise self._damaged(f"{name!r} cannot be decoded: {error}") from error
+
     def _parts(self, name: str) -> tuple[torch.dtype, Parts]:
         """Return the dtype of the stored values, and the arrays of a layout."""
         layout = BY_NAME[self._described[name]["layout"]]
         values = self._read(f"{name}.{VALUES}")
-        if values.dtype not in CODES:
-            raise self._damaged(f"{name!r} has values of the unknown dtype {values.dtype}")
         parts: Parts = {VALUES: bits_of(values)}
         for part in layout.parts[1:]:
             array = self._read(f"{name}.{part}")
-            if array.dtype not in CODES or array.is_floating_point():
-                raise self._damaged(f"{name}.{part} is not made of integers")
+            if array.is_floating_point() or array.is_complex():
+                raise FileError(f"{part} is not made of integers")
             parts[part] = array.numpy()
         return values.dtype, parts
 
@@ -218,6 +252,14 @@ class PackedTensors(Mapping[str, Tensor]):
                  b"GGUF": ", but a GGUF file", b"\x80": ", but perhaps a pickle"}  # fmt: skip
         found = [kind for magic, kind in kinds.items() if begin.startswith(magic)]
         return FileError(f"{str(self.path)!r} is no safetensors file{(found or [''])[0]}.")
+
+
+def _matrix(shape: MatrixShape, layout: Layout, parts: Parts) -> NDArray[Any]:
+    return layout.decode(parts, shape)
+
+
+def _positions(shape: MatrixShape, layout: Layout, parts: Parts) -> NDArray[Any]:
+    return layout.positions(parts, shape)
 
 
 def is_dict_of(value: Any, kind: type) -> bool:

@@ -22,19 +22,20 @@ class ShardedTensors(Mapping[str, Tensor]):
 
     Args:
         path: The index: JSON with a `weight_map` of the file of each array.
+        max_bytes: See `PackedTensors`; of each file.
 
     Raises:
         FileError: A file is missing, damaged, or contradicts the others.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
         self.path = path
         self._of: dict[str, PackedTensors] = {}
         self.metadata: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in sorted(set(_read_index(path).values())):
-            shard = PackedTensors(path.parent / name)
+            shard = PackedTensors(path.parent / name, max_bytes)
             twice = self.shapes.keys() & shard.shapes.keys()
             if twice:
                 raise FileError(f"{str(path)!r} names two files that hold {min(twice)!r}.")
@@ -66,8 +67,12 @@ class ShardedTensors(Mapping[str, Tensor]):
             shard.check()
 
 
-def open_tensors(path: str | Path) -> PackedTensors | ShardedTensors:
+def open_tensors(path: str | Path, max_bytes: int | None = None) -> PackedTensors | ShardedTensors:
     """Open a safetensors file, packed or not; an index of several; or a folder with one of them.
+
+    Args:
+        path: The file or folder.
+        max_bytes: See `PackedTensors`; of each file.
 
     Raises:
         FileError: There is none, or it is damaged.
@@ -78,7 +83,8 @@ def open_tensors(path: str | Path) -> PackedTensors | ShardedTensors:
         if not found:
             raise FileError(f"The folder {str(path)!r} has no safetensors file.")
         path = found[0]
-    return ShardedTensors(path) if path.name.endswith(INDEX) else PackedTensors(path)
+    kind = ShardedTensors if path.name.endswith(INDEX) else PackedTensors
+    return kind(path, max_bytes)
 
 
 def _order(path: Path) -> tuple[bool, bool, str]:
@@ -88,7 +94,7 @@ def _order(path: Path) -> tuple[bool, bool, str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        told: Any = json.loads(path.read_text())
+        told: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{str(path)!r} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
@@ -156,7 +162,7 @@ def refuse_pretrained(path: Path) -> None:
         return
     config, key = read[path.name]
     try:
-        told = json.loads((path.parent / config).read_text())
+        told = json.loads((path.parent / config).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if isinstance(told, dict) and key in told:

@@ -97,7 +97,10 @@ def _wait_for_gpu() -> None:
 def _cpu_ticks() -> tuple[int, int] | None:
     """Return busy and total ticks of all cores since boot."""
     try:
-        fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        fields = [
+            int(x)
+            for x in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]
+        ]
     except (OSError, ValueError):
         return None
     total = sum(fields)

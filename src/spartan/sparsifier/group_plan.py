@@ -54,7 +54,7 @@ class GroupPlan:
     @property
     def at_budget(self) -> bool:
         """Whether the masks hold the budget."""
-        return all(group.kept <= group.budget.kept for group in self.groups)
+        return all(group.at_budget for group in self.groups)
 
     def retarget(self, budget: Budget) -> None:
         """Let the same groups have another budget.

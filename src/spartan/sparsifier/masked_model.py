@@ -44,6 +44,7 @@ class MaskedModel:
     ) -> None:
         self.method, self._groups, self._weights = method, groups, weights
         self._writer = writer
+        self._last_numbers: dict[str, float] | None = None
         prunables = [weight.prunable for weight in weights]
         self.coverage = coverage_of(model, prunables)
         self.watch = Watch(model, prunables, lambda: [w.name for w in self.overwritten()])
@@ -75,12 +76,24 @@ class MaskedModel:
         return summarize(weight, kept, self.method.is_soft(weight))
 
     def monitor(self) -> dict[str, float]:
-        """Return density, of the masks, and the method's numbers, averaged over groups."""
-        rows = [self.method.monitor(group) for group in self._groups]
-        keys = {key for row in rows for key in row}
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in sorted(keys)}
+        """Return density, of the masks, and the method's numbers, averaged over groups.
+
+        Those of the method are of the last step, once a run has ended.
+        """
+        means = self._method_numbers() if self._last_numbers is None else self._last_numbers
         kept = sum(w.kept * w.pattern.unit_numel(w.prunable) for w in self._weights)
         return {"density": kept / sum(w.prunable.numel for w in self._weights), **means}
+
+    def end(self) -> None:
+        """Let go of what only training needs; the last numbers of the method stay."""
+        self._last_numbers = self._method_numbers()
+        for weight in self._weights:
+            weight.latent = torch.empty(0)
+
+    def _method_numbers(self) -> dict[str, float]:
+        rows = [self.method.monitor(group) for group in self._groups]
+        keys = {key for row in rows for key in row}
+        return {key: sum(row[key] for row in rows) / len(rows) for key in sorted(keys)}
 
     def budgets(self) -> list[tuple[str, GroupBudget]]:
         """Return the budget of each group, after the names of its weights."""

@@ -216,8 +216,7 @@ class MaskingRun:
         release([weight.prunable for weight in self.weights], self)
         for handle in self._handles:
             handle.remove()
-        for weight in self.weights:
-            weight.latent = torch.empty(0)
+        self.facts.end()
 
     def _require_unchanged(self) -> None:
         """Raise `StateError` unless the model still is what `finalize` left."""

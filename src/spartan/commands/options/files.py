@@ -106,7 +106,7 @@ def refuse_changes(saved: Options, given: Options, may_change: Collection[str]) 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"Cannot read the config {str(path)!r}: {error}.") from error
 

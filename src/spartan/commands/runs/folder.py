@@ -95,7 +95,7 @@ class Run:
         """
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text().splitlines()
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
         rows = []
         for number, line in enumerate(lines, start=1):
             try:

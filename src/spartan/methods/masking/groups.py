@@ -94,6 +94,15 @@ class BudgetGroup:
             return max(float(weight.mask.sum(dim=1).max()) for weight in self.weights)
         return sum(weight.cost * weight.kept for weight in self.weights)
 
+    @property
+    def at_budget(self) -> bool:
+        """Whether the masks keep all that the budget allows: of dearer units, but for one unit."""
+        if isinstance(self.budget, RowBudget):
+            wanted = self.budget.kept
+            return all(bool((weight.mask.sum(dim=1) == wanted).all()) for weight in self.weights)
+        left = self.budget.kept - self.kept
+        return left == 0 if self.budget.counted else 0 <= left < max(self.budget.costs)
+
 
 def make_group(
     budget: GroupBudget,
