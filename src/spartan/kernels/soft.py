@@ -114,20 +114,27 @@ def native_mass(scores: Scores, dual: Dual, dropped: bool) -> Mass | None:
 def mass_on_device(scores: Scores, dual: Dual, dropped: bool) -> Tensor:
     """Return the three sums of a `Mass` as a float64 tensor; nothing is read back.
 
-    Masks are summed in float64: among many that are almost 1, the few others decide. The two
-    derivatives are of their size, and float32 sums of chunks are enough.
+    Of each mask the smaller side is summed, σ(-|x|), and the masks that are nearer to 1 are
+    counted: many that are almost 1 would all carry the same rounding error. The two derivatives are
+    of their size, and float32 sums of chunks are enough.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=scores.device)
     for u, cost in scores.pieces():
         x = dual.logits(u)
         if dropped:
             x.neg_()
-        m = x.sigmoid()
-        s = x.neg_().sigmoid_().mul_(m)
+        upper = x >= 0
+        small = x.abs_().neg_().sigmoid_()
+        s = small * (1.0 - small)
+        m = torch.where(upper, 1.0 - small, small)
+        signed = torch.where(upper, -small, small)
         if isinstance(cost, Tensor):
-            parts = (m * cost).sum(dtype=torch.float64), (s * cost).sum(), (s * cost * m).sum()
+            whole = (cost * upper).sum(dtype=torch.float64)
+            mass = (signed.double() * cost).sum() + whole
+            parts = mass, (s * cost).sum(), (s * cost * m).sum()
         else:
-            parts = m.sum(dtype=torch.float64), s.sum(), torch.dot(s, m)
+            mass = signed.sum(dtype=torch.float64) + upper.sum()
+            parts = mass, s.sum(), torch.dot(s, m)
         partial = torch.stack([part.double() for part in parts])
         sums += partial if isinstance(cost, Tensor) else partial * float(cost)
     # s (1 - 2 m), summed

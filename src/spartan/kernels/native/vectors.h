@@ -97,8 +97,9 @@ static inline Floats exp_of_negative(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Ints exponent = bits_as_ints(shifted) << 23;
-  const Floats scaled = bits_as_floats(bits_as_ints(p) + exponent);
+  // Unsigned: below -87, where the result is not used, the exponent leaves what Ints can hold.
+  const Uints exponent = (Uints)bits_as_ints(shifted) << 23;
+  const Floats scaled = bits_as_floats((Ints)((Uints)bits_as_ints(p) + exponent));
   return x > -87.0f ? scaled : Floats{};
 }
 

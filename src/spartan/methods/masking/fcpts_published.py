@@ -36,7 +36,9 @@ from spartan.methods.masking.state import Forecast, WeightState
 from spartan.selection.hard import find_cutoff
 
 _BINS = 100  # of the histogram, as in the released code
-_LOWEST = -30.0  # θ of a layer that keeps everything: σ(-30) is below every weight that is not 0
+# θ of a layer that keeps everything: σ(-30) is below every weight that is not 0. Huge gradients
+# move θ no further, and to -_LOWEST at most.
+_LOWEST = -30.0
 
 
 @dataclass
@@ -134,7 +136,7 @@ class PublishedFCPTS(MaskingMethod):
         """Take a step of SGD on θ."""
         state = weight.state_as(LearnedThreshold)
         state.speed = self.momentum * state.speed + gradient
-        state.theta -= self.lr * state.speed
+        state.theta = min(max(state.theta - self.lr * state.speed, _LOWEST), -_LOWEST)
 
 
 def slope(theta: Tensor, threshold: float) -> float:
