@@ -239,7 +239,7 @@ class GrowingRun:
             def evaluate() -> Any:
                 with torch.enable_grad():
                     loss = closure()
-                self.steps.require_finite_gradients(weights)
+                self.steps.require_finite_gradients(weights, optimizer)
                 require_explained(self.weights, weights, self.steps.done + 1)
                 return loss
 
@@ -247,7 +247,7 @@ class GrowingRun:
 
         args, kwargs, wrapped = wrap_closure(args, kwargs, checking)
         if not wrapped and not skips_step(optimizer):
-            self.steps.require_finite_gradients(weights)
+            self.steps.require_finite_gradients(weights, optimizer)
             require_explained(self.weights, weights, self.steps.done + 1)
         return (args, kwargs) if wrapped else None
 

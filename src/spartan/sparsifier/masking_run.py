@@ -313,9 +313,10 @@ class MaskingRun:
         self._writer.adopt(self.weights, self.steps.done)
         for weight in weights if self.method.samples(self.steps.done, self.steps.horizon) else []:
             weight.loss_scale = loss_scale(optimizer)
-        args, kwargs, wrapped = wrap_closure(args, kwargs, lambda f: self._closure(f, weights))
+        closure = lambda f: self._closure(f, weights, optimizer)  # noqa: E731
+        args, kwargs, wrapped = wrap_closure(args, kwargs, closure)
         if not wrapped:
-            self._pull_back(weights, skipped=skips_step(optimizer))
+            self._pull_back(weights, optimizer)
         self._step.open(weights)
         return (args, kwargs) if wrapped else None
 
@@ -357,7 +358,7 @@ class MaskingRun:
             self._warn_dead()
 
     def _closure(
-        self, closure: Callable[[], Any], weights: list[MaskedWeight]
+        self, closure: Callable[[], Any], weights: list[MaskedWeight], optimizer: Optimizer
     ) -> Callable[[], Any]:
         """Wrap a closure so that it sees w, and the optimizer the gradient of θ."""
 
@@ -368,18 +369,18 @@ class MaskingRun:
             self.begin_pass(self.model.training)
             loss = closure()
             with torch.no_grad():
-                self._pull_back(weights)
+                self._pull_back(weights, optimizer)
                 self._step.show_theta(weights)
             return loss
 
         return evaluate
 
-    def _pull_back(self, weights: list[MaskedWeight], skipped: bool = False) -> None:
+    def _pull_back(self, weights: list[MaskedWeight], optimizer: Optimizer) -> None:
         for weight in weights:
             weight.active = weight.grad is not None
         active = [weight for weight in weights if weight.active]
-        if not skipped:
-            self.steps.require_finite_gradients([weight.prunable for weight in active])
+        if not skips_step(optimizer):
+            self.steps.require_finite_gradients([w.prunable for w in active], optimizer)
         chosen = set(map(id, active))
         for group in self.groups:
             members = [weight for weight in group.weights if id(weight) in chosen]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from spartan.errors import NonFiniteError, StateError, some_of
@@ -171,11 +172,12 @@ class OptimizerSteps:
         self._skipped = 0
         return True
 
-    def require_finite_gradients(self, weights: Sequence[Prunable]) -> None:
-        """Raise `NonFiniteError` if a gradient of these weights is not finite.
+    def require_finite_gradients(self, weights: Sequence[Prunable], optimizer: Optimizer) -> None:
+        """Refuse a step in which a gradient is not finite, of these weights or of others.
 
         Raises:
-            StateError: A gradient is sparse.
+            NonFiniteError: One is NaN or infinite; nothing has changed yet.
+            StateError: A gradient of these weights is sparse.
         """
         grads = {w.name: w.parameter.grad for w in weights if w.parameter.grad is not None}
         for name, grad in grads.items():
@@ -184,13 +186,15 @@ class OptimizerSteps:
                     f"The gradient of {name!r} is {grad.layout}: masks need all of it; make the "
                     "embedding with sparse=False, or exclude it."
                 )
+        named = [(repr(name), grad) for name, grad in grads.items()]
+        named += _other_gradients(optimizer, set(map(id, grads.values())))
         # A GPU is not waited for: a broken gradient shows in the weights after the step.
-        if any(grad.is_cuda for grad in grads.values()):
+        if any(grad.is_cuda for _, grad in named):
             return
-        for name, ok in zip(grads, finite(list(grads.values())), strict=True):
+        for (name, _), ok in zip(named, finite([grad for _, grad in named]), strict=True):
             if not ok:
                 raise NonFiniteError(
-                    f"The gradient of {name!r} is NaN or infinite at step {self.done + 1}; weights "
+                    f"The gradient of {name} is NaN or infinite at step {self.done + 1}; weights "
                     "and masks are unchanged. Lower the learning rate, clip gradients, or use a "
                     "GradScaler with float16."
                 )
@@ -323,3 +327,13 @@ def _has_nothing_to_do(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict
     if len(args) > 1 or kwargs.get("closure") is not None:
         return False
     return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+def _other_gradients(optimizer: Optimizer, known: set[int]) -> list[tuple[str, Tensor]]:
+    """Return the dense gradients that an optimizer would also take, and what to call them."""
+    return [
+        (f"a weight of shape {tuple(p.shape)} that is not pruned", p.grad)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None and id(p.grad) not in known and p.grad.layout is torch.strided
+    ]
