@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -419,6 +420,28 @@ def test_bench_and_export_take_several_inputs(
     onnx = ["--onnx", tmp_path / "x.onnx"]
     assert call("export", "tests.deploy.models:reader", *inputs, *onnx) == 0
     assert "dimensions ids [1], mask [1]" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "export", "compress", "train", "teacher"])
+def test_a_folder_runs_no_function_of_its_own_unless_trusted(
+    command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "foreign"
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model"] = "os:abort"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    words: dict[str, tuple[object, ...]] = {
+        "evaluate": ("evaluate", folder),
+        "bench": ("bench", folder),
+        "export": ("export", folder, "--onnx", tmp_path / "x.onnx"),
+        "compress": ("compress", folder, "--density", 0.5, "--calibration", "digits"),
+        "train": ("train", "--resume", folder),
+        "teacher": ("train", "--density", 0.5, "--teacher", folder, "--out", tmp_path / "x"),
+    }
+    assert call(*words[command]) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert call("report", folder) == 0  # makes no model
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,11 +27,11 @@ def test_train_evaluate_report_pack_bench_and_resume(name: str, tmp_path: Path) 
     assert (
         call("train", *data, "--method", name, "--density", 0.3, "--epochs", 1, "--out", run) == 0
     )
-    assert call("evaluate", run) == 0
+    assert call("evaluate", run, "--trust") == 0
     assert call("report", run) == 0
     assert call("pack", run, tmp_path / "packed.safetensors", "--no-zstd") == 0
-    words = ("--weights", tmp_path / "packed.safetensors", "--seconds", 0.001)
+    words = ("--weights", tmp_path / "packed.safetensors", "--seconds", 0.001, "--trust")
     assert call("bench", run, *words, "--out", tmp_path / "bench") == 0
     before = (run / "model.safetensors").read_bytes()
-    assert call("train", "--resume", run) == 0
+    assert call("train", "--resume", run, "--trust") == 0
     assert (run / "model.safetensors").read_bytes() == before

@@ -48,11 +48,14 @@ class Bench:
     """How long to measure each layer."""
     out: Path = Path("bench")
     """Folder for the table, the figures as JSON, and the plot."""
+    trust: bool = False
+    """Call the function that a run folder names as its model, if it is not a model of spartan, timm
+    or transformers: whoever wrote the folder chooses what runs."""
 
     def run(self) -> int:
         """Run the command."""
         inputs = Inputs(self.input)
-        opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes)
+        opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes, self.trust)
         if min(self.batch, default=1) < 1 or self.seconds <= 0:
             raise ConfigError("--batch and --seconds must be positive.")
         sizes = self.batch or (inputs.shape or shape)[:1]

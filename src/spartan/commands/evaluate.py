@@ -30,6 +30,9 @@ class Evaluate:
     """Safetensors file to use instead of the run's own, packed or not."""
     accelerated: bool = False
     """Run the sparse layers on sparse kernels."""
+    trust: bool = False
+    """Call the function that a run folder names as its model, if it is not a model of spartan, timm
+    or transformers: whoever wrote the folder chooses what runs."""
 
     def run(self) -> int:
         """Run the command."""
@@ -43,7 +46,7 @@ class Evaluate:
         # Sparse kernels run on the CPU.
         device = pick_device("cpu" if self.accelerated else self.device)
         data = load_data(config.data, config.image_size)
-        model, _ = open_model(str(self.folder), self.weights, None, len(data.classes))
+        model, _ = open_model(str(self.folder), self.weights, None, len(data.classes), self.trust)
         state = model.state_dict()
         kept = sum(int(state[layer.name].count_nonzero()) for layer in facts.layers)
         if self.accelerated:

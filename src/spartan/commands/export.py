@@ -30,11 +30,14 @@ class Export:
     """Classes of a model by name."""
     purge: bool = True
     """Remove channels that are zero first."""
+    trust: bool = False
+    """Call the function that a run folder names as its model, if it is not a model of spartan, timm
+    or transformers: whoever wrote the folder chooses what runs."""
 
     def run(self) -> int:
         """Run the command."""
         inputs = Inputs(self.input)
-        opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes)
+        opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes, self.trust)
         example = inputs.make(opened, shape)
         exported = export_onnx(opened, example, self.onnx, purge=self.purge)
         Console().print(str(exported), highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,25 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
     raise ConfigError(
         f"Unknown model {name!r}; {did_you_mean(name, MODELS)} (or timm:NAME, or "
         "package.module:factory)"
+    )
+
+
+def require_trusted(name: str, folder: str | Path, trust: bool) -> None:
+    """Refuse to import and call what a folder names as its model, unless its writer is trusted.
+
+    Args:
+        name: The model, as the folder's configuration has it.
+        folder: Whose configuration that is.
+        trust: Whether the user said so.
+
+    Raises:
+        ConfigError: It is neither built in nor of timm or transformers, and not trusted.
+    """
+    if trust or ":" not in name or name.startswith(("timm:", "transformers:")):
+        return
+    raise ConfigError(
+        f"The model of {str(folder)!r} is the function {name!r}, which would be imported and "
+        "called. If you trust who wrote the folder, say so with --trust."
     )
 
 

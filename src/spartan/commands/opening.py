@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spartan.commands.models import build_model
+from spartan.commands.models import build_model, require_trusted
 from spartan.commands.runs.facts import read_facts
 from spartan.commands.runs.folder import Run
 from spartan.deploy.loading import load
@@ -15,7 +15,11 @@ from spartan.errors import ConfigError, StateError
 
 
 def open_model(
-    source: str, weights: Path | None, shape: Sequence[int] | None, classes: int
+    source: str,
+    weights: Path | None,
+    shape: Sequence[int] | None,
+    classes: int,
+    trust: bool = False,
 ) -> tuple[nn.Module, tuple[int, ...]]:
     """Make a model and load its weights.
 
@@ -24,6 +28,7 @@ def open_model(
         weights: A safetensors file, packed or not; a run's own weights by default.
         shape: Of an input, batch first; one image by default, where a run says how large.
         classes: For a model by name.
+        trust: Whether a run folder may name any function as its model, which is called.
 
     Returns:
         The model in evaluation mode, and the shape of an input.
@@ -42,6 +47,7 @@ def open_model(
             )
         channels, size = facts.images["channels"], facts.images["size"]
         names = facts.images["classes"]
+        require_trusted(run.config().model, source, trust)
         model = build_model(run.config().model, channels, size, len(names))
         if weights is None:
             try:

@@ -25,13 +25,16 @@ class Compress:
 
     options: Annotated[CompressConfig, tyro.conf.arg(name="")]
     """Every option of the compression."""
+    trust: bool = False
+    """Call the function that a run folder names as its model, if it is not a model of spartan, timm
+    or transformers: whoever wrote the folder chooses what runs."""
 
     def run(self) -> int:
         """Run the command."""
         options = self.options
         console = Console()
         Run(Path(options.out)).refuse_existing()
-        job = open_job(options)
+        job = open_job(options, self.trust)
         prunable = find_prunable(job.model, options.include or None, options.exclude or None)
         console.print(str(coverage_of(job.model, prunable)), highlight=False, soft_wrap=True)
         with Phases(console) as phases:

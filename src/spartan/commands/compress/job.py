@@ -50,7 +50,7 @@ class Job:
         return loss_and_accuracy(model, self.images.test, self.images, self.device)
 
 
-def open_job(config: CompressConfig) -> Job:
+def open_job(config: CompressConfig, trust: bool = False) -> Job:
     """Open the model and the calibration inputs.
 
     Raises:
@@ -68,14 +68,14 @@ def open_job(config: CompressConfig) -> Job:
         return Job(text_model.to(device).eval(), windows, None, device)
     if config.calibration.endswith(".safetensors"):
         tensors, _ = load_tensors(Path(config.calibration))
-        model = _open(config, None)
+        model = _open(config, None, trust)
         return Job(model.to(device).eval(), _first(tensors, config.samples), None, device)
     size = config.image_size
     run = Path(config.source)
     if size is None and (run / "config.json").is_file():
         size = read_facts(Run.open(run)).images["size"]
     data = load_data(config.calibration, size)
-    model = _open(config, data)
+    model = _open(config, data, trust)
     data = _statistics(config, data, model)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "calibration", 0))
     order = torch.randperm(len(data.train.labels), generator=generator)[: config.samples]
@@ -123,7 +123,7 @@ def run_job(config: CompressConfig, job: Job, tick: Tick) -> tuple[Run, Compress
     return run, report
 
 
-def _open(config: CompressConfig, data: ImageData | None) -> nn.Module:
+def _open(config: CompressConfig, data: ImageData | None, trust: bool) -> nn.Module:
     source = config.source
     channels, size = (data.channels, data.size) if data else (3, 224)
     classes = len(data.classes) if data else 10
@@ -143,7 +143,7 @@ def _open(config: CompressConfig, data: ImageData | None) -> nn.Module:
             f"{source!r} is not a trained model: give a run folder, a safetensors file with "
             "--model, timm:NAME or transformers:NAME."
         )
-    return open_model(source, None, None, classes)[0]
+    return open_model(source, None, None, classes, trust)[0]
 
 
 def _name_of(config: CompressConfig) -> str:

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from spartan.commands.images import load_data
+from spartan.commands.models import require_trusted
 from spartan.commands.options.files import read_options, refuse_changes
 from spartan.commands.options.train import TrainConfig
 from spartan.commands.report.page import write_page
@@ -37,6 +38,9 @@ class Train:
     """Run folder to continue."""
     dry_run: bool = False
     """Print layers, costs, budget and schedule, and stop."""
+    trust: bool = False
+    """Call the function that a run folder names as its model, if it is not a model of spartan, timm
+    or transformers: whoever wrote the folder chooses what runs."""
 
     def file_options(self) -> TrainConfig | None:
         """Return the options that --config or --resume name, if one is given.
@@ -63,6 +67,10 @@ class Train:
             assert saved is not None
             refuse_changes(saved, options, _MAY_CHANGE)
             options = dataclasses.replace(options, out=self.resume)
+            require_trusted(options.model, self.resume, self.trust)
+        if options.teacher is not None and Path(options.teacher).is_dir():
+            taught = Run.open(Path(options.teacher)).config().model
+            require_trusted(taught, options.teacher, self.trust)
         if self.dry_run:
             print_plan(Console(), Trainer(options, load_data(options.data, options.image_size)))
             return 0

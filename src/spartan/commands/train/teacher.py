@@ -32,7 +32,7 @@ def find_teacher(config: TrainConfig, data: ImageData, device: torch.device) -> 
         return Teacher(model.to(device))
     facts = read_facts(Run.open(source))
     images = facts.images or {}
-    model, shape = open_model(config.teacher, None, None, len(data.classes))
+    model, shape = open_model(config.teacher, None, None, len(data.classes), trust=True)
     if shape != ours or list(images.get("classes", [])) != list(data.classes):
         raise ConfigError(
             f"--teacher {config.teacher} knows {len(images.get('classes', []))} classes of images "
