@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,8 +63,9 @@ class Inputs:
             self._made = _call(texts[0])
         else:
             self._tensors = [_parse(text) for text in texts]
-        if len({bool(tensor.name) for tensor in self._tensors}) > 1:
-            raise DeployError("--input: give all inputs a name, or none.")
+        names = [tensor.name for tensor in self._tensors if tensor.name]
+        if len(set(names)) != (len(self._tensors) if names else 0):
+            raise DeployError("--input: give all inputs a name of their own, or none.")
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -104,7 +106,10 @@ class Inputs:
 def _call(text: str) -> Any:
     module, _, name = text.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)()
+        made = getattr(importlib.import_module(module), name)()
+        if not any(True for _ in tensors_of(made)):
+            raise TypeError(f"it returned {type(made).__name__} without a tensor")
+        return made
     except Exception as error:
         # It is the user's code that runs.
         raise ConfigError(
@@ -116,7 +121,7 @@ def _call(text: str) -> Any:
 def _parse(text: str) -> InputTensor:
     found = _SPEC.fullmatch(text)
     sizes = tuple(int(n) for n in found["shape"].split("x")) if found else ()
-    if found is None or min(sizes) < 1:
+    if found is None or min(sizes) < 1 or math.prod(sizes) >= 1 << 48:
         raise DeployError(f"{text!r} is no input; {_USAGE}.")
     dtype = found["dtype"] or "float32"
     if dtype not in _DTYPES:
@@ -129,7 +134,8 @@ def _draw(tensor: InputTensor, rows: int, generator: torch.Generator) -> Tensor:
         if tensor.dtype is torch.bool:
             return torch.ones(tensor.shape, dtype=torch.bool)
         if not tensor.dtype.is_floating_point:
-            return torch.randint(0, rows, tensor.shape, dtype=tensor.dtype, generator=generator)
+            most = min(rows, torch.iinfo(tensor.dtype).max)
+            return torch.randint(0, most, tensor.shape, dtype=tensor.dtype, generator=generator)
         return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
     except RuntimeError as error:
         size = "x".join(map(str, tensor.shape))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from spartan.copies import copy_model
 from spartan.deploy.choosing import choose
@@ -49,6 +50,7 @@ def accelerate(
     Raises:
         DeployError: The model cannot be copied, or does not run on the example.
     """
+    _refuse_what_has_no_layers(model)
     # Outside inference mode: the copy's tensors are to be ordinary ones.
     with torch.inference_mode(False), torch.no_grad():
         dense = dense_copy(model).eval().requires_grad_(False)
@@ -68,6 +70,8 @@ def accelerate(
         chosen, time, unfused = {}, dense_time, "no layer runs sparse"
         layers = [layer.staying_dense("the whole model was slower") for layer in layers]
     work = work if chosen else dense
+    if chosen and hasattr(work, "save_pretrained"):
+        work.save_pretrained = _refuse_save_pretrained  # type: ignore[assignment]
     plan = Plan(
         layers=layers,
         dense=dense_time,
@@ -89,6 +93,23 @@ def plan_of(accelerated: nn.Module) -> Plan:
     plan = accelerated.plan
     assert isinstance(plan, Plan)
     return plan
+
+
+def _refuse_what_has_no_layers(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DeployError(
+            "A scripted or traced model has no layers that can be replaced: accelerate the model "
+            "that it was made from, and trace the result."
+        )
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise DeployError("The model has lazy layers without weights yet: run it once first.")
+
+
+def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
+    raise DeployError(
+        "The tensors of an accelerated model are no checkpoint of transformers: save the model "
+        "that was given to accelerate."
+    )
 
 
 @dataclass(frozen=True)
@@ -155,12 +176,17 @@ class _Trial:
     def _fault(self, layers: dict[str, InferenceLayer]) -> str:
         """Return what is wrong with a model that has these layers, or nothing."""
         layers = copy.deepcopy(layers)  # the model may change them
+        called: set[nn.Module] = set()
+        for layer in layers.values():
+            layer.register_forward_pre_hook(lambda module, _: called.add(module))
         try:
             output = self._run(_with_layers(self.fresh(), layers)).output
         except DeployError as failure:
             return f"the model fails with it: {failure.__cause__}".splitlines()[0]
         if any(layer.lent or layer.is_dense for layer in layers.values()):
             return "the model computes with its weight itself"
+        if not called.issuperset(layers.values()):
+            return "the model calls it where it is not registered, as from a list"
         error = 0.0 if self.warning else relative_error(output, self._reference)
         if not error <= TOLERANCE:
             return f"the model would differ by {error:.0e}"
@@ -213,6 +239,6 @@ def _times(
         copy_model(m, DeployError, shared=m.parameters()) for m in (dense, work) if m is not None
     ]
     calls = [partial(run_on, model, example_input) for model in copies]
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: some models differentiate in their forward
         times = time_side_by_side(calls, seconds)
     return times[0], times[-1]

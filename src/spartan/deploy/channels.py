@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from spartan.deploy.folding import require_matrix
 from spartan.deploy.graph_nodes import calls, calls_one_of, changes_in_place, module_of
 
 _POINTWISE = (
@@ -33,6 +34,7 @@ _POINTWISE_CALLS: dict[Any, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "contiguous": lambda x: x,
+    require_matrix: lambda x: x,
 }
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}

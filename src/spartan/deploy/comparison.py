@@ -44,16 +44,23 @@ def run_on_example(model: nn.Module, example_input: Any, what: str = "model") ->
 def relative_error(result: Any, reference: Any) -> float:
     """Return the largest relative difference, in norm, of the tensors in two outputs.
 
-    Infinite where shapes, numbers of tensors or infinite entries differ.
+    Of integers and booleans, the share that differs. Infinite where shapes, dtypes, numbers of
+    tensors or infinite entries differ.
     """
     ours, theirs = list(tensors_of(result)), list(tensors_of(reference))
     worst = 0.0 if len(ours) == len(theirs) else float("inf")
     for a, b in zip(ours, theirs, strict=False):
-        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
-            worst = float("inf")
-        elif b.is_floating_point():
-            finite = b.isfinite()
-            wanted = b[finite].double()
-            error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
-            worst = max(worst, float(error))
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if b.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+        if not b.is_floating_point():
+            worst = max(worst, float((a != b).double().mean()) if b.numel() else 0.0)
+            continue
+        finite = b.isfinite()
+        if not torch.equal(a.isfinite(), finite):
+            return float("inf")
+        wanted = b[finite].double()
+        error = (a[finite].double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
+        worst = max(worst, float(error))
     return worst

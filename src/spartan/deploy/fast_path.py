@@ -13,11 +13,12 @@ import inspect
 import operator
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
-from types import CodeType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from spartan.deploy.comparison import TOLERANCE, relative_error
 from spartan.deploy.fusing import FusedLayer, fuse
@@ -36,9 +37,12 @@ def add_fast_path(model: nn.Module, example_input: Any) -> None:
         raise DeployError("its forward was replaced")
     path = FastPath(model)
     path.take_arguments_of(example_input)
+    given = path.given_in(*_call_of(example_input))
+    if given is None:
+        raise DeployError("the arguments of its forward have no names")
     model.forward = path  # before the guard looks at the model
     try:
-        path.build(path.given_in(*_call_of(example_input)))
+        path.build(given)
     except DeployError:
         del model.forward
         raise
@@ -55,7 +59,7 @@ class FastPath:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._types: dict[str, type] = {}  # of the arguments that the graph takes
+        self._kinds: dict[str, Any] = {}  # of the arguments that the graph takes
         self._signature = inspect.signature(type(model).forward)
         self._lock = threading.Lock()
         self._names = tuple(self._signature.parameters)[1:]
@@ -94,7 +98,7 @@ class FastPath:
         """Take the graph for calls with these arguments."""
         args, kwargs = _call_of(example_input)
         bound = self._signature.bind(self._model, *args, **kwargs).arguments
-        self._types = {name: _kind(value) for name, value in list(bound.items())[1:]}
+        self._kinds = {name: _kind(value) for name, value in list(bound.items())[1:]}
 
     def given_in(self, args: Any, kwargs: Any) -> dict[str, Any] | None:
         """Return the arguments for the graph; None if the call has others."""
@@ -106,26 +110,29 @@ class FastPath:
                 return None
             given[name] = value
         for name in list(given):
-            if name not in self._types:
+            if name not in self._kinds:
                 default = self._signature.parameters[name].default
                 if given.pop(name) is not default:
                     return None
-            elif _kind(given[name]) is not self._types[name]:
+            elif _kind(given[name]) != self._kinds[name]:
                 return None
-        return given if len(given) == len(self._types) else None
+        if torch.is_grad_enabled() and any(map(_wants_gradient, given.values())):
+            return None  # the model may know what to do about it
+        return given if len(given) == len(self._kinds) else None
 
-    def build(self, given: dict[str, Any] | None) -> None:
+    def build(self, given: dict[str, Any]) -> None:
         """Trace and fuse.
 
         Raises:
             DeployError: The model cannot be traced, or the graph computes something else.
         """
-        assert given is not None
         with torch.inference_mode(False), torch.no_grad():
             graph = trace(self._model, given)
             called = fuse(graph)
             expected = type(self._model).forward(self._model, **copy.deepcopy(given))
             result = graph.forward(**copy.deepcopy(given))
+        if not _alike(result, expected):
+            raise DeployError("its graph returns another type")
         error = relative_error(result, expected)
         if not error <= TOLERANCE:
             raise DeployError(f"its graph computes something else (relative error {error:.1e})")
@@ -152,10 +159,12 @@ class FastPath:
 
 
 class _Guard:
-    """Whether everything that a trace may have read is still the same object.
+    """Whether what a trace reads of a model is still the same.
 
-    That is all modules but those that the graph calls: their children, tensors and attributes.
-    Hooks on them, and on sparse layers, would not run.
+    That is, of all modules but those that the graph calls: children, tensors and attributes, with
+    the items of lists and dicts and the attributes of plain objects among them; and the hooks on
+    them, on sparse layers, and on all modules, which would not run. Not seen are attributes of
+    classes, and what only their contents' contents say.
 
     Args:
         model: What was traced.
@@ -163,34 +172,53 @@ class _Guard:
     """
 
     def __init__(self, model: nn.Module, called: Sequence[tuple[str, Any]]) -> None:
-        entries: list[tuple[dict[str, Any], str, Any]] = []
-        self._owns: list[dict[str, Any]] = []
-        self._hooks: list[dict[int, Any]] = []
+        entries: list[tuple[dict[Any, Any], Any, Any]] = []
+        self._parts: list[dict[Any, Any]] = []
+        self._lists: list[list[Any]] = []
+        self._hooks: list[dict[int, Any]] = [_global_forward_hooks, _global_forward_pre_hooks]
         for name, module in _apart_from({name for name, _ in called}, model):
             own = vars(module)
-            self._owns.append(own)
-            for part in (module._modules, module._parameters, module._buffers):
-                entries += [(part, key, value) for key, value in part.items()]
-            entries += [
-                (own, key, value)
+            attributes = {
+                key: value
                 for key, value in own.items()
-                if key not in MODULE_ATTRIBUTES and key != "plan"
-            ]
+                if key not in MODULE_ATTRIBUTES and key not in ("plan", "forward")
+            }
+            contents = [value for value in attributes.values() if isinstance(value, dict)]
+            contents += [vars(value) for value in attributes.values() if _is_plain(value)]
+            self._lists += [value for value in attributes.values() if isinstance(value, list)]
+            parts: list[Any] = [module._modules, module._parameters, module._buffers, *contents]
+            self._parts += [own, *parts]
+            entries += [(own, key, value) for key, value in attributes.items()]
+            entries += [(part, key, value) for part in parts for key, value in part.items()]
             if name:
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         for _, call in called:
             if isinstance(call, FusedLayer):
                 self._hooks += [call.layer._forward_hooks, call.layer._forward_pre_hooks]
-        self._sizes = [len(own) for own in self._owns]
+        self._sizes = [len(part) for part in self._parts]
         self._dicts = [part for part, _, _ in entries]
         self._keys = [key for _, key, _ in entries]
         self._values = [value for _, _, value in entries]
+        self._items = [list(one) for one in self._lists]
 
     def holds(self) -> bool:
         """Whether the graph still is the model."""
         # In loops that run in C: this is asked at every call.
         same = map(operator.is_, map(dict.get, self._dicts, self._keys), self._values)
-        return all(same) and not any(self._hooks) and [*map(len, self._owns)] == self._sizes
+        sizes = [*map(len, self._parts)] == self._sizes
+        return all(same) and sizes and not any(self._hooks) and self._same_lists()
+
+    def _same_lists(self) -> bool:
+        return all(
+            len(one) == len(items) and all(map(operator.is_, one, items))
+            for one, items in zip(self._lists, self._items, strict=True)
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an object of attributes, as configurations are."""
+    apart = (type, nn.Module, Tensor, FunctionType, MethodType, ModuleType, FastPath)
+    return hasattr(value, "__dict__") and not isinstance(value, apart)
 
 
 def _apart_from(called: Container[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -209,10 +237,32 @@ def _call_of(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_input,), {}
 
 
-def _kind(value: Any) -> type:
-    return Tensor if isinstance(value, Tensor) else type(value)
+def _kind(value: Any) -> Any:
+    """Return what a graph takes for granted of an argument: of tensors, their dimensions."""
+    if isinstance(value, Tensor):
+        return value.dim()
+    if isinstance(value, Mapping):
+        return type(value), tuple(value), tuple(map(_kind, value.values()))
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_kind, value))
+    return type(value)
+
+
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two outputs are nested in the same types."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return True
 
 
 def _recording() -> bool:
-    """Whether torch is recording a program, or somebody looks for the model's own structure."""
+    """Whether torch is recording a program, which is to have the model's own structure."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from spartan.deploy.graph_nodes import (
@@ -14,6 +14,7 @@ from spartan.deploy.graph_nodes import (
     follows_as_norm,
     module_of,
 )
+from spartan.errors import DeployError
 
 
 def fold_norms(traced: fx.GraphModule) -> None:
@@ -35,6 +36,26 @@ def fold_norms(traced: fx.GraphModule) -> None:
             continue
         fold: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         traced.set_submodule(str(before.target), fold(layer, module))
+        if isinstance(layer, nn.Linear):  # of more dimensions, the norm normalises the second
+            with traced.graph.inserting_before(before):
+                checked = traced.graph.call_function(require_matrix, (before.args[0],))
+            before.args = (checked,)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
     clean(traced)
+
+
+def require_matrix(x: Tensor) -> Tensor:
+    """Return a tensor of (samples, features), which a folded norm of one dimension needs.
+
+    Raises:
+        DeployError: It has other dimensions.
+    """
+    if isinstance(x, fx.Proxy):  # a graph that is unpickled is traced again
+        return cast("Tensor", x.tracer.create_proxy("call_function", require_matrix, (x,), {}))
+    if x.dim() != 2:
+        raise DeployError(
+            f"A norm of this model was folded for inputs of two dimensions, and this has {x.dim()}:"
+            " purge the model with an example like it."
+        )
+    return x

@@ -2,12 +2,13 @@
 
 A trace follows one way through the model's code. Where Python chooses another way by anything that
 the trace does not see, the graph would be another function: so tracing is refused for models that
-change their own state, and without an example also for those that ask what type something is.
+change their own state, and for those that ask for types, modes or the environment.
 """
 
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import operator
 import sys
@@ -25,7 +26,13 @@ from spartan.example_inputs import run_on
 
 _PLAIN = (bool, int, float, str)
 _NOT_THE_MODEL = {"torch", *sys.stdlib_module_names} - {"__main__"}
-_TYPE_QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "callable"}
+# By what a function asks for what a trace answers otherwise: types, modes, the environment.
+_QUESTIONS = {
+    *("isinstance", "issubclass", "type", "hasattr", "callable", "is_tensor", "__class__"),
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "requires_grad"),
+    *("environ", "getenv"),
+}
+_MATCH_CLASS = dis.opmap.get("MATCH_CLASS", -1)  # of `case torch.Tensor():`
 
 
 class _Proxy(fx.Proxy):
@@ -38,17 +45,19 @@ class _Proxy(fx.Proxy):
         pieces = _pieces(self.node)
         return super().__len__() if pieces is None else pieces
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._change(operator.iadd, other)
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._change(operator.isub, other)
+def _in_place(function: Any) -> Any:
+    def change(self: _Proxy, other: Any) -> fx.Proxy:
+        return self._change(function, other)
 
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._change(operator.imul, other)
+    return change
 
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._change(operator.itruediv, other)
+
+for _name in (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor"),
+):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -71,7 +80,9 @@ def _pieces(node: fx.Node) -> int | None:
     if node.op not in ("call_method", "call_function") or node.target not in ("chunk", torch.chunk):
         return None
     pieces = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
-    return pieces if isinstance(pieces, int) else None
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    # Of a batch there may be fewer.
+    return pieces if isinstance(pieces, int) and dim != 0 else None
 
 
 def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
@@ -98,6 +109,8 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
         traced = fx.GraphModule(model, graph, type(model).__name__)
         if example_input is not None:
             _Shapes(traced).note(example_input)
+        for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
+            delattr(model, name)  # the tracer put it there; the graph has its own
     except Exception as error:
         # Tracing runs the user's code on stand-ins: whatever it raises, it cannot be traced.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -105,16 +118,16 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     changed = changed_since(before, model)
     if changed:
         raise DeployError(f"it changes {changed!r} when it runs")
-    if example_input is None and asked:
+    if asked:
         raise DeployError(
-            f"{min(asked)} asks what type something is, which a trace answers for stand-ins: give "
-            "an example input, so that the outcome can be compared"
+            f"{min(asked)} asks for a type, a mode or the environment, which a trace answers for "
+            "good and for stand-ins"
         )
     return traced
 
 
 class _Watching:
-    """Notes which functions outside of torch ask for types, while they are traced."""
+    """Notes which functions outside of torch ask what a trace cannot answer, while they run."""
 
     def __init__(self, asked: set[str]) -> None:
         self._asked = asked
@@ -134,9 +147,11 @@ class _Watching:
             return
         self._seen.add(code)
         module = str(frame.f_globals.get("__name__", ""))
+        if code.co_qualname.startswith("singledispatch"):
+            self._asked.add(f"functools.{code.co_qualname}")
         if module.partition(".")[0] in _NOT_THE_MODEL or module == __name__:
             return
-        if _TYPE_QUESTIONS & set(code.co_names):
+        if _QUESTIONS & set(code.co_names) or _MATCH_CLASS in code.co_code[::2]:
             self._asked.add(f"{module}.{code.co_qualname}")
 
 

@@ -59,7 +59,11 @@ def changes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
     function = node.op == "call_function" and (
         named.endswith("_") or (named.startswith("i") and hasattr(operator, named))
     )
-    asked = node.kwargs.get("inplace") or (node.op == "call_function" and True in node.args)
+    asked = (
+        node.kwargs.get("inplace")
+        or "out" in node.kwargs
+        or (node.op == "call_function" and True in node.args)
+    )
     return bool(getattr(module, "inplace", False)) or method or function or bool(asked)
 
 

@@ -8,9 +8,9 @@ or assigns another, gets a dense layer from then on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,22 +21,51 @@ from spartan.kernels.row_bundles import RowBundles, bundle
 
 
 class _Made:
-    """A product, and the versions of the tensors that it was made from.
+    """A product, and what its tensors held when it was made.
 
-    Which tensors they are is the layer's matter, and that of who keeps a layer and its norm
-    together: they forget a product when a tensor is exchanged.
+    torch counts the writes into a tensor, but not those through `.data`, NumPy or inference mode.
+    So small tensors are compared byte by byte, and a sample of large ones, besides the count.
+
+    Args:
+        product: The product.
+        layer: Its tensors are asked for by name, as somebody may exchange them.
+        norm: Another module with tensors that went into the product, or None.
     """
 
-    def __init__(self, product: Product, tensors: Iterable[Tensor | None]) -> None:
+    def __init__(self, product: Product, layer: nn.Module, norm: nn.Module | None) -> None:
         self.product = product
-        # torch counts no writes into inference tensors.
-        self._tensors = [t for t in tensors if t is not None and not t.is_inference()]
-        self._versions = [t._version for t in self._tensors]
+        self._seen: list[tuple[dict[str, Any], str, Tensor, int, Any, bytes]] = []
+        self._counted: list[Tensor] = []
+        for module in (layer, norm):
+            for tensors in () if module is None else (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        self._look_at(tensors, name, tensor)
+        self._versions = [tensor._version for tensor in self._counted]
+
+    def _look_at(self, tensors: dict[str, Any], name: str, tensor: Tensor) -> None:
+        sample: Any = np.empty(0)
+        if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+            flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()[:0]
+            sample = flat.numpy()[:: max(1, tensor.numel() // _SAMPLE)]
+        if not tensor.is_inference():
+            self._counted.append(tensor)
+        self._seen.append((tensors, name, tensor, tensor.data_ptr(), sample, sample.tobytes()))
 
     def holds(self) -> bool:
-        """Whether nothing was written since."""
-        return [t._version for t in self._tensors] == self._versions
+        """Whether all tensors are the same, and hold the same as far as can be seen."""
+        for tensors, name, tensor, place, sample, seen in self._seen:
+            if (
+                tensors.get(name) is not tensor
+                or tensor.data_ptr() != place
+                or sample.tobytes() != seen
+            ):
+                return False
+        return [tensor._version for tensor in self._counted] == self._versions
 
+
+# Entries that are compared of a tensor at each call; biases and norms are compared whole.
+_SAMPLE = 1024
 
 _NOTHING_MADE = {"_on_demand": None, "_lent": None, "_lent_version": 0, "_compare_lent": False}
 
@@ -122,10 +151,7 @@ class InferenceLayer(nn.Module):
         """
         made = self._made.get(norm)
         if made is None or not made.holds():
-            tensors = [self.values, self.columns, self.starts, self.bias]
-            if norm is not None:
-                tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-            made = self._made[norm] = _Made(self._make(norm), tensors)
+            made = self._made[norm] = _Made(self._make(norm), self, norm)
         return made.product
 
     def _make(self, norm: Any) -> Product:
@@ -210,6 +236,27 @@ class InferenceLayer(nn.Module):
         applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._forget()
         return applied
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._lent is not None:
+            self.take_back()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and not self.is_dense and f"{prefix}values" not in state_dict:
+            with torch.inference_mode(False), torch.no_grad():
+                self._become_dense(_frozen(self._dense()))  # of the dense model: it is loaded next
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a weight makes the layer dense."""
+        if name == "weight" and param is not None:
+            self._become_dense(param)
+        else:
+            super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._lent is not None:

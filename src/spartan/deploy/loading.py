@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spartan.deploy.container import bits_of
 from spartan.deploy.packed import PackedTensors
@@ -54,6 +56,7 @@ def load(
         own = {name: tensors[name] for name in tensors if name not in tensors.aliases}
         return {name: own[tensors.aliases.get(name, name)] for name in tensors}
     state = model.state_dict()
+    _check_own(model, state)
     targets = _targets(tensors, state)
     _check_names(tensors, state, targets, strict)
     for name, target in targets.items():
@@ -120,6 +123,21 @@ def _place(tensor: Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
+def _check_own(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse models whose state is made for the occasion: writing into it would do nothing."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())
+           if not x.is_meta and not is_lazy(x)}  # fmt: skip
+    for name, tensor in state.items():
+        made = not isinstance(tensor, Tensor) or is_lazy(tensor)
+        if not made and tensor.numel() and not tensor.is_meta:
+            made = tensor.untyped_storage().data_ptr() not in own
+        if made:
+            raise DeployError(
+                f"{name!r} of the model's state is no tensor of the model (extra state, a hook, or "
+                "a lazy layer): use model.load_state_dict(spartan.load(path)) instead."
+            )
+
+
 def _check_fit(tensors: _Tensors, name: str, target: str, tensor: Tensor) -> None:
     writable = not tensor.is_meta and (0 not in tensor.stride() or tensor.numel() < 2)
     if not writable:
@@ -165,12 +183,25 @@ def _fits(given: Tensor, dtype: torch.dtype) -> bool:
     try:
         held = given.to(dtype)
         if not given.is_floating_point() and not given.is_complex():
-            return torch.equal(held.to(given.dtype), given)
-        return torch.equal(
-            held.to(torch.complex64).isfinite(), given.to(torch.complex64).isfinite()
-        )
-    except NotImplementedError:
-        return False  # torch converts no floats of four bits
+            limits = None if dtype.is_floating_point or dtype is torch.bool else torch.iinfo(dtype)
+            inside = limits is None or not given.numel() or given.dtype is torch.bool or (
+                limits.min <= int(given.min()) and int(given.max()) <= limits.max
+            )  # fmt: skip
+            return inside and torch.equal(held.to(given.dtype), given)
+        # In the widest numbers there are, so that the comparison itself overflows nothing.
+        a, b = held.to(torch.complex128), given.to(torch.complex128)
+    except (NotImplementedError, RuntimeError):
+        return False  # torch does not convert every dtype
+    real, wanted = torch.view_as_real(a), torch.view_as_real(b)
+    if not torch.equal(real.isnan(), wanted.isnan()) or not torch.equal(
+        real.isinf(), wanted.isinf()
+    ):
+        return False
+    finite = wanted.isfinite()
+    # Rounding to the shortest mantissas moves a number by less than half; what is smaller than a
+    # dtype resolves becomes 0. A lost sign or a limit moves it by more.
+    small = 2 * torch.finfo(dtype).tiny
+    return torch.allclose(real[finite], wanted[finite], rtol=0.5, atol=small)
 
 
 def _check_shared(

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from spartan.copies import copy_model
 from spartan.deploy.comparison import relative_error, run_on_example
 from spartan.deploy.inference_layers import InferenceLayer
 from spartan.deploy.removing import purge_channels
-from spartan.errors import DeployError, MissingExtraError
+from spartan.errors import DeployError, FileError, MissingExtraError
 from spartan.files import write_atomically
 
 # Relative error at which the file is refused. Ten times what our own kernels are allowed: other
@@ -80,6 +81,8 @@ def export_onnx(
         MissingExtraError: onnx or onnxruntime is not installed.
     """
     runtime = _packages()
+    if not path.absolute().parent.is_dir():
+        raise FileError(f"There is no folder {str(path.parent)!r} to write {path.name!r} into.")
     if any(isinstance(module, InferenceLayer) for module in model.modules()):
         raise DeployError(
             "An accelerated model has kernels that ONNX does not know: export the model that was "
@@ -94,20 +97,26 @@ def export_onnx(
             warnings.simplefilter("ignore")  # what is not purged is exported as it is
             purged = purge_channels(model, example_input)
             work, removed = purged.model, purged.removed
-    results: list[tuple[float, dict[str, list[int]]]] = []
+    results: list[tuple[float, dict[str, list[int]], bool]] = []
+    failures: list[DeployError] = []
+
+    # Dimensions besides the batch may be what the model, ONNX or its runtime cannot vary, and a
+    # purged model takes the arguments of the example alone.
+    attempts = [(one, every) for one in (work, model) for every in (True, False)]
 
     def write(temporary: Path) -> None:
-        try:
-            _export(work, example, temporary, every_dimension=True)
-            results.append(_check(runtime, temporary, example))
-        except DeployError:
-            # Dimensions besides the batch may be what the model, ONNX or its runtime cannot vary.
-            _export(work, example, temporary, every_dimension=False)
-            results.append(_check(runtime, temporary, example))
+        for one, every in attempts if work is not model else attempts[:2]:
+            try:
+                _export(one, example, temporary, every)
+                results.append((*_check(runtime, temporary, example), one is work))
+                return
+            except DeployError as error:
+                failures.append(error)
+        raise failures[-1]
 
     write_atomically(path, write)
-    error, free = results[0]
-    return Exported(path, path.stat().st_size, removed, error, free)
+    error, free, purged_one = results[0]
+    return Exported(path, path.stat().st_size, removed if purged_one else {}, error, free)
 
 
 class _Example:
@@ -116,6 +125,7 @@ class _Example:
     Attributes:
         args: Positional arguments.
         kwargs: Arguments by name.
+        given: Both, as they were given.
         free_sizes: Of dimensions after the first: those that the model also takes twice as large,
             in all inputs at a time, as images of other sizes or longer texts.
 
@@ -134,12 +144,15 @@ class _Example:
             self.args = tuple(example_input)
         else:
             self.args = (example_input,)
-        self.run(self.args, self.kwargs)
+        self.given = self.args, self.kwargs
+        self.run(*self.given)
         if any(x.dtype is torch.bfloat16 for x in (*self._tensors(), *model.parameters())):
             raise DeployError(
                 "ONNX Runtime computes nothing in bfloat16 on a CPU, so the file could not be "
                 "checked: export model.float() with an example in float32."
             )
+        if self.batch < 1:
+            raise DeployError("The example input is an empty batch: give one with samples.")
         if self.batch < 2:
             self.args, self.kwargs = self.with_sizes(lambda _, i: 2 if i == 0 else None)
         sizes = {n for x in self._tensors() for n in x.shape[1:] if n > 1}
@@ -237,10 +250,25 @@ def _export(model: nn.Module, example: _Example, path: Path, every_dimension: bo
             program = torch.export.export(
                 model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False
             )
+            _refuse_ranges(program)
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+        except DeployError:
+            raise
         except Exception as error:
             # The exporter runs the user's code on stand-ins: whatever it raises, it cannot.
             raise DeployError(f"torch cannot export this model: {_sentence(error)}") from error
+
+
+def _refuse_ranges(program: Any) -> None:
+    """Refuse sizes that are free in a part of what they could be: the model branches on them."""
+    for symbol, allowed in program.range_constraints.items():
+        low, high = int(allowed.lower), str(allowed.upper)  # "int_oo" is infinite
+        # torch.export takes sizes of 0 and 1 for constants; batches of 1 are tried out.
+        if low > 2 or (high.isdigit() and int(high) < 1 << 31):
+            raise DeployError(
+                f"The model takes another way where a size ({symbol}) is not from {low} to {high}, "
+                "and a file holds one way only."
+            )
 
 
 def _sentence(error: Exception) -> str:
@@ -304,19 +332,31 @@ def _check(runtime: Any, path: Path, example: _Example) -> tuple[float, dict[str
     free = {
         i.name: [k for k, size in enumerate(i.shape) if k and isinstance(size, str)] for i in inputs
     }
-    variants = [
-        (example.args, example.kwargs),
-        example.with_sizes(lambda _, i: example.batch + 1 if i == 0 else None),
+    variants = [example.given, (example.args, example.kwargs)]
+    variants += [
+        example.with_sizes(partial(_batch_of, size))
+        for size in (1, example.batch + 1, 4 * example.batch)
     ]
     if any(free.values()):
         variants.append(example.larger())
     return max(_error(session, inputs, example, *variant) for variant in variants), free
 
 
+def _batch_of(size: int, _: Tensor, dimension: int) -> int | None:
+    return None if dimension else size
+
+
 def _error(session: Any, inputs: Any, example: _Example, args: Any, kwargs: Any) -> float:
-    expected = example.run(args, kwargs)
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    feed = {i.name: x.cpu().numpy() for i, x in zip(inputs, tensors, strict=False)}
+    try:
+        expected = example.run(args, kwargs)
+    except DeployError:
+        return 0.0  # the model itself does not take it
+    # By name where they have one: a purged model has its arguments in the order of the signature.
+    tensors = iter([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+    named = {name: x for name, x in kwargs.items() if isinstance(x, Tensor)}
+    feed = {
+        i.name: (named[i.name] if i.name in named else next(tensors)).cpu().numpy() for i in inputs
+    }
     try:
         outputs = session.run(None, feed)
     except Exception as failure:

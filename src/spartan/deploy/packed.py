@@ -39,6 +39,9 @@ _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses larger o
 class PackedTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file, read and unpacked one by one.
 
+    Attributes:
+        arrays: Names of all arrays in the file.
+
     Args:
         path: A packed or an ordinary file.
         max_bytes: What all packed tensors may take together; by default 1,000 times the file, or
@@ -57,6 +60,7 @@ class PackedTensors(Mapping[str, Tensor]):
             # Kept open: what is checked is what is read, should the file be replaced meanwhile.
             self._file: Any = safe_open(self.path, "pt").__enter__()  # type: ignore[no-untyped-call]
             self._keys = set(self._file.keys())
+            self.arrays = frozenset(self._keys)
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
             own = json.loads(self.metadata.pop(KEY, "null"))
         except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from spartan.copies import copy_model
@@ -73,6 +74,13 @@ def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     """Do the work of `purge`, and say what was removed; outputs are not compared."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DeployError(
+            "A scripted or traced model has no layers that can be made smaller: purge the model "
+            "that it was made from."
+        )
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise DeployError("The model has lazy layers without weights yet: run it once first.")
     work = dense_copy(model).eval()
     removed = _purge_feed_forwards(work)
     try:

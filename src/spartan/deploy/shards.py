@@ -34,7 +34,8 @@ class ShardedTensors(Mapping[str, Tensor]):
         self.metadata: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in sorted(set(_read_index(path).values())):
+        places = _read_index(path)
+        for name in sorted(set(places.values())):
             shard = PackedTensors(path.parent / name, max_bytes)
             twice = self.shapes.keys() & shard.shapes.keys()
             if twice:
@@ -43,6 +44,11 @@ class ShardedTensors(Mapping[str, Tensor]):
             self.metadata |= shard.metadata
             self.aliases |= shard.aliases
             self.shapes |= shard.shapes
+            lost = {array for array, place in places.items() if place == name} - shard.arrays
+            if lost:
+                raise FileError(
+                    f"{str(path)!r} says that {name!r} holds {min(lost)!r}: it does not."
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
