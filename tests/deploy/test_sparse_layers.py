@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +145,31 @@ def test_ties_can_be_made_and_wrong_weights_are_refused() -> None:
         sparse.weight = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(DeployError, match="Parameter"):
         sparse.weight = torch.ones(20, 8)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "bias": lambda model: model[0].bias.add_(1.0),
+    "bias.data": lambda model: model[0].bias.data.add_(1.0),
+    "bias.data assigned": lambda model: setattr(model[0].bias, "data", torch.ones(8)),
+    "bias by NumPy": lambda model: model[0].bias.numpy().__iadd__(1.0),
+    "bias exchanged": lambda model: model[0]._parameters.update(bias=nn.Parameter(torch.ones(8))),
+    "mean.data": lambda model: model[1].running_mean.data.mul_(2.0),
+    "norm exchanged": lambda model: setattr(model[1], "weight", nn.Parameter(torch.ones(8))),
+    "all": lambda model: [p.data.mul_(1.5) for p in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_changes_of_biases_and_norms_count_however_they_are_made(how: str) -> None:
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), 0.5)
+    x = torch.randn(2, 3, 6, 6)
+    fast = accelerate(model, x)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        fast(x)
+        for one in (model, fast):
+            CHANGES[how](one)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_biases_and_norms_that_change_count() -> None:
@@ -337,10 +365,12 @@ class Switches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.config, self.factors = SimpleNamespace(factor=1.0), [1.0]
         self.twice, self.head, self.drop = False, nn.Linear(16, 4), nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.head(self.drop(self.body(x)))
+        y = y * self.config.factor * math.prod(self.factors)
         return 2 * y if self.twice else y
 
 
@@ -353,6 +383,12 @@ def test_the_graph_runs_only_while_the_model_is_as_it_was_traced() -> None:
     torch.testing.assert_close(fast(x), 2 * model(x))
     fast.twice = False
     torch.testing.assert_close(fast(x), model(x))
+    fast.config.factor = 3.0
+    torch.testing.assert_close(fast(x), 3 * model(x))
+    fast.config.factor = 1.0
+    fast.factors.append(2.0)
+    torch.testing.assert_close(fast(x), 2 * model(x))
+    fast.factors.pop()
     fast.extra = 1
     torch.testing.assert_close(fast(x), model(x))
     seen: list[Any] = []
@@ -372,7 +408,9 @@ def test_the_graph_runs_only_while_the_model_is_as_it_was_traced() -> None:
         assert not torch.equal(fast(x), fast(x))  # dropout
 
 
-def test_copies_and_pickles_have_a_fast_path_of_their_own() -> None:
+def test_copies_and_pickles_have_a_fast_path_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.fx is not used while other threads may run modules: those of the test runner do not.
+    monkeypatch.setattr("threading.enumerate", lambda: [threading.current_thread()])
     model, x = prune(Switches(), 0.3), torch.randn(4, 16)
     fast = accelerate(model, x)
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(accelerate(Body(), x)))):
@@ -436,6 +474,39 @@ def test_traces_and_operators_keep_the_sparse_layers(tmp_path: Path) -> None:
             torch.library.opcheck(torch.ops.spartan.sparse_conv2d.default, (y, *parts, *sizes))
         else:
             torch.library.opcheck(torch.ops.spartan.sparse_linear.default, (y, *parts))
+
+
+def test_a_written_weight_is_in_states_and_programs(recwarn: Any) -> None:
+    model = prune(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), 0.3)
+    x = torch.randn(3, 8)
+    for use in ("state", "operators", "load"):
+        fast = accelerate(model, x)
+        with torch.no_grad():
+            fast(x)
+            if use == "load":
+                other = prune(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), 1.0)
+                fast.load_state_dict(other.state_dict())
+                assert torch.equal(fast(x), other(x))
+                continue
+            fast[0].weight.mul_(2)
+            wanted = F.relu(F.linear(x, 2 * model[0].weight, model[0].bias))
+            if use == "state":
+                assert torch.equal(fast.state_dict()["0.weight"], 2 * model[0].weight)
+            else:
+                with pytest.raises(DeployError, match="run it once"):
+                    torch.export.export(fast, (x,))
+            torch.testing.assert_close(fast(x), wanted)
+
+
+def test_operators_tell_tensors_apart() -> None:
+    layer = InferenceLinear(pruned_linear())
+    x, operator = torch.randn(3, 24), torch.ops.spartan.sparse_linear
+    parts = (layer.values, layer.columns, layer.starts)
+    plain = operator(x, *parts, None, 16)
+    for bias in (torch.ones(16), torch.full((16,), 2.0)):
+        torch.testing.assert_close(operator(x, *parts, bias, 16), plain + bias)
+        bias.data.add_(1.0)
+        torch.testing.assert_close(operator(x, *parts, bias, 16), plain + bias)
 
 
 def test_weights_on_demand_are_dense_to_c_code() -> None:

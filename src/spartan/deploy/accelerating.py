@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from spartan.copies import copy_model
 from spartan.deploy.choosing import choose
 from spartan.deploy.comparison import TOLERANCE, dense_copy, relative_error, run_on_example
-from spartan.deploy.fast_path import add_fast_path
+from spartan.deploy.fast_path import FastPath, add_fast_path
 from spartan.deploy.inference_layers import InferenceLayer
 from spartan.deploy.plan import Plan
 from spartan.deploy.running_state import changed_since, state_of
@@ -238,6 +238,9 @@ def _times(
     copies = [
         copy_model(m, DeployError, shared=m.parameters()) for m in (dense, work) if m is not None
     ]
+    for one in copies:
+        if isinstance(one.forward, FastPath):
+            one.forward.build_for(example_input)
     calls = [partial(run_on, model, example_input) for model in copies]
     with torch.no_grad():  # not inference mode: some models differentiate in their forward
         times = time_side_by_side(calls, seconds)

@@ -13,7 +13,7 @@ import inspect
 import operator
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from spartan.deploy.comparison import TOLERANCE, relative_error
 from spartan.deploy.fusing import FusedLayer, fuse
 from spartan.deploy.graph import trace
-from spartan.deploy.running_state import MODULE_ATTRIBUTES
+from spartan.deploy.running_state import MODULE_ATTRIBUTES, is_plain
 from spartan.errors import DeployError
 
 
@@ -37,12 +37,9 @@ def add_fast_path(model: nn.Module, example_input: Any) -> None:
         raise DeployError("its forward was replaced")
     path = FastPath(model)
     path.take_arguments_of(example_input)
-    given = path.given_in(*_call_of(example_input))
-    if given is None:
-        raise DeployError("the arguments of its forward have no names")
     model.forward = path  # before the guard looks at the model
     try:
-        path.build(given)
+        path.build_for(example_input)
     except DeployError:
         del model.forward
         raise
@@ -51,7 +48,8 @@ def add_fast_path(model: nn.Module, example_input: Any) -> None:
 class FastPath:
     """The forward of a model that has a graph; see the module's description.
 
-    A copy or pickle has no graph: it is traced again, and compared, at its first call.
+    A copy or pickle has no graph: it is traced again, and compared, when it is first called while
+    no other thread runs.
 
     Args:
         model: In evaluation mode.
@@ -120,6 +118,17 @@ class FastPath:
             return None  # the model may know what to do about it
         return given if len(given) == len(self._kinds) else None
 
+    def build_for(self, example_input: Any) -> None:
+        """Trace and fuse, for the arguments of an example.
+
+        Raises:
+            DeployError: As `build` does, or the arguments have no names.
+        """
+        given = self.given_in(*_call_of(example_input))
+        if given is None:
+            raise DeployError("the arguments of its forward have no names")
+        self.build(given)
+
     def build(self, given: dict[str, Any]) -> None:
         """Trace and fuse.
 
@@ -141,6 +150,8 @@ class FastPath:
         self._graph = graph
 
     def _try_to_build(self, given: dict[str, Any]) -> None:
+        if any(map(_may_run_modules, threading.enumerate())):
+            return  # torch.fx patches the calls of all modules while it traces
         with self._lock:
             if self._graph is None and not self._refused:
                 try:
@@ -184,7 +195,7 @@ class _Guard:
                 if key not in MODULE_ATTRIBUTES and key not in ("plan", "forward")
             }
             contents = [value for value in attributes.values() if isinstance(value, dict)]
-            contents += [vars(value) for value in attributes.values() if _is_plain(value)]
+            contents += [vars(value) for value in attributes.values() if is_plain(value)]
             self._lists += [value for value in attributes.values() if isinstance(value, list)]
             parts: list[Any] = [module._modules, module._parameters, module._buffers, *contents]
             self._parts += [own, *parts]
@@ -215,12 +226,6 @@ class _Guard:
         )
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is an object of attributes, as configurations are."""
-    apart = (type, nn.Module, Tensor, FunctionType, MethodType, ModuleType, FastPath)
-    return hasattr(value, "__dict__") and not isinstance(value, apart)
-
-
 def _apart_from(called: Container[str], model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that are neither called nor inside of one that is."""
     for name, module in model.named_modules():
@@ -246,6 +251,10 @@ def _kind(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_kind, value))
     return type(value)
+
+
+def _may_run_modules(thread: threading.Thread) -> bool:
+    return thread is not threading.current_thread() and thread.name != "tqdm_monitor"
 
 
 def _wants_gradient(value: Any) -> bool:

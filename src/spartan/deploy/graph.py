@@ -12,8 +12,9 @@ import dis
 import inspect
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FrameType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from spartan.deploy.running_state import changed_since, state_of
 from spartan.errors import DeployError
 from spartan.example_inputs import run_on
 
+_CONSTANTS = (int, float, complex, str, bytes, torch.dtype, torch.device, types.UnionType)
 _PLAIN = (bool, int, float, str)
 _NOT_THE_MODEL = {"torch", *sys.stdlib_module_names} - {"__main__"}
 # By what a function asks for what a trace answers otherwise: types, modes, the environment.
@@ -109,25 +111,32 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
         traced = fx.GraphModule(model, graph, type(model).__name__)
         if example_input is not None:
             _Shapes(traced).note(example_input)
-        for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
-            delattr(model, name)  # the tracer put it there; the graph has its own
     except Exception as error:
         # Tracing runs the user's code on stand-ins: whatever it raises, it cannot be traced.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeployError(f"torch.fx cannot trace it: {reason}") from error
+    finally:
+        constants = [name for name in vars(model) if name.startswith("_tensor_constant")]
+        for name in constants:
+            delattr(model, name)  # the tracer put it there
+    if constants:
+        raise DeployError("it makes a tensor in its forward pass, which a trace would make once")
     changed = changed_since(before, model)
     if changed:
         raise DeployError(f"it changes {changed!r} when it runs")
     if asked:
         raise DeployError(
-            f"{min(asked)} asks for a type, a mode or the environment, which a trace answers for "
-            "good and for stand-ins"
+            f"{min(asked)} asks for a type, a mode, the environment or a global variable, which a "
+            "trace answers once and for all, and for stand-ins"
         )
     return traced
 
 
 class _Watching:
-    """Notes which functions outside of torch ask what a trace cannot answer, while they run."""
+    """Notes which functions outside of torch ask what a trace cannot answer, while they run.
+
+    Global variables are among that, but for modules, functions and classes.
+    """
 
     def __init__(self, asked: set[str]) -> None:
         self._asked = asked
@@ -151,8 +160,18 @@ class _Watching:
             self._asked.add(f"functools.{code.co_qualname}")
         if module.partition(".")[0] in _NOT_THE_MODEL or module == __name__:
             return
-        if _QUESTIONS & set(code.co_names) or _MATCH_CLASS in code.co_code[::2]:
+        if code.co_name in ("__getattribute__", "__getattr__"):
+            return  # the tracer looks through all attributes of the model
+        read = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+        variable = any(_is_variable(frame.f_globals.get(name)) for name in read)
+        if _QUESTIONS & set(code.co_names) or variable or _MATCH_CLASS in code.co_code[::2]:
             self._asked.add(f"{module}.{code.co_qualname}")
+
+
+def _is_variable(value: Any) -> bool:
+    """Whether a global is one that programs change: not code, and no number or text."""
+    code = (ModuleType, FunctionType, BuiltinFunctionType, type, types.GenericAlias)
+    return value is not None and not callable(value) and not isinstance(value, (*code, *_CONSTANTS))
 
 
 def _refuse_replaced_forwards(model: nn.Module) -> None:

@@ -7,11 +7,13 @@ or assigns another, gets a dense layer from then on.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spartan.deploy.weight_on_demand import WeightOnDemand
@@ -34,38 +36,45 @@ class _Made:
 
     def __init__(self, product: Product, layer: nn.Module, norm: nn.Module | None) -> None:
         self.product = product
-        self._seen: list[tuple[dict[str, Any], str, Tensor, int, Any, bytes]] = []
-        self._counted: list[Tensor] = []
-        for module in (layer, norm):
-            for tensors in () if module is None else (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        self._look_at(tensors, name, tensor)
+        parts = [
+            part
+            for module in (layer, norm)
+            if module is not None
+            for part in (module._parameters, module._buffers)
+        ]
+        found = [(part, name, x) for part in parts for name, x in part.items() if x is not None]
+        self._parts: list[Any] = [part for part, _, _ in found]
+        self._names = [name for _, name, _ in found]
+        self._tensors: list[Tensor] = [tensor for _, _, tensor in found]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
-
-    def _look_at(self, tensors: dict[str, Any], name: str, tensor: Tensor) -> None:
-        sample: Any = np.empty(0)
-        if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-            flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach()[:0]
-            sample = flat.numpy()[:: max(1, tensor.numel() // _SAMPLE)]
-        if not tensor.is_inference():
-            self._counted.append(tensor)
-        self._seen.append((tensors, name, tensor, tensor.data_ptr(), sample, sample.tobytes()))
+        self._samples = [_sample(x) for x in self._tensors if x.is_floating_point()]
+        self._bytes = [sample.tobytes() for sample in self._samples]
 
     def holds(self) -> bool:
         """Whether all tensors are the same, and hold the same as far as can be seen."""
-        for tensors, name, tensor, place, sample, seen in self._seen:
-            if (
-                tensors.get(name) is not tensor
-                or tensor.data_ptr() != place
-                or sample.tobytes() != seen
-            ):
-                return False
-        return [tensor._version for tensor in self._counted] == self._versions
+        now = map(dict.get, self._parts, self._names)
+        return (
+            all(map(operator.is_, now, self._tensors))
+            and [tensor._version for tensor in self._counted] == self._versions
+            and [tensor.data_ptr() for tensor in self._tensors] == self._places
+            and [sample.tobytes() for sample in self._samples] == self._bytes
+        )
 
 
-# Entries that are compared of a tensor at each call; biases and norms are compared whole.
-_SAMPLE = 1024
+def _sample(tensor: Tensor) -> NDArray[np.generic]:
+    """Return entries of a tensor on its own memory; none if NumPy has no such tensors."""
+    plain = tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous()
+    if not plain or tensor.device.type != "cpu":
+        return np.empty(0)
+    step = 1 if tensor.numel() <= _WHOLE else tensor.numel() // _SAMPLE
+    entries: NDArray[np.generic] = tensor.detach().view(-1).numpy()[::step]
+    return entries
+
+
+# Entries of a tensor that are compared at each call: all of biases and norms, a sample of weights.
+_WHOLE, _SAMPLE = 4096, 32
 
 _NOTHING_MADE = {"_on_demand": None, "_lent": None, "_lent_version": 0, "_compare_lent": False}
 
@@ -283,6 +292,18 @@ class InferenceLayer(nn.Module):
             self.groups, self.padding_mode = 1, "zeros"
             self.transposed, self.output_padding = False, (0, 0)
         self._forget()
+
+    def refuse_unrecorded(self) -> None:
+        """Raise `DeployError` if a program would be recorded without what was written.
+
+        While it records, torch compares no values and exchanges no parameters.
+        """
+        lent = self._lent
+        if lent is not None and (self._compare_lent or lent._version != self._lent_version):
+            raise DeployError(
+                "The weight of a sparse layer was read, and perhaps written, since the model last "
+                "ran: run it once before you trace, export or compile it."
+            )
 
     def refuse_training(self, *tensors: Tensor | None) -> None:
         """Raise `DeployError` if one of these tensors wants a gradient."""

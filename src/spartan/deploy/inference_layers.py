@@ -51,11 +51,12 @@ class InferenceLinear(InferenceLayer, nn.Linear):  # type: ignore[misc, override
             feature_major: Whether the result is stored outputs first.
         """
         x, activation = input, self.activation if activation == "none" else activation
-        if self._lent is not None:
-            self.take_back()
         if _in_a_program():
+            self.refuse_unrecorded()
             self.refuse_training(x)
             return self._in_program(x)
+        if self._lent is not None:
+            self.take_back()
         if self.is_dense:
             return _finish(self._dense_linear(x), norm, addend, activation)
         self.refuse_training(x, addend)
@@ -158,11 +159,12 @@ class InferenceConv2d(InferenceLayer, nn.Conv2d):  # type: ignore[misc, override
             norm: A batch norm in evaluation, before the addend.
         """
         x, activation = input, self.activation if activation == "none" else activation
-        if self._lent is not None:
-            self.take_back()
         if _in_a_program():
+            self.refuse_unrecorded()
             self.refuse_training(x)
             return self._in_program(x)
+        if self._lent is not None:
+            self.take_back()
         if self.is_dense:
             y = self._conv_forward(x, self.weight, self.bias)
             return _finish(y, norm, addend, activation)

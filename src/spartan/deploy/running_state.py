@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Return all attributes, parameters and buffers by name, as they are now.
 
-    Tensors are held with a count of their writes; lists, dicts and sets with their items.
+    Tensors are held with a count of their writes; lists, dicts, sets and plain objects with what is
+    in them.
     """
     return dict(_facts(model))
 
@@ -54,7 +56,13 @@ def _fact(value: Any) -> Any:
         return value, tuple(value.keys()), tuple(value.values())
     if isinstance(value, list | set):
         return value, tuple(value)
-    return value
+    return (value, tuple(vars(value).items())) if is_plain(value) else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is an object of attributes, as configurations are."""
+    apart = (type, nn.Module, Tensor, FunctionType, MethodType, ModuleType)
+    return hasattr(value, "__dict__") and not isinstance(value, apart)
 
 
 def _same(a: Any, b: Any) -> bool:
