@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from spartan.errors import MissingExtraError, SpartanError
+from spartan.errors import MissingExtraError, SpartanError, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
     except SpartanError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         signum = getattr(error, "signum", None)
         sys.exit(2 if signum is None else 128 + signum)
     except KeyboardInterrupt:
@@ -46,7 +46,7 @@ def _run(words: list[str]) -> int:
 
 
 def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)  # noqa: T201
+    print(printable(f"warning: {message}"), file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

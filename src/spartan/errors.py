@@ -11,6 +11,15 @@ import warnings
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    r"""Return text without control characters, which a terminal would obey: as `\x1b` instead."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or (not c.isascii() and ord(c) >= 0xA0)
+        else repr(c)[1:-1]
+        for c in text
+    )  # fmt: skip
+
+
 class SpartanError(Exception):
     """Base of every error this library raises on purpose."""
 

@@ -198,6 +198,34 @@ def test_inspect(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "list.0" in out
 
 
+NAMES = ["[/red]", "model[final]", "[bold]x", ":smile:", "$a_b$", "_hidden", "a\x1b[31mb", "\x9b2J"]
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "[red] model[final].safetensors"
+    save({name: torch.ones(2) for name in NAMES}, file)
+    assert call("inspect", file) == 0
+    assert call("pack", file, tmp_path / "[x].safetensors", "--no-zstd") == 0
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\x9b"} & set(out)
+    for name in NAMES:
+        shown = name.replace("\x1b", "\\x1b").replace("\x9b", "\\x9b")
+        assert out.count(shown) >= 2
+    assert call("inspect", tmp_path / "\x1b[31m[gone]") == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert "[gone]" in err
+
+
+def test_a_run_folder_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs [b] $x_y$"
+    data = ("--data", "digits", "--model", "mlp", "--epochs", 1, "--density", 0.5)
+    assert call("train", *data, "--out", run) == 0
+    assert call("report", run) == 0
+    assert call("bench", run, "--seconds", 0.001, "--out", run / "bench [x]") == 0
+    assert "[b]" in "".join(capsys.readouterr().out.split())
+
+
 def test_inspect_counts_tied_tensors_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

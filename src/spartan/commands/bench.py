@@ -14,11 +14,11 @@ import matplotlib as mpl
 import torch
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import nn
 
 from spartan.commands.inputs import Inputs
 from spartan.commands.opening import open_model
+from spartan.commands.terminal.console import Terminal
 from spartan.deploy.accelerating import accelerate, plan_of
 from spartan.deploy.plan import LayerPlan, Plan
 from spartan.errors import ConfigError, DeployError, FileError
@@ -61,7 +61,7 @@ class Bench:
         sizes = self.batch or (inputs.shape or shape)[:1]
         examples = {size: inputs.make(opened, shape, size) for size in sizes}
         plans = bench(opened, examples, self.threads, self.seconds)
-        console = Console()
+        console = Terminal()
         for size, plan in plans.items():
             console.print(f"batch {size}\n{plan}", highlight=False, soft_wrap=True, markup=False)
         for file in write_bench(plans, self.out):
@@ -136,7 +136,7 @@ def _draw(plans: dict[int, Plan]) -> Figure:
             ratio = layer.dense.median / layer.sparse.median
             end = 1e3 * max(layer.dense.high, layer.sparse.high)
             axes.annotate(f" {ratio:.1f}x", (end, place), va="center", fontsize=7)
-        axes.set_yticks(list(places), names, fontsize=7)
+        axes.set_yticks(list(places), names, fontsize=7, parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds: median and quartiles")
         threads = f"{plan.threads} thread{'s' * (plan.threads != 1)}"

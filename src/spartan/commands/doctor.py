@@ -10,10 +10,9 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from spartan.commands.terminal.console import Terminal
 from spartan.deploy.timing import BUSY, busy_cores
 from spartan.kernels import backend
 
@@ -35,8 +34,8 @@ class Doctor:
         """Run the command."""
         table = Table("", "found", "advice", show_header=True)
         for finding in examine():
-            table.add_row(*map(escape, (finding.subject, finding.found, finding.advice)))
-        Console().print(table)
+            table.add_row(finding.subject, finding.found, finding.advice)
+        Terminal().print(table)
         return 0
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import tyro
-from rich.console import Console
 
 from spartan.commands.accuracy import loss_and_accuracy, pick_device
 from spartan.commands.images import load_data
 from spartan.commands.opening import open_model
 from spartan.commands.runs.facts import read_facts
 from spartan.commands.runs.folder import Run
+from spartan.commands.terminal.console import Terminal
 from spartan.deploy import accelerate
 from spartan.errors import ConfigError
 
@@ -57,7 +57,7 @@ class Evaluate:
             model.to(device), data.test, tested, device, config.workers
         )
         source = self.folder if self.weights is None else self.weights
-        Console().print(
+        Terminal().print(
             f"{source}: step {facts.step} of {facts.total_steps}, accuracy {accuracy:.2%}, "
             f"loss {loss:.4f}, density {kept / facts.numel:.4%} ({kept:,} of {facts.numel:,} "
             "prunable weights)",

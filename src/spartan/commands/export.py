@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from spartan.commands.inputs import Inputs
 from spartan.commands.opening import open_model
+from spartan.commands.terminal.console import Terminal
 from spartan.deploy.onnx import export_onnx
 
 
@@ -40,5 +40,5 @@ class Export:
         opened, shape = open_model(self.model, self.weights, inputs.shape, self.classes, self.trust)
         example = inputs.make(opened, shape)
         exported = export_onnx(opened, example, self.onnx, purge=self.purge)
-        Console().print(str(exported), highlight=False, soft_wrap=True)
+        Terminal().print(str(exported), highlight=False, soft_wrap=True)
         return 0

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.tables import make_table, shape_of
 from spartan.deploy.shards import open_tensors
 from spartan.errors import FileError
@@ -33,7 +34,7 @@ class Inspect:
 
     def run(self) -> int:
         """Run the command."""
-        print_inspection(Console(), inspect_file(self.file))
+        print_inspection(Terminal(), inspect_file(self.file))
         return 0
 
 

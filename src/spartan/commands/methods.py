@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.text import Text
 
 from spartan import methods as registry
 from spartan import post_training
 from spartan.adapters import ADAPTERS
+from spartan.commands.terminal.console import Terminal
 from spartan.registry import Registered
 
 
@@ -18,7 +20,7 @@ class Methods:
 
     def run(self) -> int:
         """Run the command."""
-        print_methods(Console())
+        print_methods(Terminal())
         return 0
 
 
@@ -38,7 +40,7 @@ def print_methods(console: Console) -> None:
 def _print_method(console: Console, method: type[Registered], verb: str) -> None:
     source = f"; {method.paper}" if method.paper else ""
     console.print(
-        f"[bold]{method.name:17}[/] {method.summary}\n{'':17} {verb} {method.step_cost}{source}",
-        highlight=False,
+        Text(f"{method.name:17}", style="bold"),
+        f"{method.summary}\n{'':17} {verb} {method.step_cost}{source}",
         soft_wrap=True,
     )

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from spartan.commands.runs.folder import Run
+from spartan.commands.terminal.console import Terminal
 from spartan.deploy.packing import Stored, save
 from spartan.deploy.shards import open_tensors
 from spartan.deploy.sizes import measure_sizes
@@ -39,7 +38,7 @@ class Pack:
         narrow = None if self.values == "same" else self.values
         stored = save(tensors, self.out, values=narrow, metadata=tensors.metadata)
         sizes = measure_sizes(stored, self.out.stat().st_size, tensors if self.zstd else None)
-        console = Console()
+        console = Terminal()
         console.print(_stored_table(self.out, stored))
         console.print(str(sizes), highlight=False, soft_wrap=True, markup=False)
         return 0
@@ -62,7 +61,7 @@ class Unpack:
         save(tensors, self.out, compress=False, metadata=tensors.metadata)
         before, after = self.source.stat().st_size, self.out.stat().st_size
         line = f"{self.out}: {after:,} bytes; packed {before:,}"
-        Console().print(line, highlight=False, soft_wrap=True)
+        Terminal().print(line, highlight=False, soft_wrap=True)
         return 0
 
 
@@ -72,7 +71,7 @@ def _stored_table(out: Path, stored: list[Stored]) -> Table:
         column.justify = "right"
     for s in stored:
         ratio = f"{s.bytes / s.dense_bytes:.4f}" if s.dense_bytes else "-"
-        table.add_row(escape(s.name), s.layout, f"{s.dense_bytes:,}", f"{s.bytes:,}", ratio)
+        table.add_row(s.name, s.layout, f"{s.dense_bytes:,}", f"{s.bytes:,}", ratio)
     return table
 
 

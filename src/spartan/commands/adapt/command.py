@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from spartan.commands.adapt.job import Adapted, open_adapt_job, train_adapter
 from spartan.commands.adapt.page import write_adapting_page
 from spartan.commands.adapt.printing import print_adapted
 from spartan.commands.options.adapt import AdaptConfig
 from spartan.commands.options.files import to_json
+from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
 from spartan.errors import ConfigError, FileError
 from spartan.files import write_text
@@ -31,7 +31,7 @@ class Adapt:
     def run(self) -> int:
         """Run the command."""
         options = self.options
-        console = Console()
+        console = Terminal()
         folder = Path(options.out)
         if (folder / "config.json").exists():
             raise ConfigError(f"{options.out!r} already holds a run: give another --out.")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from spartan.commands.compress.job import open_job, run_job
 from spartan.commands.options.compress import CompressConfig
 from spartan.commands.report.page import write_page
 from spartan.commands.runs.folder import Run
+from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
 from spartan.commands.terminal.tables import print_layers
 from spartan.weights.coverage import coverage_of
@@ -32,7 +32,7 @@ class Compress:
     def run(self) -> int:
         """Run the command."""
         options = self.options
-        console = Console()
+        console = Terminal()
         Run(Path(options.out)).refuse_existing()
         job = open_job(options, self.trust)
         prunable = find_prunable(job.model, options.include or None, options.exclude or None)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from spartan.commands.report.page import write_page
 from spartan.commands.runs.folder import Run
+from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.tables import print_layers
 from spartan.errors import ConfigError
 
@@ -28,7 +28,7 @@ class Report:
         if not self.runs:
             raise ConfigError("Give at least one run folder.")
         runs = [Run.open(folder) for folder in self.runs]
-        console = Console()
+        console = Terminal()
         for run in runs:
             print_layers(console, run)
         path = self.out or (runs[0].report_path if len(runs) == 1 else Path("report.html"))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from spartan.commands.images import load_data
 from spartan.commands.models import require_trusted
@@ -16,6 +15,7 @@ from spartan.commands.options.files import read_options, refuse_changes
 from spartan.commands.options.train import TrainConfig
 from spartan.commands.report.page import write_page
 from spartan.commands.runs.folder import Run
+from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Display
 from spartan.commands.terminal.tables import print_layers
 from spartan.commands.train.plan import print_plan
@@ -72,13 +72,13 @@ class Train:
             taught = Run.open(Path(options.teacher)).config().model
             require_trusted(taught, options.teacher, self.trust)
         if self.dry_run:
-            print_plan(Console(), Trainer(options, load_data(options.data, options.image_size)))
+            print_plan(Terminal(), Trainer(options, load_data(options.data, options.image_size)))
             return 0
         return _train(options, self.resume is not None)
 
 
 def _train(config: TrainConfig, resume: bool) -> int:
-    console = Console()
+    console = Terminal()
     if not resume:
         Run(Path(config.out)).refuse_existing()
     trainer = Trainer(config, load_data(config.data, config.image_size))

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 
 from spartan.commands.options.files import refuse_changes
 from spartan.commands.options.world import WorldConfig
+from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
 from spartan.commands.world.job import WorldJob, WorldRun
 from spartan.commands.world.page import animate, write_world_page
@@ -69,7 +69,7 @@ class EvaluateWorld:
         """Run the command."""
         world, config = WorldRun.open(self.folder)
         job = WorldJob(dataclasses.replace(config, device="cpu"))
-        print_world(Console(), score_world(job, world, self.seed))
+        print_world(Terminal(), score_world(job, world, self.seed))
         return 0
 
 
@@ -124,7 +124,7 @@ WORLD_COMMANDS: dict[str, Any] = {
 
 
 def _train(config: WorldConfig, resume: bool) -> int:
-    console = Console()
+    console = Terminal()
     job = WorldJob(config)
     world = WorldRun.open(Path(config.out))[0] if resume else WorldRun.create(config)
 
@@ -160,7 +160,7 @@ def _adapt(folder: Path, named: str | None, count: int, length: int, seed: int) 
     tested = environment.collect(500, HORIZON, [number], generator)
     found = adapt(model, given, seed=seed)
     entries = model.codebook.detach()
-    console = Console()
+    console = Terminal()
     name = environment.interventions[number]
     console.print(f"{name}, {len(given)} transitions; error of one step, of {HORIZON} steps")
     best = min(range(len(entries)), key=lambda i: normalised_error(model, given, entries[i]))
@@ -213,7 +213,7 @@ def _show(
             f"`spartan world adapt {folder}`, which draws it, too."
         )
     save_animation(path, animate(environment, number, steps, seed, model))
-    Console().print(f"animation {path}", highlight=False, soft_wrap=True)
+    Terminal().print(f"animation {path}", highlight=False, soft_wrap=True)
     return 0
 
 
