@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +49,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` was writing in a folder when a process was killed.
+
+    Only who holds the folder alone may do so.
+    """
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

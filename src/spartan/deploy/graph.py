@@ -209,8 +209,8 @@ def refuse_argument(value: Any, message: str, default: Any = None) -> Any:
     if value is not default and value != default:
         name = message.split()[0]
         raise DeployError(
-            f"The argument {name!r} was left out of the example input, so that the model was traced "
-            "without it: give an example that has it."
+            f"The argument {name!r} was left out of the example input, so that the model was "
+            "traced without it: give an example that has it."
         )
     return None
 

@@ -10,8 +10,9 @@ from spartan.always_sparse.conversion import dense_state
 from spartan.commands.options.compress import CompressConfig
 from spartan.commands.options.files import Options, command_of, read_options, to_json
 from spartan.commands.options.train import TrainConfig
+from spartan.commands.runs.lock import hold
 from spartan.errors import ConfigError, FileError
-from spartan.files import load_state, load_tensors, write_text
+from spartan.files import load_state, load_tensors, remove_leftovers, write_text
 
 
 class Run:
@@ -36,15 +37,14 @@ class Run:
         """Start a new run folder.
 
         Raises:
-            ConfigError: The folder already holds a run.
+            ConfigError: The folder already holds a run, or another process works in it.
             FileError: The folder cannot be made.
         """
         run = cls(Path(config.out))
         run.refuse_existing()
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"Cannot make the folder {config.out!r}: {error.strerror}.") from error
+        hold(run.folder)
+        run.refuse_existing()  # by whoever held it a moment ago
+        remove_leftovers(run.folder)
         write_text(run.config_path, to_json(config))
         return run
 
@@ -74,6 +74,19 @@ class Run:
                 f"{str(folder)!r} was written by `spartan {command}` and holds no run. Its "
                 f"report is {run.report_path}."
             )
+        return run
+
+    @classmethod
+    def open_to_continue(cls, folder: Path) -> Run:
+        """Open the folder of a run to go on with it, alone.
+
+        Raises:
+            FileError: There is no run.
+            ConfigError: Another command wrote the folder, or another process works in it.
+        """
+        run = cls.open(folder)
+        hold(folder)
+        remove_leftovers(folder)
         return run
 
     @property

@@ -83,7 +83,7 @@ def _train(config: TrainConfig, resume: bool) -> int:
         Run(Path(config.out)).refuse_existing()
     trainer = Trainer(config, load_data(config.data, config.image_size))
     if resume:
-        run = Run.open(Path(config.out))
+        run = Run.open_to_continue(Path(config.out))
         if run.checkpoint_path.exists():
             trainer.load(run)
         console.print(f"resuming {config.out} at step {trainer.step} of {trainer.total_steps}")

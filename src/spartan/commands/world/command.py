@@ -13,6 +13,7 @@ import tyro
 
 from spartan.commands.options.files import refuse_changes
 from spartan.commands.options.world import WorldConfig
+from spartan.commands.runs.lock import hold
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
 from spartan.commands.world.job import WorldJob, WorldRun
@@ -126,6 +127,8 @@ WORLD_COMMANDS: dict[str, Any] = {
 def _train(config: WorldConfig, resume: bool) -> int:
     console = Terminal()
     job = WorldJob(config)
+    if resume:
+        hold(Path(config.out))
     world = WorldRun.open(Path(config.out))[0] if resume else WorldRun.create(config)
 
     def say(line: str) -> None:
