@@ -87,7 +87,7 @@ def load_state(path: Path) -> Any:
     tensors, skeleton = load_tensors(path)
     try:
         return _attach(skeleton, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FileError(f"{str(path)!r} is not a checkpoint of this program.") from error
 
 
@@ -131,7 +131,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             text = (file.metadata() or {}).get(_KEY)
         return tensors, None if text is None else json.loads(text)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is damaged or not a safetensors file: {error}.") from error
 
 

@@ -82,10 +82,14 @@ def load_data(source: str, size: int | None = None) -> ImageData:
     if source == "digits":
         return _digits()
     path = Path(source)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # no name that a file could have
+        there = False
+    if not there:
         raise DataError(
-            f"No data at {source!r}: give 'digits', a folder of images sorted into class folders, "
-            "or parquet files with an image and a label column."
+            f"No data at {source[:200]!r}: give 'digits', a folder of images sorted into class "
+            "folders, or parquet files with an image and a label column."
         )
     train, test = _read_splits(path)
     return _decode(train, test, size, source)

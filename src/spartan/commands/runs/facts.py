@@ -109,11 +109,13 @@ class RunFacts:
         density, sparsity = self.config["density"], self.config["sparsity"]
         if self.config.get("latency_ms") is not None:
             return f"{self.config['latency_ms']:g} ms, batch {self.config['latency_batch']}"
+        if density is None and sparsity is None:
+            return "no density"
         return f"density {float(density if density is not None else 1 - sparsity):g}"
 
     def series(self, split: str, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""
-        rows = [row for row in self.rows if row["split"] == split and key in row]
+        rows = [row for row in self.rows if row["split"] == split and {key, "epoch"} <= row.keys()]
         return [row["epoch"] for row in rows], [row[key] for row in rows]
 
     def last(self, split: str, key: str) -> float:
@@ -162,7 +164,7 @@ def read_facts(run: Run) -> RunFacts:
             monitor=facts.get("monitor", {}),
             compression=facts.get("compression"),
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise FileError(
-            f"The files of {str(run.folder)!r} do not fit together: {error}."
+            f"The files of {str(run.folder)!r} do not fit together: there is no {error}."
         ) from error

@@ -10,6 +10,7 @@ from spartan.always_sparse.conversion import dense_state
 from spartan.commands.options.compress import CompressConfig
 from spartan.commands.options.files import Options, command_of, read_options, to_json
 from spartan.commands.options.train import TrainConfig
+from spartan.commands.runs.checking import facts_problem, row_problem
 from spartan.commands.runs.lock import hold
 from spartan.errors import ConfigError, FileError
 from spartan.files import load_state, load_tensors, remove_leftovers, write_text
@@ -101,24 +102,30 @@ class Run:
         return read_options(TrainConfig, self.config_path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read all metrics rows; a last line cut short by a crash is left out.
+        """Read all metrics rows; a last line that is none, as after a crash, is left out.
 
         Raises:
             FileError: The file cannot be read or is not JSON lines.
         """
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"{str(self.metrics_path)!r} cannot be read: {error}.") from error
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break
+                row = json.loads(line)
+                problem = row_problem(row)
+            except (ValueError, RecursionError) as error:
+                problem = f"{error}"
+            if not problem:
+                rows.append(row)
+            elif number < len(lines):
                 raise FileError(
-                    f"{str(self.metrics_path)!r}, line {number}, is not JSON: {error}."
-                ) from error
+                    f"{str(self.metrics_path)!r}, line {number}, is no row of metrics: {problem}."
+                )
         return rows
 
     def saved_model(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,13 +142,22 @@ class Run:
             tensors, facts = load_tensors(self.model_path)
             if not isinstance(facts, dict):
                 raise FileError(f"{str(self.model_path)!r} was not written by a training run.")
-            return tensors, facts
+            return tensors, self._checked(facts, self.model_path)
         if not self.checkpoint_path.exists():
             raise FileError(
                 f"The run {str(self.folder)!r} has neither a model nor a checkpoint yet."
             )
         state = load_state(self.checkpoint_path)
-        shapes = {
-            layer["name"]: layer["shape"] for layer in state["facts"]["layers"] if "shape" in layer
-        }
-        return dense_state(state["model"], shapes), state["facts"]
+        if not isinstance(state, dict) or not {"facts", "model"} <= state.keys():
+            raise FileError(f"{str(self.checkpoint_path)!r} is not a checkpoint of a run.")
+        facts = self._checked(state["facts"], self.checkpoint_path)
+        shapes = {layer["name"]: layer["shape"] for layer in facts["layers"] if "shape" in layer}
+        return dense_state(state["model"], shapes), facts
+
+    @staticmethod
+    def _checked(facts: Any, path: Path) -> dict[str, Any]:
+        problem = facts_problem(facts)
+        if problem:
+            raise FileError(f"{str(path)!r} was not written by a run, or is damaged: {problem}.")
+        checked: dict[str, Any] = facts
+        return checked

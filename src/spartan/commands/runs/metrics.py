@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -38,9 +39,12 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(
-            str(run.tensorboard_path), purge_step=step + 1 if step else None
-        )
+        try:
+            self._board = SummaryWriter(
+                str(run.tensorboard_path), purge_step=step + 1 if step else None
+            )
+        except OSError as error:
+            raise self._full(error) from error
 
     def write(self, row: Row) -> None:
         """Append one row; `step` and `split` say where it belongs, numbers are plotted."""
@@ -49,13 +53,20 @@ class MetricsLog:
             self._file.write(json.dumps(row).encode() + b"\n")
         except OSError as error:
             raise FileError(f"Cannot write {str(self._path)!r}: {error.strerror}.") from error
-        if self._board is not None:
-            for key, value in row.items():
+        try:
+            for key, value in row.items() if self._board is not None else ():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{row['split']}/{key}", value, row["step"])
+        except OSError as error:  # of its thread, which writes
+            raise self._full(error) from error
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # rows are in metrics.jsonl
+                self._board.close()
+
+    def _full(self, error: OSError) -> FileError:
+        folder = self._path.parent / "tensorboard"
+        return FileError(f"Cannot write into {str(folder)!r}: {error.strerror or error}.")
