@@ -1,4 +1,6 @@
 # make demo: train the digits to 5 % density.  make test, make lint: what CI runs.
+# make fuzz MINUTES=5: damage files in new ways, for so long with each kind of them.
+# make sanitize: the native kernels built with sanitizers, under the tests that use them.
 # make thorough: the tests with many random examples, drawn anew each time, and all combinations.
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt \
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test thorough lint clean
+.PHONY: demo test thorough fuzz sanitize lint clean
 
 demo: $(VENV)/.cli
 	rm -rf runs/demo
@@ -25,6 +27,24 @@ test: $(VENV)/.dev
 
 thorough: $(VENV)/.dev
 	SPARTAN_TEST_THOROUGH=1 $(PYTEST)
+
+MINUTES ?= 5
+fuzz: $(VENV)/.dev
+	SPARTAN_FUZZ_MINUTES=$(MINUTES) $(PYTEST) tests/fuzz
+
+# An environment that sees the packages of the other, but has a spartan of its own. The sanitizer
+# comes before all other libraries; what Python and torch never free is theirs.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.dev
+	rm -rf $(SANITIZED)
+	$(BIN)/python -m venv --without-pip $(SANITIZED)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+		> $$(echo $(SANITIZED)/lib/python*/site-packages)/others.pth
+	$(BIN)/pip --python $(SANITIZED)/bin/python install --quiet --no-deps --ignore-installed \
+		--config-settings=cmake.define.SPARTAN_SANITIZE=ON .
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(SANITIZED)/bin/python -m pytest \
+		-n $(WORKERS) --dist loadfile tests/kernels tests/always_sparse tests/deploy
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

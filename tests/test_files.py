@@ -78,11 +78,11 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "s.safetensors"
     save_state(path, {"a": torch.ones(3)})
 
-    def full(tensors: Any, file: Path, header: Any) -> None:
+    def full(file: Path, *_: Any) -> None:
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "write_file", full)
     with pytest.raises(FileError, match="No space left"):
         save_state(path, {"a": torch.zeros(3)})
     assert torch.equal(load_state(path)["a"], torch.ones(3))

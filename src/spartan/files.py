@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from spartan.checksums import Checksums
+from spartan.container import bits_of, entry_of, write_file
 from spartan.errors import FileError
 
 _UMASK = os.umask(0)
@@ -93,29 +93,15 @@ def load_state(path: Path) -> Any:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> None:
     """Write named tensors and a JSON value into a safetensors file, atomically."""
-    own = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
+    # The widest first, so that all of them are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries = [entry_of(name, tensors[name]) for name in names]
     header = {_KEY: json.dumps(metadata), "format": "pt"}
 
     def write(temporary: Path) -> None:
-        save_file(own, temporary, header)
-        _order_metadata(temporary)
+        write_file(temporary, entries, header, lambda: (bits_of(tensors[name]) for name in names))
 
     write_atomically(path, write)
-
-
-def _order_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library writes them in any."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # it is, but for escapes that another JSON writer chose
-            file.seek(8)
-            file.write(text.ljust(size))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -128,9 +114,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise FileError(f"There is no file {str(path)!r}.")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            text = (file.metadata() or {}).get(_KEY)
+            names, metadata = file.keys(), file.metadata() or {}
+            sums = Checksums(metadata, names)
+            tensors = {name: file.get_tensor(name) for name in names}
+            for name, tensor in tensors.items():
+                told = file.get_slice(name)
+                sums.check(name, told.get_dtype(), told.get_shape(), tensor)
+        text = metadata.get(_KEY)
         return tensors, None if text is None else json.loads(text)
+    except FileError as error:
+        raise FileError(f"{str(path)!r} is damaged: {error}.") from error
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} is damaged or not a safetensors file: {error}.") from error
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import spartan
-from spartan.deploy.container import CODES, WITH_PLAIN_ZEROS
+from spartan.container import CODES, WITH_PLAIN_ZEROS
 from spartan.deploy.layouts import LAYOUTS, Layout, MatrixShape, smallest, stored_bytes
 from spartan.deploy.packed import PackedTensors
 from spartan.deploy.sizes import Sizes, measure_sizes
@@ -213,7 +213,7 @@ def rewrite(path: Path, edit: Any) -> None:
     """Edit the arrays and metadata of a file."""
     with safe_open(path, "np") as file:
         arrays = {key: file.get_tensor(key).copy() for key in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata())
+        metadata = {k: v for k, v in file.metadata().items() if k != "spartan.crc32"}
     edit(arrays, metadata)
     from safetensors.numpy import save_file as save_numpy
 

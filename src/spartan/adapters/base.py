@@ -87,17 +87,21 @@ def config_from(values: Mapping[str, Any], kinds: Mapping[str, type[AdapterConfi
     Raises:
         AdapterError: The kind or an option is unknown, or a value is out of range.
     """
+    if not isinstance(values, Mapping):
+        raise AdapterError(f"Settings of an adapter are names and values, not {values!r:.60}.")
     settings = dict(values)
     name = settings.pop("name", None)
-    if name not in kinds:
-        raise AdapterError(f"Unknown adapter {name!r}; {did_you_mean(str(name), kinds)}")
+    if not isinstance(name, str) or name not in kinds:
+        raise AdapterError(f"Unknown adapter {name!r:.60}; {did_you_mean(str(name), kinds)}")
     known = {field.name for field in dataclasses.fields(kinds[name])}
     for key in settings:
         if key not in known:
             raise AdapterError(f"{name} has no setting {key!r}; {did_you_mean(key, known)}")
     try:
         return kinds[name](**settings)
-    except TypeError as error:
+    except AdapterError:
+        raise
+    except (OverflowError, TypeError, ValueError) as error:
         raise AdapterError(f"A setting of {name} has the wrong type: {error}.") from error
 
 

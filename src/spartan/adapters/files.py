@@ -16,6 +16,7 @@ from spartan.files import load_tensors, save_tensors, write_text
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _VERSION = 1
+_SMALL = 1024  # settings up to this may be larger than all tensors together
 
 
 def write_adapter(folder: Path, adapter: Adapter, base: nn.Module) -> None:
@@ -50,7 +51,7 @@ def read_adapter(folder: Path, base: nn.Module) -> tuple[AdapterConfig, dict[str
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         version, about, settings = (values[key] for key in ("version", "base", "adapter"))
         made_for = about["type"], about["hidden_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(
             f"{str(folder / CONFIG)!r} is damaged, or an adapter of another library."
         ) from error
@@ -71,6 +72,14 @@ def read_adapter(folder: Path, base: nn.Module) -> tuple[AdapterConfig, dict[str
             f"{str(folder)!r} holds the settings of one adapter and the tensors of another: they "
             "were not written together."
         )
+    # Before anything is made of this size: each size of an adapter is that of some tensor of it.
+    entries = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in settings.items():
+        if isinstance(value, int) and value > max(entries, _SMALL):
+            raise FileError(
+                f"{str(folder)!r} is damaged: {name}={value:.3g}, and its tensors hold "
+                f"{entries:,} numbers."
+            )
     return config, tensors
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.tables import make_table, shape_of
+from spartan.deploy.packed import PackedTensors
 from spartan.deploy.shards import open_tensors
 from spartan.errors import FileError
 
@@ -31,10 +32,15 @@ class Inspect:
 
     file: tyro.conf.Positional[Path]
     """The file."""
+    verify: bool = False
+    """Say whether every array is as it was written; files without checksums are refused."""
 
     def run(self) -> int:
         """Run the command."""
-        print_inspection(Terminal(), inspect_file(self.file))
+        console = Terminal()
+        print_inspection(console, inspect_file(self.file))
+        if self.verify:
+            console.print(f"all {verify_file(self.file):,} arrays are as they were written")
         return 0
 
 
@@ -111,6 +117,25 @@ def inspect_file(path: Path) -> FileFacts:
     if not tensors:
         raise FileError(f"{str(path)!r} holds no tensors.")
     return FileFacts(path, path.stat().st_size, tensors)
+
+
+def verify_file(path: Path) -> int:
+    """Compare every array of a safetensors file with its checksum.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        FileError: One differs, or the file has no checksums.
+    """
+    tensors = PackedTensors(path)
+    if not tensors.has_checksums:
+        raise FileError(
+            f"{str(path)!r} has no checksums, so that nothing can be verified: another program "
+            "wrote it, or an older spartan. Load it and save it again."
+        )
+    tensors.check()
+    return len(tensors.arrays)
 
 
 def _earlier_name(name: str, tensor: Tensor, first: dict[Any, str]) -> str:

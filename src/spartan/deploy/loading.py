@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spartan.deploy.container import bits_of
+from spartan.container import bits_of
 from spartan.deploy.packed import PackedTensors
 from spartan.deploy.shards import ShardedTensors, open_tensors
 from spartan.errors import DeployError

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spartan.deploy.container import (
+from spartan.checksums import KEY as CHECKSUMS
+from spartan.checksums import Checksums
+from spartan.container import (
     CODES,
     bits_of,
     refuse_more_than_memory,
@@ -62,7 +64,11 @@ class PackedTensors(Mapping[str, Tensor]):
             self._keys = set(self._file.keys())
             self.arrays = frozenset(self._keys)
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            self._sums = Checksums(self.metadata, self._keys)
+            self.metadata.pop(CHECKSUMS, None)
             own = json.loads(self.metadata.pop(KEY, "null"))
+        except FileError as error:
+            raise self._damaged(str(error)) from error
         except OSError as error:
             raise FileError(f"{str(path)!r} cannot be read: {error}.") from error
         except (SafetensorError, ValueError, RecursionError) as error:
@@ -97,7 +103,7 @@ class PackedTensors(Mapping[str, Tensor]):
         return _DTYPES[self._codes[name] if told is None else told["dtype"]]
 
     def check(self) -> None:
-        """Refuse a file whose indices contradict its shapes.
+        """Refuse a file whose indices contradict its shapes, or arrays their checksums.
 
         Raises:
             FileError: The file is damaged.
@@ -106,6 +112,13 @@ class PackedTensors(Mapping[str, Tensor]):
             if described["layout"] != "dense":
                 shape = MatrixShape(self.shapes[name])
                 self._decoded(name, partial(_positions, shape))
+        for key in self.arrays if self.has_checksums else ():
+            self._read(key)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file was written with checksums: those of others are not."""
+        return self._sums.told
 
     def _read_description(self, own: Any) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Return layout and dtype of the packed tensors, and the other names of tied ones."""
@@ -232,6 +245,10 @@ class PackedTensors(Mapping[str, Tensor]):
     def _read(self, key: str) -> Tensor:
         try:
             tensor: Tensor = self._file.get_tensor(key)
+            told = self._file.get_slice(key)
+            self._sums.check(key, told.get_dtype(), told.get_shape(), tensor)
+        except FileError as error:
+            raise self._damaged(str(error)) from error
         except (OSError, SafetensorError) as error:
             raise self._damaged(str(error)) from error
         return tensor

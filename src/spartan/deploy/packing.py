@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spartan.deploy.container import (
+from spartan.checksums import KEY as CHECKSUMS
+from spartan.container import (
     CODES,
     WITH_PLAIN_ZEROS,
     Entry,
     bits_of,
-    header_shape,
+    entry_of,
     write_file,
 )
 from spartan.deploy.layouts import VALUES, Layout, MatrixShape, Parts, smallest
@@ -173,8 +174,11 @@ class _Tensors:
 
 
 def _check_metadata(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
-    if not is_dict_of(dict(metadata), str) or KEY in metadata:
-        raise DeployError(f"metadata= takes texts, under other names than {KEY!r}.")
+    own = {KEY, CHECKSUMS} & set(metadata)
+    if not is_dict_of(dict(metadata), str) or own:
+        raise DeployError(
+            f"metadata= takes texts, under other names than {KEY!r} and {CHECKSUMS!r}."
+        )
     if "__metadata__" in set(state):
         raise DeployError("A safetensors file cannot hold a tensor named '__metadata__'.")
 
@@ -247,7 +251,7 @@ def _smallest(
 def _entries(name: str, tensor: Tensor, parts: Parts | None) -> Iterator[Entry]:
     code = CODES[tensor.dtype]
     if parts is None:
-        yield Entry(name, code, header_shape(tensor), tensor.numel() * tensor.element_size())
+        yield entry_of(name, tensor)
         return
     for part, array in parts.items():
         own = code if part == VALUES else f"{array.dtype.kind.upper()}{8 * array.itemsize}"

@@ -169,7 +169,7 @@ def refuse_pretrained(path: Path) -> None:
     config, key = read[path.name]
     try:
         told = json.loads((path.parent / config).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if isinstance(told, dict) and key in told:
         raise DeployError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spartan.deploy.container import chunks_of
+from spartan.container import chunks_of
 from spartan.deploy.packing import Stored
 from spartan.errors import MissingExtraError
 

@@ -6,10 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spartan.errors import FileError, SpartanError
 from spartan.files import load_tensors, save_tensors
 from spartan.world_model.baselines import GlobalGraph, NearestObjects
 from spartan.world_model.model import TransitionConfig, TransitionModel, WorldModel
+
+_FEW_LAYERS = 100  # that no file needs to have tensors for: one baseline has none of its layers
 
 
 def save_model(path: Path, model: WorldModel) -> None:
@@ -38,16 +42,29 @@ def load_model(path: Path) -> WorldModel:
     tensors, facts = load_tensors(path)
     try:
         config = TransitionConfig(**facts["config"])
-        model: WorldModel
-        if facts["world_model"] == "GlobalGraph":
-            model = GlobalGraph(config, facts["objects"])
-        elif facts["world_model"] == "NearestObjects":
-            model = NearestObjects(config, facts["neighbours"])
-        elif facts["world_model"] == "TransitionModel":
-            model = TransitionModel(config)
-        else:
-            raise FileError(f"{str(path)!r} holds an unknown model, {facts['world_model']}.")
+        # Built without memory first: what a file claims to hold may be more than there is.
+        if config.layers > max(len(tensors), _FEW_LAYERS):
+            raise FileError(f"It claims {config.layers:,} layers, and has {len(tensors)} tensors.")
+        with torch.device("meta"):
+            claimed = _build(facts, config).state_dict()
+        if {k: v.shape for k, v in claimed.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise FileError("Its tensors are not those of the model it claims to hold.")
+        model = _build(facts, config)
         model.load_state_dict(tensors)
-    except (AttributeError, KeyError, TypeError, RuntimeError, SpartanError) as error:
+    except (
+        *(AttributeError, KeyError, OverflowError, TypeError, ValueError),
+        *(RuntimeError, SpartanError),
+    ) as error:
         raise FileError(f"{str(path)!r} does not hold a world model.") from error
     return model.eval()
+
+
+def _build(facts: dict[str, Any], config: TransitionConfig) -> WorldModel:
+    """Return a new model of the kind that the facts of a file name."""
+    if facts["world_model"] == "GlobalGraph":
+        return GlobalGraph(config, facts["objects"])
+    if facts["world_model"] == "NearestObjects":
+        return NearestObjects(config, facts["neighbours"])
+    if facts["world_model"] == "TransitionModel":
+        return TransitionModel(config)
+    raise FileError(f"It holds an unknown model, {facts['world_model']!r}.")

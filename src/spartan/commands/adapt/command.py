@@ -15,9 +15,10 @@ from spartan.commands.adapt.page import write_adapting_page
 from spartan.commands.adapt.printing import print_adapted
 from spartan.commands.options.adapt import AdaptConfig
 from spartan.commands.options.files import to_json
+from spartan.commands.runs.folder import Run
+from spartan.commands.runs.lock import hold
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
-from spartan.errors import ConfigError, FileError
 from spartan.files import write_text
 
 
@@ -33,18 +34,15 @@ class Adapt:
         options = self.options
         console = Terminal()
         folder = Path(options.out)
-        if (folder / "config.json").exists():
-            raise ConfigError(f"{options.out!r} already holds a run: give another --out.")
+        Run(folder).refuse_existing()
         job = open_adapt_job(options)
+        hold(folder)
+        Run(folder).refuse_existing()  # by whoever held it a moment ago
         console.print(
             f"{len(job.data.train):,} texts of {len(job.data.classes)} classes, "
             f"{len(job.data.test):,} held out",
             highlight=False,
         )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"Cannot make the folder {options.out!r}: {error.strerror}.") from error
         adapted: list[Adapted] = []
         with Phases(console) as phases:
             for name in options.adapter:

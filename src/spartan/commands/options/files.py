@@ -114,7 +114,7 @@ def _read(path: Path) -> str:
 def _object(text: str, source: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold one JSON object of options.")

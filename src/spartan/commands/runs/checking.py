@@ -1,4 +1,4 @@
-"""What rows of metrics and facts of a saved model look like: whatever else a file holds is named."""
+"""What rows of metrics and facts of a saved model look like; what is wrong with others."""
 
 from __future__ import annotations
 

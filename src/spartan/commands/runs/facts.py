@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spartan.errors import FileError
 from spartan.commands.images import ImageData
 from spartan.commands.runs.folder import Run
+from spartan.errors import FileError
 
 
 @dataclass(frozen=True)

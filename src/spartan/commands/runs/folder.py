@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spartan.always_sparse.conversion import dense_state
 from spartan.commands.options.compress import CompressConfig
 from spartan.commands.options.files import Options, command_of, read_options, to_json
@@ -148,11 +150,13 @@ class Run:
                 f"The run {str(self.folder)!r} has neither a model nor a checkpoint yet."
             )
         state = load_state(self.checkpoint_path)
-        if not isinstance(state, dict) or not {"facts", "model"} <= state.keys():
+        model: Any = state.get("model") if isinstance(state, dict) else None
+        named = isinstance(model, dict) and all(isinstance(name, str) for name in model)
+        if not named or not all(isinstance(x, Tensor) for x in model.values()):
             raise FileError(f"{str(self.checkpoint_path)!r} is not a checkpoint of a run.")
-        facts = self._checked(state["facts"], self.checkpoint_path)
+        facts = self._checked(state.get("facts"), self.checkpoint_path)
         shapes = {layer["name"]: layer["shape"] for layer in facts["layers"] if "shape" in layer}
-        return dense_state(state["model"], shapes), facts
+        return dense_state(model, shapes), facts
 
     @staticmethod
     def _checked(facts: Any, path: Path) -> dict[str, Any]:

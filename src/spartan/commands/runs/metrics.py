@@ -6,9 +6,9 @@ import contextlib
 import json
 from typing import Any
 
+from spartan.commands.runs.folder import Run
 from spartan.errors import FileError
 from spartan.files import write_text
-from spartan.commands.runs.folder import Run
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 

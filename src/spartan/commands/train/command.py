@@ -19,11 +19,9 @@ from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Display
 from spartan.commands.terminal.tables import print_layers
 from spartan.commands.train.plan import print_plan
+from spartan.commands.train.resuming import MAY_CHANGE
 from spartan.commands.train.trainer import Trainer
 from spartan.errors import ConfigError
-
-# Options that may change when a run is resumed: where and how it is computed, not what.
-_MAY_CHANGE = {"device", "workers", "out"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Train:
         if self.resume is not None:
             saved = self.file_options()
             assert saved is not None
-            refuse_changes(saved, options, _MAY_CHANGE)
+            refuse_changes(saved, options, MAY_CHANGE)
             options = dataclasses.replace(options, out=self.resume)
             require_trusted(options.model, self.resume, self.trust)
         if options.teacher is not None and Path(options.teacher).is_dir():

@@ -26,6 +26,7 @@ from spartan.commands.options.train import TrainConfig
 from spartan.commands.runs.folder import Run
 from spartan.commands.runs.interrupt import InterruptedRunError, SignalGuard
 from spartan.commands.runs.metrics import MetricsLog, Row
+from spartan.commands.train.resuming import described, refuse_another_run, refuse_misfit
 from spartan.commands.train.teacher import find_teacher
 from spartan.errors import ConfigError, StateError
 from spartan.files import load_state, save_state, save_tensors
@@ -191,6 +192,7 @@ class Trainer:
                 "tally": self._tally,
                 "selected_before": self._selected_before,
                 "facts": self.facts(),
+                "run": described(self.config, self.data),
             },
         )
 
@@ -198,16 +200,19 @@ class Trainer:
         """Continue from the run's checkpoint.
 
         Raises:
-            StateError: The checkpoint is of other settings.
+            StateError: The checkpoint is of other settings or other data.
+            ConfigError: Of other options.
             FileError: It is damaged.
         """
         state = load_state(run.checkpoint_path)
         try:
+            refuse_another_run(state, self.config, self.data)
             if state["facts"]["total_steps"] != self.total_steps:
                 raise StateError(
                     f"The checkpoint is of a run of {state['facts']['total_steps']} steps, this "
                     f"one has {self.total_steps}: has the data changed?"
                 )
+            refuse_misfit(state, self.optimizer, self.total_steps)
             self.model.load_state_dict(state["model"])
             self.sparsifier.load_state_dict(state["sparsifier"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -216,9 +221,9 @@ class Trainer:
             self._tally = state["tally"]
             before = state["selected_before"]
             self._selected_before = {name: kept.to(self.device) for name, kept in before.items()}
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            if isinstance(error, StateError):
-                raise
+        except ConfigError:
+            raise
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise StateError(f"{str(run.checkpoint_path)!r} does not fit: {error}") from error
 
     def _check_model(self) -> None:

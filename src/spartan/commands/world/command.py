@@ -16,7 +16,7 @@ from spartan.commands.options.world import WorldConfig
 from spartan.commands.runs.lock import hold
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
-from spartan.commands.world.job import WorldJob, WorldRun
+from spartan.commands.world.job import MAY_CHANGE, WorldJob, WorldRun
 from spartan.commands.world.page import animate, write_world_page
 from spartan.commands.world.printing import print_world
 from spartan.commands.world.scores import HORIZON, score_world
@@ -28,9 +28,6 @@ from spartan.world_model.drawing import save_animation
 from spartan.world_model.environments import Environment, make_environment
 from spartan.world_model.metrics import normalised_error, rollout_error
 from spartan.world_model.model import TransitionModel
-
-# Options that may change when a run is resumed.
-_MAY_CHANGE = {"device", "out"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class TrainWorld:
         """Run the command."""
         options, saved = self.options, self.file_options()
         if self.resume is not None and saved is not None:
-            refuse_changes(saved, options, _MAY_CHANGE)
+            refuse_changes(saved, options, MAY_CHANGE)
             if options.out not in (saved.out, self.resume):
                 raise ConfigError("Give --resume or --out, not both: a run goes on where it is.")
             options = dataclasses.replace(options, out=self.resume)

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from spartan.commands.accuracy import pick_device
-from spartan.commands.options.files import command_of, read_options
+from spartan.commands.options.files import (
+    command_of,
+    from_json,
+    read_options,
+    refuse_changes,
+    to_json,
+)
 from spartan.commands.options.world import WorldConfig
 from spartan.commands.runs.folder import Run
 from spartan.commands.runs.interrupt import InterruptedRunError, SignalGuard
@@ -29,6 +35,7 @@ from spartan.world_model.refining import Refiner
 from spartan.world_model.transitions import Transitions
 
 Tick = Callable[[str, int, int], None]
+MAY_CHANGE = {"device", "out"}  # of the options, when a run is resumed
 _HELD_OUT = 6_000  # transitions
 _POOL = 3  # times as many are simulated, so that few of the rare ones are drawn twice
 _ROWS = 250  # of metrics, for each model
@@ -129,7 +136,7 @@ class WorldJob:
             InterruptedRunError: A signal came; a checkpoint is written.
             WorldError: The error allowed is met without any graph.
         """
-        saved = _checkpoint(world)
+        saved = _checkpoint(world, self.config)
         finished = [name for name in self.names if world.model_path(name).is_file()]
         done = sum(self.steps_of(name) for name in finished)
         if saved is not None and saved["name"] not in finished:
@@ -228,7 +235,7 @@ class WorldJob:
             if learner.step % every == 0 or learner.checks_now:
                 log.write({"split": name, "step": before + learner.step, **row})
             if (learner.checks_now and not learner.done) or guard.received is not None:
-                _save(world, name, learner)
+                _save(world, self.config, name, learner)
             if guard.received is not None:
                 where = f"step {learner.step} of {steps} of the {name} model"
                 raise _stopped(world, where, guard.received)
@@ -257,23 +264,28 @@ def _stopped(world: WorldRun, where: str, signum: int) -> InterruptedRunError:
     )
 
 
-def _checkpoint(world: WorldRun) -> Any:
+def _checkpoint(world: WorldRun, config: WorldConfig) -> Any:
     path = world.run.checkpoint_path
     if not path.is_file():
         return None
     state = load_state(path)
-    if not isinstance(state, dict) or set(state) != {"name", "learner"}:
+    if not isinstance(state, dict) or {"name", "learner"} - set(state):
         raise FileError(f"{str(path)!r} is not a checkpoint of a world model.")
+    if "options" in state:
+        refuse_changes(
+            from_json(WorldConfig, state["options"], "the checkpoint"), config, MAY_CHANGE
+        )
     return state
 
 
-def _save(world: WorldRun, name: str, learner: Learner) -> None:
-    save_state(world.run.checkpoint_path, {"name": name, "learner": learner.state_dict()})
+def _save(world: WorldRun, config: WorldConfig, name: str, learner: Learner) -> None:
+    state = {"name": name, "learner": learner.state_dict(), "options": to_json(config)}
+    save_state(world.run.checkpoint_path, state)
 
 
 def _continue(learner: Learner, state: dict[str, Any], world: WorldRun) -> None:
     try:
         learner.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         path = str(world.run.checkpoint_path)
         raise StateError(f"{path!r} does not fit the options: {error}") from error

@@ -1,14 +1,15 @@
-"""Writes safetensors files tensor by tensor; dtype codes and memory checks for reading.
+"""Writes safetensors files array by array, with checksums; dtype codes and memory checks.
 
-The safetensors library writes a file from tensors that are all in memory. The format is an 8-byte
-length, a JSON header and the data, so a file can be written as it is encoded.
+The safetensors library writes a file from tensors that are all in memory, and its metadata in any
+order. The format is an 8-byte length, a JSON header and the data, so a file can be written as it is
+encoded, and equal contents make equal files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spartan import checksums
 from spartan.errors import FileError
 
 CODES = {
@@ -63,10 +65,10 @@ class Entry:
 def write_file(
     path: Path,
     entries: list[Entry],
-    metadata: dict[str, str],
+    metadata: Mapping[str, str],
     arrays: Callable[[], Iterable[NDArray[np.generic]]],
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file with checksums.
 
     Args:
         path: The file.
@@ -74,7 +76,25 @@ def write_file(
         metadata: Text to text.
         arrays: Called once; yields the arrays in the same order.
     """
-    header: dict[str, object] = {"__metadata__": metadata}
+    # Sums have a fixed width: the header is written again, in its place, when they are known.
+    sums = {entry.name: "0" * 8 for entry in entries}
+    with path.open("wb") as file:
+        file.write(_header(entries, metadata, sums))
+        for entry, array in zip(entries, arrays(), strict=True):
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            sums[entry.name] = checksums.of_array(entry.name, entry.code, entry.shape, data)
+            file.write(data)
+        file.seek(0)
+        file.write(_header(entries, metadata, sums))
+
+
+def _header(
+    entries: Sequence[Entry], metadata: Mapping[str, str], sums: Mapping[str, str]
+) -> bytes:
+    told = checksums.of_metadata(metadata) + "".join(sums[name] for name in sorted(sums))
+    header: dict[str, object] = {
+        "__metadata__": dict(sorted({**metadata, checksums.KEY: told}.items()))
+    }
     end = 0
     for entry in entries:
         begin, end = end, end + entry.nbytes
@@ -85,10 +105,7 @@ def write_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin on a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def bits_of(tensor: Tensor) -> NDArray[np.generic]:
@@ -111,6 +128,14 @@ def header_shape(tensor: Tensor) -> tuple[int, ...]:
     if tensor.dtype is torch.float4_e2m1fn_x2:
         return (*shape[:-1], 2 * shape[-1])
     return shape
+
+
+def entry_of(name: str, tensor: Tensor) -> Entry:
+    """Return what a header says of a tensor that is stored as it is."""
+    if tensor.dtype not in CODES:
+        raise FileError(f"A safetensors file cannot hold {name!r}, which is {tensor.dtype}.")
+    size = tensor.numel() * tensor.element_size()
+    return Entry(name, CODES[tensor.dtype], header_shape(tensor), size)
 
 
 def tensor_shape(shape: Sequence[int], code: str) -> tuple[int, ...]:
