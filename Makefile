@@ -42,7 +42,8 @@ sanitize: $(VENV)/.dev
 		> $$(echo $(SANITIZED)/lib/python*/site-packages)/others.pth
 	$(BIN)/pip --python $(SANITIZED)/bin/python install --quiet --no-deps --ignore-installed \
 		--config-settings=cmake.define.SPARTAN_SANITIZE=ON .
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(SANITIZED)/bin/python -m pytest \
 		-n $(WORKERS) --dist loadfile tests/kernels tests/always_sparse tests/deploy
 

@@ -60,7 +60,9 @@ def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[
     run = tmp_path / "run"
     begun = ("train", "--data", tmp_path / "data", "--epochs", 1, "--density", 0.5, "--out", run)
     assert call(*begun, "--batch-size", 16) == 0
-    (tmp_path / "data" / "train" / "a" / "0.png").rename(tmp_path / "data" / "train" / "b" / "9.png")
+    (tmp_path / "data" / "train" / "a" / "0.png").rename(
+        tmp_path / "data" / "train" / "b" / "9.png"
+    )
     assert call("train", "--resume", run) == 2
     assert "The data have changed since the checkpoint" in " ".join(capsys.readouterr().err.split())
 

@@ -20,6 +20,7 @@ from spartan.errors import FileError, SpartanError
 from spartan.files import load_state, save_state
 from spartan.world_model.files import load_model, save_model
 from spartan.world_model.model import TransitionConfig, TransitionModel
+from tests.fuzz.hostile import FOLDER, files
 from tests.fuzz.mutations import (
     change_arrays,
     change_metadata,
@@ -30,7 +31,7 @@ from tests.fuzz.mutations import (
     split,
 )
 
-HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.safetensors"))
+HOSTILE = sorted(FOLDER.glob("*.safetensors"))
 
 
 def packed_state() -> dict[str, Tensor]:
@@ -117,7 +118,12 @@ def test_made_up_packed_files(change: Callable[[Path, Any], None], tmp_path: Pat
 
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.stem)
 def test_hostile_files_are_refused(path: Path) -> None:
-    assert path.stat().st_size < 4096
+    assert path.read_bytes() == files()[path.stem]
+    model = nn.Module()
+    model.register_buffer("w", torch.zeros(4, 8))
+    with pytest.raises(SpartanError):
+        spartan.load(path, model)
+    assert not model.get_buffer("w").any()
     with pytest.raises(FileError):
         spartan.load(path)
 

@@ -145,6 +145,7 @@ class SparseLayer(nn.Module):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._copied_at is not None:
             self._require_unmixed()
+        self.connections.require_unchanged()
         super()._save_to_state_dict(*args, **kwargs)
 
     @property
@@ -159,6 +160,7 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def copy_to(self, dense: nn.Module) -> None:
         """Write the weights, zeros included, and what else a dense layer shares with this one."""
+        self.connections.require_unchanged()
         weight = self.connections.dense(self.values.detach()).view(self.weight_shape)
         dense.weight = nn.Parameter(weight, self.values.requires_grad)
         if self.bias is not None:
@@ -181,7 +183,9 @@ class SparseLayer(nn.Module):
                 f"The layer has {self.values.numel():,} values and {self.columns.numel():,} "
                 "connections: load both from one state dict."
             )
-        y: Tensor = product(x, self.values, self.bias, self.connections, self.passes)
+        connections = self.connections
+        connections.require_unchanged()
+        y: Tensor = product(x, self.values, self.bias, connections, self.passes)
         return y
 
     def connections_of(self, state: Mapping[str, Any], prefix: str) -> Connections | None:

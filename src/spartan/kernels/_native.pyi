@@ -129,6 +129,8 @@ class Kernels:
     @staticmethod
     def connections_gather_samples(*, x: torch.Tensor, out: torch.Tensor, threads: int) -> None: ...
     @staticmethod
+    def connections_checksum(*, indices: torch.Tensor) -> int: ...
+    @staticmethod
     def connections_transpose(
         *,
         starts: torch.Tensor,

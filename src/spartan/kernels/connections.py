@@ -82,6 +82,7 @@ class Connections:
     def __init__(self, starts: Tensor, columns: Tensor, inputs: int) -> None:
         _check(starts, columns, inputs)
         self.inputs = inputs
+        self._checksums: tuple[int, int] | None = None  # once they are used
         self.by_output = Lines(starts, columns, inputs)
 
     @classmethod
@@ -156,6 +157,32 @@ class Connections:
             order=order,
         )
         return Lines(starts, rows, outputs, order)
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on if the indices are not those that were checked.
+
+        Writes through `.data`, or through NumPy, change no version of a tensor. Native code would
+        read what is not there, and the connections sorted by input would be others than these.
+        Without native code torch looks at each index itself.
+
+        Raises:
+            KernelError: They were written into since the first call.
+        """
+        native = native_module() if self.columns.device.type == "cpu" else None
+        if native is None:
+            return
+        found = (
+            native.connections_checksum(indices=self.starts),
+            native.connections_checksum(indices=self.columns),
+        )
+        if self._checksums is None:
+            _check(self.starts, self.columns, self.inputs)
+            self._checksums = found
+        elif self._checksums != found:
+            raise KernelError(
+                "The indices of these connections have been written into, past torch's notice "
+                "(through .data or NumPy). Restore them, or load a state dict to take others."
+            )
 
     @property
     def order(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spartan.checksums import bytes_of
 from spartan.errors import KernelError
 from spartan.kernels.blocked_weights import (
     BlockedWeights,
@@ -54,6 +56,7 @@ class Product:
     def __init__(self, weights: RowBundles, bias: Tensor | None) -> None:
         _check(weights)
         self.weights = weights
+        self._checksum = _checksum(weights)
         self.bias = bias
         self._prepared: OrderedDict[Any, Any] = OrderedDict()
         blocked_bytes = weights.values.numel() * 4 + weights.columns.numel() * 2
@@ -204,6 +207,11 @@ class Product:
     def _prepare(self, key: Any, make: Callable[[], _T]) -> _T:
         found: _T | None = self._prepared.get(key)
         if found is None:
+            if _checksum(self.weights) != self._checksum:
+                raise KernelError(
+                    "The columns or starts of a sparse layer have been written into, past torch's "
+                    "notice (through .data or NumPy). Accelerate the model again."
+                )
             with torch.inference_mode(False):
                 found = make()
             self._prepared[key] = found
@@ -281,6 +289,11 @@ def _native_sizes(native: Native, g: Geometry) -> NativeKernels.Convolution:
         group=g.group,
         height=g.height,
     )
+
+
+def _checksum(w: RowBundles) -> int:
+    """Return a number that is another when an index is another."""
+    return zlib.crc32(bytes_of(w.columns), zlib.crc32(bytes_of(w.starts)))
 
 
 def _check(w: RowBundles) -> None:

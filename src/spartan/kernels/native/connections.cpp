@@ -85,6 +85,21 @@ void transpose(const std::int32_t* starts, const std::int32_t* others, std::int6
     }
 }
 
+std::uint32_t checksum(const std::int32_t* indices, std::int64_t count) {
+  constexpr std::int64_t lanes = 16;
+  std::uint32_t sums[lanes] = {};
+  std::int64_t i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      const std::uint32_t index = static_cast<std::uint32_t>(indices[i + lane]);
+      sums[lane] = (sums[lane] << 5 | sums[lane] >> 27) ^ index;
+    }
+  std::uint32_t sum = 0;
+  for (const std::uint32_t lane : sums) sum = sum * 31 + lane;
+  for (; i < count; ++i) sum = sum * 31 + static_cast<std::uint32_t>(indices[i]);
+  return sum;
+}
+
 void merge(const std::int64_t* first, const std::int64_t* second, std::int64_t first_count,
            std::int64_t second_count, std::int64_t* merged, std::int64_t* places) {
   std::int64_t i = 0, j = 0;

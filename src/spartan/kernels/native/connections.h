@@ -81,6 +81,8 @@ void gather_samples(const ProductLoops&, Panels<const float> in, const Batch&,
 void transpose(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
                std::int64_t columns, std::int32_t* column_starts, std::int32_t* column_lines,
                std::int32_t* order);
+// Another number, nearly always, when any index is another; as fast as memory.
+std::uint32_t checksum(const std::int32_t* indices, std::int64_t count);
 // Where the part of each block begins in each line.
 void divide(const std::int32_t* starts, const std::int32_t* others, std::int64_t lines,
             std::int64_t blocks, std::int64_t per_block, std::int32_t* begins, int threads);

@@ -128,6 +128,11 @@ void bound_transpose(const Indices& starts, const Indices& others, const Indices
             column_lines.data, order.data);
 }
 
+std::uint32_t bound_checksum(const Indices& indices) {
+  indices.checked("indices");
+  return checksum(indices.data, indices.size);
+}
+
 void bound_merge(const Keys& first, const Keys& second, const Keys& merged, const Keys& places) {
   first.checked("first");
   second.checked("second");
@@ -159,6 +164,7 @@ void bind_connections(nb::class_<Kernels>& kernels) {
                      "dvalues"_a, "threads"_a);
   kernels.def_static("connections_gather_samples", &bound_gather_samples, Release(), named, "x"_a,
                      "out"_a, "threads"_a);
+  kernels.def_static("connections_checksum", &bound_checksum, Release(), named, "indices"_a);
   kernels.def_static("connections_transpose", &bound_transpose, Release(), named, "starts"_a,
                      "others"_a, "column_starts"_a, "column_lines"_a, "order"_a);
   kernels.def_static("connections_merge", &bound_merge, Release(), named, "first"_a, "second"_a,
