@@ -49,6 +49,12 @@ WITH_PLAIN_ZEROS = frozenset(CODES) - {
     *(torch.complex64, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
     torch.float4_e2m1fn_x2,
 }
+_AS_SIGNED = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float4_e2m1fn_x2: torch.uint8,
+}
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -120,6 +126,14 @@ def tensor_of(bits: NDArray[np.generic], dtype: torch.dtype, shape: tuple[int, .
     size = bits.dtype.itemsize
     signed = bits.view("u1" if size == 1 else f"i{size}")
     return torch.from_numpy(np.ascontiguousarray(signed)).view(dtype).reshape(shape)
+
+
+def count_nonzero(tensor: Tensor) -> int:
+    """Return how many entries are not zero, of any dtype: torch does not count all of them."""
+    if tensor.dtype in _AS_SIGNED:
+        tensor = tensor.view(_AS_SIGNED[tensor.dtype])
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1
+    return int(torch.count_nonzero(tensor.float() if narrow else tensor))
 
 
 def header_shape(tensor: Tensor) -> tuple[int, ...]:

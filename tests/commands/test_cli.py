@@ -532,3 +532,31 @@ def test_deploy_commands_name_what_is_wrong(
     assert reason in error
     assert not list(tmp_path.iterdir())
     assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_names_in_figures_are_no_formulas(tmp_path: Path) -> None:
+    run = tmp_path / "_$x_y$"
+    data = ("--data", "digits", "--model", "mlp", "--epochs", 1, "--density", 0.5)
+    assert call("train", *data, "--out", run) == 0
+    assert call("train", *data, "--out", tmp_path / "b$") == 0
+    assert call("report", run, tmp_path / "b$", "--out", tmp_path / "both.html") == 0
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", page)
+    assert "\u200b_$x_y$" in labels
+    assert "b$" in labels
+
+
+def test_verify_says_what_it_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save({"w": torch.ones(4), "v": torch.zeros(9)}, tmp_path / "own.safetensors")
+    save_file({"w": torch.ones(4)}, tmp_path / "of_others.safetensors")
+    assert call("inspect", tmp_path / "own.safetensors", "--verify") == 0
+    assert "all 2 arrays are as they were written" in capsys.readouterr().out
+    assert call("inspect", tmp_path / "of_others.safetensors") == 0
+    assert call("inspect", tmp_path / "of_others.safetensors", "--verify") == 2
+    assert "has no checksums" in " ".join(capsys.readouterr().err.split())
+
+
+def test_inspect_and_report_count_every_dtype(tmp_path: Path) -> None:
+    odd = {f"{d}": torch.ones(3).to(d) for d in (torch.uint16, torch.uint32, torch.float8_e4m3fn)}
+    save(odd, tmp_path / "odd.safetensors")
+    assert call("inspect", tmp_path / "odd.safetensors") == 0

@@ -14,16 +14,10 @@ from torch import Tensor
 
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.tables import make_table, shape_of
+from spartan.container import count_nonzero
 from spartan.deploy.packed import PackedTensors
 from spartan.deploy.shards import open_tensors
 from spartan.errors import FileError
-
-_AS_SIGNED = {
-    torch.uint16: torch.int16,
-    torch.uint32: torch.int32,
-    torch.uint64: torch.int64,
-    torch.float4_e2m1fn_x2: torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def inspect_file(path: Path) -> FileFacts:
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             numel=tensor.numel(),
-            nonzero=_count_nonzero(tensor),
+            nonzero=count_nonzero(tensor),
             bytes=tensor.numel() * tensor.element_size(),
             tied=_earlier_name(name, tensor, first) if aliases is None else aliases.get(name, ""),
         )
@@ -145,14 +139,6 @@ def _earlier_name(name: str, tensor: Tensor, first: dict[Any, str]) -> str:
     place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
     earlier = first.setdefault(place, name)
     return "" if earlier == name else earlier
-
-
-def _count_nonzero(tensor: Tensor) -> int:
-    # torch counts no unsigned integers of more than a byte, and no floats of eight bits.
-    if tensor.dtype in _AS_SIGNED:
-        tensor = tensor.view(_AS_SIGNED[tensor.dtype])
-    narrow = tensor.is_floating_point() and tensor.element_size() == 1
-    return int(torch.count_nonzero(tensor.float() if narrow else tensor))
 
 
 def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -49,7 +49,14 @@ def _losses(adapted: Sequence[Adapted]) -> str:
         for i, one in enumerate(adapted):
             epochs = [row["epoch"] for row in one.rows]
             losses = [row["loss"] for row in one.rows]
-            axes.plot(epochs, losses, "o-", color=drawing.color_of(i), markersize=3, label=one.name)
+            axes.plot(
+                epochs,
+                losses,
+                "o-",
+                color=drawing.color_of(i),
+                markersize=3,
+                label=drawing.label_of(one.name),
+            )
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

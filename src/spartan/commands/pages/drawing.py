@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from spartan.errors import printable
+
 _COLORS = ["#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#4d4d4d"]
 # Left out of the pictures: they name outside addresses and change from day to day.
 _SVG_METADATA = ("Creator", "Date", "Format", "Type")
@@ -24,6 +26,12 @@ def color_of(number: int) -> str:
     return _COLORS[number % len(_COLORS)]
 
 
+def label_of(name: str) -> str:
+    """Return a name as a label: matplotlib leaves those out that begin with an underscore."""
+    name = printable(name)
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
 def figure(
     draw: Callable[[Axes], None],
     x_label: str,
@@ -33,7 +41,13 @@ def figure(
     size: tuple[float, float] = (7.6, 3.0),
 ) -> str:
     """Return what `draw` puts on axes, as SVG text."""
-    settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+    # Names are data: a dollar in one begins no formula.
+    settings: Any = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.parse_math": False,
+    }
     with mpl.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from matplotlib.axes import Axes
 
-from spartan.commands.pages.drawing import color_of, figure
+from spartan.commands.pages.drawing import color_of, figure, label_of
 from spartan.commands.runs.facts import LayerFacts, RunFacts
+from spartan.errors import printable
 
 
 def accuracy(runs: Sequence[RunFacts]) -> str:
@@ -91,9 +92,13 @@ def _layers(
             values = [(k, found.get(name)) for k, name in enumerate(names)]
             bars = [(k + offset, value) for k, value in values if value is not None]
             axes.barh(
-                [b[0] for b in bars], [b[1] for b in bars], height, color=color, label=run.name
+                [b[0] for b in bars],
+                [b[1] for b in bars],
+                height,
+                color=color,
+                label=label_of(run.name),
             )
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(names)), [printable(name) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)
 
     size = (7.6, max(2.0, 0.24 * len(names) * max(1.0, 0.7 * len(runs)) + 0.8))
@@ -117,7 +122,7 @@ def histograms(run: RunFacts) -> str:
                               alpha=0.75, linewidth=0)  # fmt: skip
         axes.set_yticks(
             [len(shown) - 1 - i for i in range(len(shown))],
-            [layer.name for layer in shown],
+            [printable(layer.name) for layer in shown],
             fontsize=8,
         )
         axes.set_ylim(-0.15, len(shown) + 0.05)
@@ -161,7 +166,7 @@ def _curve(
         linewidth=1.0 if faint else 1.8,
         marker="o" if few else None,
         markersize=3,
-        label=None if faint else run.name,
+        label=None if faint else label_of(run.name),
     )
 
 

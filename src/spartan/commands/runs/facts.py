@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spartan.commands.images import ImageData
 from spartan.commands.runs.folder import Run
+from spartan.container import count_nonzero
 from spartan.errors import FileError
 
 
@@ -101,7 +101,7 @@ class RunFacts:
     def parameters(self) -> tuple[int, int]:
         """Nonzero and all floating-point entries of the file."""
         floats = [t for t in self.tensors.values() if t.is_floating_point()]
-        return sum(int(t.count_nonzero()) for t in floats), sum(t.numel() for t in floats)
+        return sum(count_nonzero(t) for t in floats), sum(t.numel() for t in floats)
 
     @property
     def asked(self) -> str:
@@ -142,7 +142,7 @@ def read_facts(run: Run) -> RunFacts:
                 name=row["name"],
                 shape=tuple(tensors[row["name"]].shape),
                 numel=tensors[row["name"]].numel(),
-                nonzero=int(torch.count_nonzero(tensors[row["name"]])),
+                nonzero=count_nonzero(tensors[row["name"]]),
                 units=row["units"],
                 kept_units=row["kept_units"],
                 cost=row["cost"],
