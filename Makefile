@@ -44,7 +44,7 @@ sanitize: $(VENV)/.dev
 		--config-settings=cmake.define.SPARTAN_SANITIZE=ON .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(SANITIZED)/bin/python -m pytest \
+		UBSAN_OPTIONS=print_stacktrace=1 SPARTAN_KERNELS=native OMP_NUM_THREADS=2 $(SANITIZED)/bin/python -m pytest \
 		-n $(WORKERS) --dist loadfile tests/kernels tests/always_sparse tests/deploy
 
 lint: $(VENV)/.dev
