@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spartan.post_training import OBS, MagnitudeSolver, SparseGPT, Wanda
+from spartan.post_training import ALPS, OBS, MagnitudeSolver, SparseGPT, Wanda
 from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.obs import removal_order, units_to_keep
 from spartan.weights.patterns import NM, Block, Unstructured
 from tests.post_training.problems import make_problem, squared_error
 
-METHODS = [MagnitudeSolver(), Wanda(), SparseGPT(), SparseGPT(block=4), OBS()]
+METHODS = [MagnitudeSolver(), Wanda(), SparseGPT(), SparseGPT(block=4), OBS(), ALPS()]
 PATTERNS = [Unstructured(), Block(4, 1), Block(1, 4), Block(2, 3), Block(4, 4), NM(2, 4), NM(1, 3)]
 
 method_param = pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -193,6 +193,7 @@ def test_obs_is_not_worse_than_the_others_and_near_the_best_mask() -> None:
         )
         assert errors["obs"] <= min(errors.values()) * 1.2
         assert best <= errors["obs"] <= 1.5 * best
+        assert errors["alps"] <= 1.5 * best
 
 
 # The others -------------------------------------------------------------------------------------
@@ -214,3 +215,36 @@ def test_sparsegpt_updates_help() -> None:
     with_updates = squared_error(problem, solution.matrix * solution.units, dense, pruned)
     without = squared_error(problem, problem.dense * solution.units, dense, pruned)
     assert with_updates < 0.7 * without
+
+
+def test_alps_finds_better_masks_than_one_sweep() -> None:
+    problem, dense, pruned = make_problem(24, 64, damping=1e-4)
+    for kept in (200, 500, 1000):
+        errors = {
+            method.name: squared_error(
+                problem, refit(problem, method.prune(problem, kept).units), dense, pruned
+            )
+            for method in (ALPS(), SparseGPT(block=8), Wanda())
+        }
+        assert errors["alps"] < min(errors["sparsegpt"], errors["wanda"])
+
+
+def test_a_change_earns_its_place_on_samples_held_out() -> None:
+    """The share that is taken is the best of all, and what fits the noise only takes none."""
+    problem, *_ = make_problem(6, 10, shift=0.3)
+    other, *_ = make_problem(6, 10, shift=0.3, seed=1)
+    problem.held_out = other.gram
+    change = unconstrained(problem) - problem.dense
+
+    def held_out_error(share: float) -> float:
+        w, gram = problem.grouped(problem.dense + share * change), other.gram
+        aim = problem.grouped(problem.dense) @ gram.cross
+        return float((w @ gram.hessian * w).sum() - 2 * (aim * w).sum())
+
+    share = problem.earned(problem.dense, change)
+    assert 0 <= share <= 1
+    tried = [held_out_error(i / 50) for i in range(51)]
+    assert held_out_error(share) <= min(tried) + 1e-9 * abs(min(tried))
+    assert problem.earned(problem.dense, -1e-3 * change) == (0.0 if share > 0 else 1.0)
+    problem.held_out = None
+    assert problem.earned(problem.dense, change) == 1.0

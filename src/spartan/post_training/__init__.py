@@ -3,6 +3,7 @@
 from typing import Any
 
 from spartan.errors import renamed
+from spartan.post_training.alps import ALPS
 from spartan.post_training.compressing import compress
 from spartan.post_training.compression_plan import METHODS
 from spartan.post_training.distillation import Distillation
@@ -13,6 +14,7 @@ from spartan.post_training.sparsegpt import SparseGPT
 from spartan.post_training.wanda import Wanda
 
 __all__ = [
+    "ALPS",
     "METHODS",
     "OBS",
     "CompressionReport",

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
 from spartan.example_inputs import run_on
+from spartan.post_training.sample_axis import check_sample_axis
 
 _LABELS = ("labels", "label")
 
 
 @dataclass(frozen=True)
-class _Bank:
+class Bank:
     """Samples of one form: tensors stacked along their first dimension, in a skeleton.
 
     Attributes:
@@ -45,10 +46,11 @@ class Calibration:
     """Inputs to calibrate with, of which batches are made anew.
 
     Args:
-        inputs: A tensor with the samples along its first dimension, or an iterable of batches, as
-            a data loader yields them: tensors, tuples of positional arguments (what `forward`
-            does not take is left out, as labels are), or dicts of keyword arguments (without
-            `labels`).
+        inputs: A tensor with the samples along its first dimension; a tuple of such tensors, the
+            positional arguments of one call, or a dict of keyword arguments; or an iterable of
+            batches, as a data loader yields them: tensors, tuples or dicts. What `forward` does not
+            take, as labels, is left out. (A tuple of more tensors of one form than `forward`
+            takes, as `tensor.split` returns, is one of batches.)
         model: The module that takes them.
 
     Raises:
@@ -56,15 +58,16 @@ class Calibration:
     """
 
     def __init__(self, inputs: Any, model: nn.Module) -> None:
-        self._banks: list[_Bank] = []
+        self._banks: list[Bank] = []
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        batches = [inputs] if isinstance(inputs, Tensor | Mapping) else inputs
+        taken = _positional(model)
+        whole = isinstance(inputs, Tensor | Mapping) or _is_one_call(inputs, taken)
+        batches = [inputs] if whole else inputs
         if not isinstance(batches, Iterable):
             raise CalibrationError(
                 f"Calibration data are {type(inputs).__name__}; give a tensor with the samples "
                 "along its first dimension, or an iterable of batches (a data loader)."
             )
-        taken = _positional(model)
         gathered: dict[str, tuple[Any, list[list[Tensor]]]] = {}
         self._first: Any = None
         for batch in batches:
@@ -86,12 +89,28 @@ class Calibration:
         for skeleton, parts in gathered.values():
             stacked = [torch.cat(same).detach() for same in zip(*parts, strict=True)]
             if len(stacked[0]):
-                self._banks.append(_Bank(skeleton, stacked))
+                self._banks.append(Bank(skeleton, stacked))
         if not self._banks:
             raise CalibrationError("There is no calibration sample: give a few hundred.")
 
     def __len__(self) -> int:
         return sum(len(bank) for bank in self._banks)
+
+    def check_first_dimension(self, model: nn.Module) -> None:
+        """Refuse data whose first dimension are not samples to this model.
+
+        Raises:
+            CalibrationError: It is not, or the model does not run on them.
+        """
+        try:
+            check_sample_axis(model, self._banks, self._device)
+        except CalibrationError:
+            raise
+        except Exception as error:
+            self.refuse_single_samples(model, error)
+            raise CalibrationError(
+                f"The model does not run on the calibration data: {type(error).__name__}: {error}"
+            ) from error
 
     def refuse_single_samples(self, model: nn.Module, error: Exception) -> None:
         """Say so if the model, which failed on batches, takes what was given as a sample of one.
@@ -127,7 +146,7 @@ class Calibration:
             for part, mask in zip(parts, (~chosen, chosen), strict=True):
                 if mask.any():
                     index = mask.nonzero().squeeze(1)
-                    part._banks.append(_Bank(bank.skeleton, [t[index] for t in bank.tensors]))
+                    part._banks.append(Bank(bank.skeleton, [t[index] for t in bank.tensors]))
             first += len(bank)
         return parts
 
@@ -165,6 +184,16 @@ def _positional(model: nn.Module) -> int | None:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _is_one_call(inputs: Any, taken: int | None) -> bool:
+    """Whether a tuple holds the arguments of one call, and not batches."""
+    tensors = isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs)
+    if not tensors or not inputs or any(x.dim() == 0 or len(x) != len(inputs[0]) for x in inputs):
+        return False
+    if taken is None or len(inputs) <= taken:
+        return True
+    return len({(x.shape[1:], x.dtype) for x in inputs}) > 1  # (images, labels)
 
 
 def _without_labels(batch: Any, taken: int | None) -> Any:

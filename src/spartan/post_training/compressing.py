@@ -65,8 +65,8 @@ def compress(
 
     Args:
         model: Any module with Linear, convolution or attention layers. It is left as it is.
-        calibration: A tensor with the samples along its first dimension, or an iterable of batches:
-            tensors, tuples of positional or dicts of keyword arguments. Labels are left out.
+        calibration: A tensor with the samples along its first dimension; a tuple of such, or a
+            dict, the arguments of one call; or an iterable of batches. Labels are left out.
         budget: How much may stay: a `Budget` of parameters or FLOPs, or a number, the fraction of
             the prunable weights to keep. An allocation it names other than `"global"` counts
             unless `allocation=` is given.
@@ -215,6 +215,7 @@ def _prepare(
     dense = evaluating_copy(model)
     dense.requires_grad_(False)
     weights = counterparts(found, dense)
+    samples.check_first_dimension(dense)
     try:
         reach = scout(dense, fit.batches(batch_size), weights)
     except CalibrationError as error:

@@ -10,6 +10,7 @@ from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.fcpts import FCPTS
 from spartan.methods.masking.fcpts_published import PublishedFCPTS
 from spartan.post_training.allocation import Allocation, check_allocation
+from spartan.post_training.alps import ALPS
 from spartan.post_training.distillation import Distillation
 from spartan.post_training.obs import OBS
 from spartan.post_training.solver import LayerSolver, MagnitudeSolver
@@ -19,7 +20,7 @@ from spartan.registry import Registered, make
 from spartan.weights.patterns import Pattern
 
 METHODS: dict[str, type[LayerSolver] | type[MaskingMethod]] = {
-    cls.name: cls for cls in (FCPTS, PublishedFCPTS, OBS, SparseGPT, Wanda, MagnitudeSolver)
+    cls.name: cls for cls in (FCPTS, PublishedFCPTS, ALPS, OBS, SparseGPT, Wanda, MagnitudeSolver)
 }
 BEST = "best"
 # Steps of distillation from which on it is worth it. What `benchmarks/post_training.py` measured:

@@ -32,6 +32,7 @@ from spartan.weights.prunable import Prunable
 # than inputs.
 _POSITIONS = 32_768
 _POSITIONS_PER_INPUT = 16
+_FEWEST_TO_JUDGE = 32  # held-out positions of which one number is learned
 
 
 @dataclass
@@ -42,11 +43,13 @@ class Reach:
         positions: Columns of its inputs, over all batches.
         groups: Parts of its outputs that have inputs of their own.
         calls: Products with it in a pass over one batch, at most.
+        other_uses: Operators that read it besides, in another way than as the matrix of a layer.
     """
 
     positions: int = 0
     groups: int = 1
     calls: int = 0
+    other_uses: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -81,6 +84,8 @@ class LayerProblem:
         dense: W₀ as a matrix, double precision.
         gram: What the calibration data say.
         damping: Weight of the pull towards W₀, a fraction of the mean of H's diagonal.
+        held_out: What samples say that are not solved with; None if there are none.
+        share: How much of C - H is believed, from 0 to 1: of what the pruned inputs ask for.
     """
 
     weight: Prunable
@@ -88,6 +93,8 @@ class LayerProblem:
     dense: Tensor
     gram: Gram
     damping: float
+    held_out: Gram | None = None
+    share: float = 1.0
     ridge: Tensor = field(init=False)  # the damping of each group
 
     def __post_init__(self) -> None:
@@ -107,9 +114,27 @@ class LayerProblem:
 
     @property
     def pulled(self) -> Tensor:
-        """W₀ C + ridge W₀: the right side of the normal equations W (H + ridge) = …."""
-        dense = self.grouped(self.dense)
-        return (dense @ self.gram.cross + self.ridge[:, None, None] * dense).flatten(0, 1)
+        """W₀ C + ridge W₀: the right side of the normal equations W (H + ridge) = ….
+
+        Where only a share s of the change of the inputs is believed, H + s (C - H) stands for C.
+        """
+        dense, gram = self.grouped(self.dense), self.gram
+        cross = gram.hessian.lerp(gram.cross, self.share)
+        return (dense @ cross + self.ridge[:, None, None] * dense).flatten(0, 1)
+
+    def earned(self, matrix: Tensor, change: Tensor) -> float:
+        """Return which share of a change of the weights fits the held-out samples best.
+
+        With W + a D the error is a parabola in a; its minimum, in [0, 1], is the answer. Where such
+        samples are too few to say so, the whole change is.
+        """
+        gram = self.held_out
+        if gram is None or gram.positions < _FEWEST_TO_JUDGE:
+            return 1.0
+        w, d, dense = (self.grouped(m) for m in (matrix, change, self.dense))
+        slope = float(((dense @ gram.cross - w @ gram.hessian) * d).sum())
+        curvature = float((d @ gram.hessian * d).sum())
+        return min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
 
     def error(self, matrix: Tensor) -> float:
         """Return |W₀ X₀ - W X|² / |W₀ X₀|², NaN where the target is zero."""
@@ -141,14 +166,17 @@ def scout(
         part = product.index, product.outputs[0]
         calls[part] = calls.get(part, 0) + 1
 
+    others: dict[int, set[str]] = {}
     for batch in batches:
         calls.clear()
-        record_products(model, [batch], weights, on_product)
+        for index, names in record_products(model, [batch], weights, on_product).items():
+            others.setdefault(index, set()).update(names)
         for (index, _), count in calls.items():
             found[index].calls = max(found[index].calls, count)
     for index, reach in found.items():
         if reach.groups == 1:
             reach.groups = weights[index].oriented_shape[0] // math.gcd(*bounds[index])
+        reach.other_uses = others.get(index, set())
     return found
 
 
@@ -174,15 +202,19 @@ def record_products(
     batches: Sequence[Any],
     weights: Sequence[Prunable],
     on_product: Callable[[WeightProduct], None],
-) -> None:
+) -> dict[int, set[str]]:
     """Run a model on batches, and tell of every product that reads one of the weights.
+
+    Returns:
+        The operators that read a weight in another way, by its index.
 
     Raises:
         CalibrationError: The model does not run on the data.
     """
+    recorder = ProductRecorder(weights, on_product)
     try:
         for batch in batches:
-            with without_fused_attention(), torch.no_grad(), ProductRecorder(weights, on_product):
+            with without_fused_attention(), torch.no_grad(), recorder:
                 run_on_copy(model, batch)
     except CalibrationError:
         raise
@@ -190,6 +222,7 @@ def record_products(
         raise CalibrationError(
             f"The model does not run on the calibration data: {type(error).__name__}: {error}"
         ) from error
+    return recorder.other_uses
 
 
 class GramBuilder:

@@ -27,6 +27,8 @@ from spartan.post_training.weight_products import (
 )
 from spartan.weights.prunable import Prunable
 
+Products = tuple[WeightProduct, WeightProduct]  # of the dense network and of the pruned one
+
 
 class _StoppedError(BaseException):
     """Ends a thread whose pass is no longer wanted."""
@@ -100,10 +102,11 @@ class PausedPass:
 class LayerByLayer:
     """Passes of the dense and of the pruned model over the same batches, side by side.
 
-    Iterating gives, layer by layer in the order of the passes, the index of a weight and the
-    products of all batches with it: (dense, pruned). The pruned model's weight may be changed
-    before the next step of the iteration. Where the pruned model takes another way than the dense
-    one, as experts do that are chosen by the data, the dense product stands for both.
+    Iterating gives, layer by layer in the order of the passes, the index of a weight and, for each
+    batch, the products with it: (dense, pruned), or None where the batch does not reach it. The
+    pruned model's weight may be changed before the next step of the iteration. Where the pruned
+    model takes another way than the dense one, as experts do that are chosen by the data, the
+    dense product stands for both.
 
     Args:
         dense: The dense model, in evaluation mode.
@@ -152,17 +155,19 @@ class LayerByLayer:
                 one.stop()
         self._unfused.close()
 
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[WeightProduct, WeightProduct]]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Products | None]]]:
         done: set[int] = set()
         for index in self._order:
             for pair in self._passes:
                 for one in pair:
                     while one.product is not None and one.product.index in done:
                         one.go()
-            products = [
-                (first, second if second is not None and second.index == index else first)
-                for first, second in ((a.product, b.product) for a, b in self._passes)
-                if first is not None and first.index == index
-            ]
-            yield index, products
+            yield index, [_products(a, b, index) for a, b in self._passes]
             done.add(index)
+
+
+def _products(dense: PausedPass, pruned: PausedPass, index: int) -> Products | None:
+    first, second = dense.product, pruned.product
+    if first is None or first.index != index:
+        return None
+    return first, second if second is not None and second.index == index else first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from spartan.errors import CalibrationError
 from spartan.post_training.grams import GramBuilder, LayerProblem, record_products
-from spartan.post_training.layer_by_layer import LayerByLayer
-from spartan.post_training.least_squares import refit
+from spartan.post_training.layer_by_layer import LayerByLayer, Products
+from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
 from spartan.post_training.network import Network, write
-from spartan.post_training.solver import LayerSolver
+from spartan.post_training.solver import LayerSolver, MagnitudeSolver
 from spartan.post_training.weight_products import WeightProduct
 from spartan.weights.prunable import Prunable
 
@@ -66,20 +67,23 @@ def problems(
     shared = [i for i, reach in network.reach.items() if reach.calls > 1]
     builders = {i: _builder(network, i) for i in shared}
     batches = network.batches()
+    kept_back = network.held_out.batches(network.batch_size) if solves else []
     if shared:
         record_products(network.dense, batches, weights, lambda p: _add_shared(builders, p))
     with LayerByLayer(
-        network.dense, model, batches, (weights, targets), list(network.reach)
+        network.dense, model, [*batches, *kept_back], (weights, targets), list(network.reach)
     ) as passes:
         for index, products in passes:
-            builder = builders.pop(index, None)
+            builder, held_out = builders.pop(index, None), None
             if builder is None:
-                builder = _builder(network, index)
-                for dense, other in products:
-                    builder.add(dense, other)
+                builder = _gathered(network, index, products[: len(batches)])
+                held_out = _gathered(network, index, products[len(batches) :]).gram
             matrix = builder.matrix.double()
             tiling = tiling_of(weights[index], network.pattern)
-            yield index, LayerProblem(weights[index], tiling, matrix, builder.gram, DAMPING)
+            problem = LayerProblem(weights[index], tiling, matrix, builder.gram, DAMPING, held_out)
+            if solves and held_out is not None:
+                problem.share = problem.earned(matrix, unconstrained(problem) - matrix)
+            yield index, problem
 
 
 def prune_layers(
@@ -99,17 +103,44 @@ def prune_layers(
         units = _prune_unreached(network, index, counts[index])
         results[network.weights[index].name] = LayerResult(math.nan, 0.0, units)
     solves = refits or method.needs_gram
+    if solves:
+        _say_other_uses(network)
     for index, problem in problems(network, (network.pruned, network.targets), solves):
         weight = network.weights[index]
-        solution = method.prune(problem, counts[index])
+        elsewhere = bool(network.reach[index].other_uses)
+        one = MagnitudeSolver() if elsewhere and method.needs_gram else method
+        solution = one.prune(problem, counts[index])
         mask = problem.tiling.spread(solution.units)
-        matrix = refit(problem, mask) if refits else solution.matrix * mask
+        fits = refits and not elsewhere
+        matrix = solution.matrix * mask
+        if fits:
+            change = refit(problem, mask) - matrix
+            matrix += problem.earned(matrix, change) * change
         write(network.targets[index], from_matrix(matrix, weight))
         now = time.perf_counter()
         results[weight.name] = LayerResult(problem.error(matrix), now - began, solution.units)
         began = now
         network.tick("layers", len(results), len(network.weights))
     return results
+
+
+def _say_other_uses(network: Network) -> None:
+    """Name the weights that are more than the matrix of a layer.
+
+    What suits the inputs of the layer would spoil the other use, whose inputs are others.
+    """
+    told = [
+        f"{network.weights[i].name!r} ({', '.join(sorted(reach.other_uses))})"
+        for i, reach in network.reach.items()
+        if reach.other_uses
+    ]
+    if told:
+        warnings.warn(
+            f"Also used in another way than as the matrix of a layer: {', '.join(told)}. They are "
+            "pruned by magnitude, and not refitted, since what is solved for one use would spoil "
+            "the other. method='fcpts', which trains the whole network, sees all uses.",
+            stacklevel=5,
+        )
 
 
 def _prune_unreached(network: Network, index: int, kept: int) -> Tensor:
@@ -131,6 +162,14 @@ def _builder(network: Network, index: int) -> GramBuilder:
     weight = network.weights[index]
     dense = weight.parameter.detach()
     return GramBuilder(weight, dense, network.reach[index], network.seed)
+
+
+def _gathered(network: Network, index: int, products: Sequence[Products | None]) -> GramBuilder:
+    builder = _builder(network, index)
+    for pair in products:
+        if pair is not None:
+            builder.add(*pair)
+    return builder
 
 
 def _require_enough(network: Network) -> None:

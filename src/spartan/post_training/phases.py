@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from spartan.budgets.budget import Budget
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.fcpts import FCPTS
 from spartan.methods.masking.fixed import Fixed
+from spartan.norms import recalibrated
 from spartan.post_training.allocation import allocate
 from spartan.post_training.compression_plan import CompressionPlan, combination
-from spartan.post_training.distillation import Distillation, Trained, distil
+from spartan.post_training.distillation import Distillation, References, Trained, distil
 from spartan.post_training.layers import LayerResult, prune_layers
 from spartan.post_training.matrices import nonzero_units
-from spartan.post_training.network import Network
+from spartan.post_training.network import Network, evaluating_copy
 from spartan.post_training.solver import FixedUnits, LayerSolver
 
 
@@ -72,7 +75,8 @@ def steps_within(
 
     A few steps of a copy are timed, so that two runs may answer differently.
     """
-    model, _ = network.fresh_copy()
+    # Fixed masks are those of what has been pruned; all others are found in a dense network.
+    model = evaluating_copy(network.pruned if isinstance(method, Fixed) else network.dense)
     clock: list[float] = []
     trial = dataclasses.replace(network, tick=lambda *_: clock.append(time.perf_counter()))
     began = time.perf_counter()
@@ -127,6 +131,8 @@ def _solve(
     """Prune layer by layer; then perhaps distil with these masks."""
     with clock("layers"):
         solved = prune_layers(network, method, counts, plan.reconstruct is not None)
+    with clock("norms"):
+        _refresh_norms(network, plan.how)
     if plan.reconstruct != "network":
         return Outcome(plan, solved=solved)
     budget = network.budget
@@ -135,6 +141,29 @@ def _solve(
         budget = Budget(allocation={name: float(share) for name, share in kept.items()})
     steps, trained = _distil(network, plan, Fixed(), budget, clock)
     return Outcome(plan, steps, trained, solved)
+
+
+def _refresh_norms(network: Network, how: Distillation) -> None:
+    """Take the running statistics of batch norms anew, where that does better held out.
+
+    Methods that leave weights as they are change what norms get; others have answered to it.
+    """
+    norms = [
+        m
+        for m in network.pruned.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
+    if not norms or len(network.fit) < 2:
+        return
+    references = References(network.dense, network.held_out, how.batch_size)
+    before = how.loss_on(network.pruned, references)
+    with recalibrated(network.pruned, network.fit.batches(max(2, network.batch_size))):
+        after = how.loss_on(network.pruned, references)
+        found = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    if after < before:
+        for norm, buffers in zip(norms, found, strict=True):
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
 
 
 def _train(

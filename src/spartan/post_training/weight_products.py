@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spartan.budgets.flops import MATMULS
 from spartan.weights.prunable import Prunable
@@ -67,6 +68,10 @@ class WeightProduct:
 class ProductRecorder(TorchDispatchMode):
     """Calls `on_product` before each product that reads one of the weights.
 
+    Attributes:
+        other_uses: Of weights by index, the operators that read them in another way: transposed, as
+            a table to look up in, entry by entry.
+
     Args:
         weights: Those to look for.
         on_product: What to do with a product.
@@ -78,6 +83,7 @@ class ProductRecorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights = weights
         self.on_product = on_product
+        self.other_uses: dict[int, set[str]] = {}
         self.by_storage: dict[int, list[int]] = {}
         for i, weight in enumerate(weights):
             storage = weight.parameter.untyped_storage().data_ptr()
@@ -94,7 +100,16 @@ class ProductRecorder(TorchDispatchMode):
             product = self._convolution(*args)
         if product is not None:
             self.on_product(product)
+        elif not func.is_view:
+            self._note_other_use(func, (args, kwargs))
         return func(*args, **(kwargs or {}))
+
+    def _note_other_use(self, func: Any, arguments: Any) -> None:
+        for value in tree_leaves(arguments):
+            index = self._find(value) if isinstance(value, Tensor) else None
+            if index is not None:
+                name = func.name().removeprefix("aten::").partition(".")[0]
+                self.other_uses.setdefault(index, set()).add(name)
 
     def _find(self, operand: Tensor) -> int | None:
         """Return the weight that an operand is, or is a view of."""
