@@ -61,12 +61,12 @@ def docstrings(package: str) -> str:
 
 
 def windows(tokenizer: Any, text: str, count: int) -> Tensor:
-    """Return evenly spaced windows of a text, (count, WINDOW)."""
+    """Return evenly spaced ones of the windows that a text divides into, (count, WINDOW)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ids = torch.tensor(tokenizer(text).input_ids)
-    starts = torch.linspace(0, len(ids) - WINDOW, count).long()
-    return torch.stack([ids[s : s + WINDOW] for s in starts.tolist()])
+    every = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return every[:: len(every) // count][:count]
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ids = torch.cat([windows(tokenizer, docstrings(p), half) for p in ("scipy", "sklearn")])
     topics = pydoc_data.topics.topics
     texts = {
-        "topics": windows(tokenizer, "".join(topics[key] for key in sorted(topics)), 8),
+        "topics": windows(tokenizer, "\n\n".join(topics[k] for k in sorted(topics)), 8),
         "shakespeare": windows(tokenizer, Path(args.shakespeare).read_text(encoding="utf-8"), 8),
     }
     judged = {name: round(perplexity(model, t), 2) for name, t in texts.items()}

@@ -212,9 +212,10 @@ class Trainer:
                     f"The checkpoint is of a run of {state['facts']['total_steps']} steps, this "
                     f"one has {self.total_steps}: has the data changed?"
                 )
-            refuse_misfit(state, self.optimizer, self.total_steps)
             self.model.load_state_dict(state["model"])
             self.sparsifier.load_state_dict(state["sparsifier"])
+            # Now that layers have the connections of the checkpoint, and so the shapes.
+            refuse_misfit(state, self.optimizer, self.total_steps)
             self.optimizer.load_state_dict(state["optimizer"])
             self._scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
