@@ -117,10 +117,14 @@ def read() -> list[dict[str, object]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one method reached at one density of one task."""
+    """What one method reached at one density of one task, by seed."""
 
-    scores: list[float]
+    by_seed: dict[object, float]
     digits: int = 2
+
+    @property
+    def scores(self) -> list[float]:
+        return [self.by_seed[seed] for seed in sorted(self.by_seed, key=str)]
 
     @property
     def mean(self) -> float:
@@ -133,29 +137,39 @@ class Cell:
             return math.nan
         return statistics.stdev(self.scores) / math.sqrt(len(self.scores))
 
-    def __str__(self) -> str:
+    def ahead_of(self, other: Cell) -> float:
+        """Return by how much the mean is larger, over the seeds that both had."""
+        common = self.by_seed.keys() & other.by_seed.keys()
+        return statistics.mean(self.by_seed[s] - other.by_seed[s] for s in common) if common else 0
+
+    def text(self, most: int) -> str:
+        """Return mean ± standard error, and the number of seeds where others had more."""
         error = f" ± {self.error:.{self.digits}f}" if len(self.scores) > 1 else ""
-        return f"{self.mean:.{self.digits}f}{error}"
+        seeds = f" ({len(self.scores)})" if len(self.scores) < most else ""
+        return f"{self.mean:.{self.digits}f}{error}{seeds}"
 
 
 def cells(task: str, rows: Sequence[dict[str, object]]) -> dict[float, dict[str, Cell]]:
-    """Return what there is of a task, by density and method: of the seeds that all methods had."""
+    """Return what there is of a task, by density and method."""
     found: dict[float, dict[str, Cell]] = {}
     for density in TASKS[task].densities:
         runs: dict[str, dict[object, float]] = {}
         for row in rows:
             if (row["task"], row["density"]) == (task, density) and row["method"] in METHODS:
                 runs.setdefault(str(row["method"]), {})[row["seed"]] = float(str(row["score"]))
-        common = set.intersection(*map(set, runs.values())) if runs else set()
-        if common:
-            found[density] = {
-                method: Cell(
-                    [runs[method][seed] for seed in sorted(common, key=str)], _digits(task)
-                )
-                for method in METHODS
-                if method in runs
-            }
+        if runs:
+            found[density] = {m: Cell(runs[m], _digits(task)) for m in METHODS if m in runs}
     return found
+
+
+def best_of(row: dict[str, Cell], bits: bool) -> tuple[str, float]:
+    """Return the best method, and how far Spartan is behind it over the seeds of both."""
+    sign = -1 if bits else 1
+    if "spartan" not in row:
+        return max(_untaught(row), key=lambda m: sign * row[m].mean), 0.0
+    gaps = {m: sign * row[m].ahead_of(row["spartan"]) for m in _untaught(row)}
+    best = max(gaps, key=lambda m: (gaps[m], m == "spartan"))
+    return best, gaps[best]
 
 
 def _untaught(row: dict[str, Cell]) -> list[str]:
@@ -173,19 +187,26 @@ def table(task: str, rows: Sequence[dict[str, object]]) -> str:
     shown = [m for m in METHODS if any(m in row for row in by_density.values())]
     bits = TASKS[task].bits
     same = TASKS[task].dense_of or task
-    dense = [float(str(r["score"])) for r in rows if (r["task"], r["method"]) == (same, "dense")]
+    dense = {
+        r["seed"]: float(str(r["score"]))
+        for r in rows
+        if (r["task"], r["method"]) == (same, "dense")
+    }
     unit = "bits per character, less is better" if bits else "accuracy in percent"
-    seeds = {len(cell.scores) for row in by_density.values() for cell in row.values()}
-    told = " or ".join(f"{count} seeds" if count > 1 else "one seed" for count in sorted(seeds))
-    title = f"**{TASKS[task].title}** ({unit}; dense {Cell(dense, _digits(task))}; {told})"
+    counts = {len(cell.scores) for row in by_density.values() for cell in row.values()}
+    most = max(counts)
+    told = f"{most} seeds" if most > 1 else "one seed"
+    told += ", or as many as are in brackets" if len(counts) > 1 else ""
+    spread = Cell(dense, _digits(task)).text(0)
+    title = f"**{TASKS[task].title}** ({unit}; dense {spread}; {told})"
     lines = [title, "", "| density | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for density, row in by_density.items():
-        rivals = _untaught(row)
-        best = (min if bits else max)(rivals, key=lambda m: row[m].mean)
+        best, _ = best_of(row, bits)
         texts = []
         for method in shown:
-            text = str(row[method]) if method in row else ""
-            texts.append(f"**{text}**" if method == best and len(rivals) > 1 else text)
+            text = row[method].text(most) if method in row else ""
+            several = len(_untaught(row)) > 1
+            texts.append(f"**{text}**" if method == best and several else text)
         lines.append(f"| {100 * density:g} % | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -195,12 +216,9 @@ def summary(tasks: Sequence[str], rows: Sequence[dict[str, object]]) -> str:
     firsts, behind = 0, []
     for task in tasks:
         for density, row in cells(task, rows).items():
-            rivals = _untaught(row)
-            if len(rivals) < 2 or "spartan" not in row:
+            if len(_untaught(row)) < 2 or "spartan" not in row:
                 continue
-            sign = -1 if TASKS[task].bits else 1
-            best = max(rivals, key=lambda m: sign * row[m].mean)
-            gap = sign * (row[best].mean - row["spartan"].mean)
+            best, gap = best_of(row, TASKS[task].bits)
             if gap < 0.005:
                 firsts += 1
             else:
