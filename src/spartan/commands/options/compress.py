@@ -31,7 +31,7 @@ class CompressConfig:
     sparsity: float | None = None
     """The same as 1 - density; give one of the two."""
     method: str = "fcpts"
-    """fcpts, fcpts-published, obs, sparsegpt, wanda, magnitude, or best."""
+    """fcpts, fcpts-published, alps, obs, sparsegpt, wanda, magnitude, or best."""
     allocation: str | None = None
     """How the budget spreads over layers: global, uniform, erk, learned or curves."""
     reconstruct: str = "auto"
