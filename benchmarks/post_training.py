@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 import spartan
+from spartan.commands.accuracy import loss_and_accuracy
 from spartan.commands.images import ImageData, augment, load_data, normalize
 from spartan.commands.models import resnet20
-from spartan.commands.train.trainer import evaluate
 from spartan.deploy import load
 from spartan.post_training import Distillation
 from spartan.post_training.allocation import ALLOCATIONS
@@ -57,7 +57,7 @@ class Task:
         return normalize(self.images.train.read(order.tolist()), self.images)
 
     def accuracy(self, model: nn.Module) -> float:
-        return 100 * evaluate(model, self.images.test, self.images, torch.device("cpu"))[1]
+        return 100 * loss_and_accuracy(model, self.images.test, self.images, torch.device("cpu"))[1]
 
     def change(self, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return augment(batch, True, generator)
