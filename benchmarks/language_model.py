@@ -12,6 +12,7 @@ windows of Python's help topics (the same kind of text) and of tiny Shakespeare 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -96,23 +97,14 @@ def plain(model: nn.Module, ids: Tensor, solve: Callable[[Tensor, Tensor], Tenso
 
     handle = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
     for window in ids:
-        try:
+        with contextlib.suppress(Stop):
             model(input_ids=window[None], use_cache=False)
-        except Stop:
-            pass
     handle.remove()
     for block in blocks:
         layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         grams = {n: torch.zeros(m.in_features, m.in_features) for n, m in layers.items()}
 
-        def add(name: str) -> Any:
-            def hook(_: Any, args: Any) -> None:
-                x = args[0].flatten(0, -2)
-                grams[name].addmm_(x.T, x)
-
-            return hook
-
-        handles = [m.register_forward_pre_hook(add(n)) for n, m in layers.items()]
+        handles = [m.register_forward_pre_hook(adder(grams[n])) for n, m in layers.items()]
         for x, kwargs in hidden:
             block(x, **kwargs)
         for handle in handles:
@@ -122,6 +114,16 @@ def plain(model: nn.Module, ids: Tensor, solve: Callable[[Tensor, Tensor], Tenso
         for i, (x, kwargs) in enumerate(hidden):
             y = block(x, **kwargs)
             hidden[i] = (y if isinstance(y, Tensor) else y[0], kwargs)
+
+
+def adder(gram: Tensor) -> Callable[[nn.Module, Any], None]:
+    """Return a hook that adds the inputs of a layer to its Gram matrix."""
+
+    def hook(_: nn.Module, args: Any) -> None:
+        x = args[0].flatten(0, -2)
+        gram.addmm_(x.T, x)
+
+    return hook
 
 
 def kept_of(scores: Tensor, density: float, group: int | None) -> Tensor:
