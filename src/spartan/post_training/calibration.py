@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _LABELS = ("labels", "label")
 
 
 @dataclass(frozen=True)
-class Bank:
+class _Bank:
     """Samples of one form: tensors stacked along their first dimension, in a skeleton.
 
     Attributes:
@@ -58,7 +59,7 @@ class Calibration:
     """
 
     def __init__(self, inputs: Any, model: nn.Module) -> None:
-        self._banks: list[Bank] = []
+        self._banks: list[_Bank] = []
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         taken = _positional(model)
         whole = isinstance(inputs, Tensor | Mapping) or _is_one_call(inputs, taken)
@@ -89,7 +90,7 @@ class Calibration:
         for skeleton, parts in gathered.values():
             stacked = [torch.cat(same).detach() for same in zip(*parts, strict=True)]
             if len(stacked[0]):
-                self._banks.append(Bank(skeleton, stacked))
+                self._banks.append(_Bank(skeleton, stacked))
         if not self._banks:
             raise CalibrationError("There is no calibration sample: give a few hundred.")
 
@@ -103,7 +104,9 @@ class Calibration:
             CalibrationError: It is not, or the model does not run on them.
         """
         try:
-            check_sample_axis(model, self._banks, self._device)
+            for bank in self._banks:
+                shapes = [tensor.shape for tensor in bank.tensors]
+                check_sample_axis(model, shapes, partial(bank.take, device=self._device))
         except CalibrationError:
             raise
         except Exception as error:
@@ -146,7 +149,7 @@ class Calibration:
             for part, mask in zip(parts, (~chosen, chosen), strict=True):
                 if mask.any():
                     index = mask.nonzero().squeeze(1)
-                    part._banks.append(Bank(bank.skeleton, [t[index] for t in bank.tensors]))
+                    part._banks.append(_Bank(bank.skeleton, [t[index] for t in bank.tensors]))
             first += len(bank)
         return parts
 
