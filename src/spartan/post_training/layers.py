@@ -21,6 +21,10 @@ from spartan.post_training.weight_products import WeightProduct
 from spartan.weights.prunable import Prunable
 
 DAMPING = 1e-2  # of the mean of a Gram matrix's diagonal, as in the released code of SparseGPT
+# Positions an input from which on that is enough. With fewer, as much as so many positions of
+# noise as there are inputs: on a language model, with 5 to 12 of them, 0.3 did better than 0.01 on
+# text of both kinds; on convolutions, with 57 and more, 0.02 to 0.3 did worse.
+_PLENTY = 16
 # Inputs of a layer for each position that it was calibrated with, at most: with fewer positions
 # most directions of the weights are seen by the damping only.
 _SCARCE = 8
@@ -80,7 +84,8 @@ def problems(
                 held_out = _gathered(network, index, products[len(batches) :]).gram
             matrix = builder.matrix.double()
             tiling = tiling_of(weights[index], network.pattern)
-            problem = LayerProblem(weights[index], tiling, matrix, builder.gram, DAMPING, held_out)
+            damping = _damping(matrix.shape[1], builder.gram.positions)
+            problem = LayerProblem(weights[index], tiling, matrix, builder.gram, damping, held_out)
             if solves and held_out is not None:
                 problem.share = problem.earned(matrix, unconstrained(problem) - matrix)
             yield index, problem
@@ -162,6 +167,11 @@ def _builder(network: Network, index: int) -> GramBuilder:
     weight = network.weights[index]
     dense = weight.parameter.detach()
     return GramBuilder(weight, dense, network.reach[index], network.seed)
+
+
+def _damping(inputs: int, positions: int) -> float:
+    few = 0 < positions < _PLENTY * inputs
+    return max(DAMPING, inputs / positions) if few else DAMPING
 
 
 def _gathered(network: Network, index: int, products: Sequence[Products | None]) -> GramBuilder:
