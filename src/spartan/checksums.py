@@ -66,7 +66,7 @@ class Checksums:
             raise FileError(
                 f"the checksum of {name!r} says that it is not what was written{_EDITED}"
             )
-        del self._left[name]
+        self._left.pop(name, None)  # another thread may have been faster
 
 
 def of_array(name: str, code: str, shape: Sequence[int], data: memoryview) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spartan.budgets.budget import Budget
+from spartan.example_inputs import tensors_of
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.methods.masking.fcpts import FCPTS
 from spartan.methods.masking.fixed import Fixed
@@ -157,7 +158,11 @@ def _refresh_norms(network: Network, how: Distillation) -> None:
         return
     references = References(network.dense, network.held_out, how.batch_size)
     before = how.loss_on(network.pruned, references)
-    with recalibrated(network.pruned, network.fit.batches(max(2, network.batch_size))):
+    batches = network.fit.batches(max(3, network.batch_size))
+    batches = [b for b in batches if len(next(tensors_of(b))) > 1]
+    if not batches:
+        return
+    with recalibrated(network.pruned, batches):
         after = how.loss_on(network.pruned, references)
         found = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     if after < before:

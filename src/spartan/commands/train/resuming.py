@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -49,11 +50,20 @@ def refuse_another_run(state: dict[str, Any], config: TrainConfig, data: ImageDa
     refuse_changes(from_json(TrainConfig, told["options"], "the checkpoint"), config, MAY_CHANGE)
     for what, now in described(config, data)["data"].items():
         before = told["data"][what]
-        if before != now:
+        if before != now and not _rounded(before, now):
             raise StateError(
                 f"The data have changed since the checkpoint: {what} was {before!r:.60} and is "
                 f"{now!r:.60}. Give the data of then, or start a new run with --out."
             )
+
+
+def _rounded(before: Any, now: Any) -> bool:
+    """Whether two lists of statistics differ by the order of their sums, which threads decide."""
+    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
+    return lists and all(
+        isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6)
+        for a, b in zip(before, now, strict=True)
+    )
 
 
 def refuse_misfit(state: dict[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -75,7 +85,7 @@ def refuse_misfit(state: dict[str, Any], optimizer: torch.optim.Optimizer, steps
     given, own = state["optimizer"], optimizer.state_dict()
     for group, mine in zip(given["param_groups"], own["param_groups"], strict=True):
         for key, value in mine.items():
-            if type(group[key]) is not type(value):
+            if key in group and type(group[key]) is not type(value):
                 raise StateError(f"its optimizer's {key} is {group[key]!r:.60}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in given["state"].items():

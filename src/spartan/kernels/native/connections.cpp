@@ -92,7 +92,7 @@ std::uint32_t checksum(const std::int32_t* indices, std::int64_t count) {
   for (; i + lanes <= count; i += lanes)
     for (std::int64_t lane = 0; lane < lanes; ++lane) {
       const std::uint32_t index = static_cast<std::uint32_t>(indices[i + lane]);
-      sums[lane] = (sums[lane] << 5 | sums[lane] >> 27) ^ index;
+      sums[lane] = ((sums[lane] << 5 | sums[lane] >> 27) ^ index) * 0x9E3779B1u;
     }
   std::uint32_t sum = 0;
   for (const std::uint32_t lane : sums) sum = sum * 31 + lane;
