@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn.utils import parametrize
 
 import spartan
@@ -471,9 +471,9 @@ def test_traces_and_operators_keep_the_sparse_layers(tmp_path: Path) -> None:
             sizes = [
                 list(s) for s in (layer.kernel_size, layer.stride, layer.zeros, layer.dilation)
             ]
-            torch.library.opcheck(torch.ops.spartan.sparse_conv2d.default, (y, *parts, *sizes))
+            library.opcheck(torch.ops.spartan.sparse_conv2d.default, (y, *parts, *sizes))
         else:
-            torch.library.opcheck(torch.ops.spartan.sparse_linear.default, (y, *parts))
+            library.opcheck(torch.ops.spartan.sparse_linear.default, (y, *parts))
 
 
 def test_a_written_weight_is_in_states_and_programs(recwarn: Any) -> None:

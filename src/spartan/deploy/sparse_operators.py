@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spartan.kernels.blocked_weights import Geometry
@@ -21,7 +21,7 @@ from spartan.kernels.row_bundles import RowBundles
 _products: Any = WeakTensorKeyDictionary()
 
 
-@torch.library.custom_op("spartan::sparse_linear", mutates_args=())
+@library.custom_op("spartan::sparse_linear", mutates_args=())
 def sparse_linear(
     x: Tensor,
     values: Tensor,
@@ -52,7 +52,7 @@ def _(
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-@torch.library.custom_op("spartan::sparse_conv2d", mutates_args=())
+@library.custom_op("spartan::sparse_conv2d", mutates_args=())
 def sparse_conv2d(
     x: Tensor,
     values: Tensor,
