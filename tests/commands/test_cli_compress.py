@@ -171,6 +171,14 @@ def test_ctrl_c_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
+def test_best_at_density_one_writes_a_run(tmp_path: Path) -> None:
+    spartan("train", "--epochs", "1", "--density", "0.5", "--out", tmp_path / "run")
+    given = ("compress", tmp_path / "run", "--calibration", "digits", "--method", "best")
+    spartan(*given, "--density", "1", "--out", tmp_path / "same")
+    spartan("evaluate", tmp_path / "same")
+    spartan("report", tmp_path / "same")
+
+
 def test_compress_the_pretrained_network(
     cifar10: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

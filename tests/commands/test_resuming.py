@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from spartan.__main__ import main
+from spartan.commands.images import load_data
 from spartan.files import load_state, save_state
 
 
@@ -60,11 +61,22 @@ def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[
     run = tmp_path / "run"
     begun = ("train", "--data", tmp_path / "data", "--epochs", 1, "--density", 0.5, "--out", run)
     assert call(*begun, "--batch-size", 16) == 0
-    (tmp_path / "data" / "train" / "a" / "0.png").rename(
-        tmp_path / "data" / "train" / "b" / "9.png"
-    )
-    assert call("train", "--resume", run) == 2
-    assert "The data have changed since the checkpoint" in " ".join(capsys.readouterr().err.split())
+    train, test = tmp_path / "data" / "train", tmp_path / "data" / "test"
+
+    def told() -> str:
+        assert call("train", "--resume", run) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    (train / "a" / "0.png").rename(train / "b" / "9.png")
+    assert "have changed since the checkpoint: checksum of training images" in told()
+    (train / "b" / "9.png").rename(train / "a" / "0.png")
+    one, other = ((test / name / "0.png").read_bytes() for name in ("a", "b"))
+    (test / "a" / "0.png").write_bytes(other)
+    (test / "b" / "0.png").write_bytes(one)
+    assert "have changed since the checkpoint: checksum of test images" in told()
+    (test / "a" / "0.png").write_bytes(one)
+    (test / "b" / "0.png").write_bytes(other)
+    assert call("train", "--resume", run) == 0
 
 
 def test_a_checkpoint_of_older_versions_goes_on(run: Path, tmp_path: Path) -> None:
@@ -74,6 +86,32 @@ def test_a_checkpoint_of_older_versions_goes_on(run: Path, tmp_path: Path) -> No
     del state["run"]
     save_state(older / "checkpoint.safetensors", state)
     assert call("train", "--resume", older) == 0
+
+
+def test_groups_of_an_older_optimizer_go_on(run: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(run, older)
+    state = load_state(older / "checkpoint.safetensors")
+    for group in state["optimizer"]["param_groups"]:
+        del group["differentiable"]
+    save_state(older / "checkpoint.safetensors", state)
+    assert call("train", "--resume", older) == 0
+
+
+def test_statistics_do_not_depend_on_threads() -> None:
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            data = load_data("digits")
+            found.add((data.mean, data.std))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+    ((mean, std),) = found
+    pixels = data.train.read(range(len(data.train.labels))).double() / 255
+    assert mean == pytest.approx([float(pixels.mean())], rel=1e-12)
+    assert std == pytest.approx([float(pixels.std())], rel=1e-12)
 
 
 @pytest.mark.parametrize("damage", ["step", "tally", "group", "state"])

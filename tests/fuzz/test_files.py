@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import spartan
 from spartan.adapters import AdapterModel, MemoryConfig, get_adapter_model
 from spartan.commands.inspection import verify_file
 from spartan.container import bits_of
+from spartan.deploy.packed import PackedTensors
 from spartan.errors import FileError, SpartanError
 from spartan.files import load_state, save_state
 from spartan.world_model.files import load_model, save_model
@@ -173,6 +175,16 @@ def rewrite(path: Path, text: str) -> None:
     header, data = split(path.read_bytes())
     header["__metadata__"] = {"spartan": text}
     path.write_bytes(join(header, data))
+
+
+def test_threads_may_read_one_file(tmp_path: Path) -> None:
+    state = {f"w{i}": torch.randn(200, 200) for i in range(20)}
+    spartan.save(state, tmp_path / "w.safetensors")
+    for _ in range(5):
+        tensors = PackedTensors(tmp_path / "w.safetensors")
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(tensors.get, [f"w{i // 8}" for i in range(160)])
+            assert all(tensor is not None for tensor in found)
 
 
 def test_verify(tmp_path: Path) -> None:

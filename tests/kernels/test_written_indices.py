@@ -52,6 +52,34 @@ def test_of_always_sparse_layers(
         layer.state_dict()
 
 
+def shifted(columns: Tensor) -> None:
+    columns.data += 256
+
+
+def flipped(columns: Tensor) -> None:
+    columns.data += 1 << 28
+
+
+def exchanged(columns: Tensor) -> None:
+    columns.data[:1024] = columns.data[:1024].roll(512)
+
+
+def doubled(columns: Tensor) -> None:
+    columns.data.fill_(3)
+
+
+@pytest.mark.parametrize("write", [shifted, flipped, exchanged, doubled])
+@pytest.mark.parametrize("density", [0.125, 0.126])
+def test_whole_patterns_are_noticed(write: Callable[[Tensor], None], density: float) -> None:
+    """Also of numbers of connections in which the same change, made to all, could cancel."""
+    layer = SparseLinear(256, 256, density=density)
+    x = torch.randn(5, 256)
+    layer(x)
+    write(layer.columns)
+    with pytest.raises(KernelError, match="written into"):
+        layer(x)
+
+
 def test_a_state_dict_repairs_them() -> None:
     layer = SparseLinear(64, 48, density=0.2)
     x = torch.randn(5, 64)

@@ -6,6 +6,7 @@ Images are uint8 tensors (channels, height, width). Small data sets are decoded 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,10 +230,15 @@ def _to_tensor(picture: Any, channels: int, size: int) -> Tensor:
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    pixels = images.double().div_(255)
-    mean = pixels.mean(dim=(0, 2, 3))
-    std = pixels.std(dim=(0, 2, 3)).clamp_(min=1e-3)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    # Sums of whole numbers are exact: sums of fractions would depend on the number of threads, and
+    # with them all that is computed from here on.
+    count = images.numel() // images.shape[1]
+    totals = images.sum(dim=(0, 2, 3), dtype=torch.int64).tolist()
+    squares = images.int().square_().sum(dim=(0, 2, 3), dtype=torch.int64).tolist()
+    mean = [total / count / 255 for total in totals]
+    spread = [s * count - t * t for s, t in zip(squares, totals, strict=True)]
+    std = [max(1e-3, math.sqrt(x / count / max(1, count - 1)) / 255) for x in spread]
+    return tuple(mean), tuple(std)
 
 
 def batches(

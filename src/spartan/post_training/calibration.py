@@ -50,8 +50,8 @@ class Calibration:
         inputs: A tensor with the samples along its first dimension; a tuple of such tensors, the
             positional arguments of one call, or a dict of keyword arguments; or an iterable of
             batches, as a data loader yields them: tensors, tuples or dicts. What `forward` does not
-            take, as labels, is left out. (A tuple of more tensors of one form than `forward`
-            takes, as `tensor.split` returns, is one of batches.)
+            take, as labels, is left out. (A tuple of more tensors of one kind than `forward` takes,
+            as `tensor.split` returns, is one of batches; of as many as are optional, refused.)
         model: The module that takes them.
 
     Raises:
@@ -61,8 +61,8 @@ class Calibration:
     def __init__(self, inputs: Any, model: nn.Module) -> None:
         self._banks: list[_Bank] = []
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        taken = _positional(model)
-        whole = isinstance(inputs, Tensor | Mapping) or _is_one_call(inputs, taken)
+        needed, taken = _positional(model)
+        whole = isinstance(inputs, Tensor | Mapping) or _is_one_call(inputs, needed, taken)
         batches = [inputs] if whole else inputs
         if not isinstance(batches, Iterable):
             raise CalibrationError(
@@ -121,7 +121,7 @@ class Calibration:
         Raises:
             CalibrationError: It does.
         """
-        skeleton, tensors = _strip(_without_labels(self._first, _positional(model)))
+        skeleton, tensors = _strip(_without_labels(self._first, _positional(model)[1]))
         try:
             with torch.no_grad():
                 run_on(model, _fill(skeleton, [t[None].to(self._device) for t in tensors]))
@@ -175,28 +175,39 @@ class Calibration:
                 yield bank.take(part, self._device)
 
 
-def _positional(model: nn.Module) -> int | None:
-    """Return how many positional arguments a model takes, None for any number."""
+def _positional(model: nn.Module) -> tuple[int, int | None]:
+    """Return how many positional arguments a model needs, and takes: None for any number."""
     inner: Any = model
     while hasattr(inner, "_orig_mod") or isinstance(inner, nn.DataParallel):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
     try:
         parameters = inspect.signature(inner.forward).parameters.values()
     except ValueError:  # a scripted module keeps it to itself
-        return None
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        return 1, None
+    own = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in own)
+    return needed, None if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(own)
 
 
-def _is_one_call(inputs: Any, taken: int | None) -> bool:
-    """Whether a tuple holds the arguments of one call, and not batches."""
+def _is_one_call(inputs: Any, needed: int, taken: int | None) -> bool:
+    """Whether a tuple of tensors holds the arguments of one call, and not batches.
+
+    Raises:
+        CalibrationError: It could be either.
+    """
     tensors = isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs)
     if not tensors or not inputs or any(x.dim() == 0 or len(x) != len(inputs[0]) for x in inputs):
         return False
-    if taken is None or len(inputs) <= taken:
+    kinds = {(x.dim(), x.dtype) for x in inputs}
+    if len(inputs) <= needed or len(kinds) > 1:  # several kinds, such as images and labels
         return True
-    return len({(x.shape[1:], x.dtype) for x in inputs}) > 1  # (images, labels)
+    if taken is not None and len(inputs) > taken:
+        return False
+    raise CalibrationError(
+        f"A tuple of {len(inputs)} tensors of one kind may be as many batches, or the arguments of "
+        "one call, since forward has optional ones: give a list of the batches, or a dict of the "
+        "arguments by name."
+    )
 
 
 def _without_labels(batch: Any, taken: int | None) -> Any:

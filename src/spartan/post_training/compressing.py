@@ -16,7 +16,7 @@ from spartan.example_inputs import run_on
 from spartan.methods.masking.contract import MaskingMethod
 from spartan.post_training.allocation import Allocation
 from spartan.post_training.calibration import Calibration
-from spartan.post_training.compression_plan import Reconstruct, make_plan
+from spartan.post_training.compression_plan import BEST, Reconstruct, make_plan
 from spartan.post_training.distillation import Distillation, References
 from spartan.post_training.grams import scout
 from spartan.post_training.matrices import nonzero_units
@@ -287,7 +287,7 @@ def _finish(
                 units.numel(), int(units.sum()), cost, error, seconds,
             )
         )  # fmt: skip
-    method = "best" if plan.method is None else plan.method.settings()
+    method = {"name": BEST} if plan.method is None else plan.method.settings()
     settings = {
         "method": method,
         "allocation": plan.allocation if isinstance(plan.allocation, str) else "given",

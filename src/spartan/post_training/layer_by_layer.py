@@ -156,14 +156,14 @@ class LayerByLayer:
         self._unfused.close()
 
     def __iter__(self) -> Iterator[tuple[int, list[Products | None]]]:
-        done: set[int] = set()
+        left = set(self._order)  # others are only reached by batches that nothing is solved with
         for index in self._order:
             for pair in self._passes:
                 for one in pair:
-                    while one.product is not None and one.product.index in done:
+                    while one.product is not None and one.product.index not in left:
                         one.go()
             yield index, [_products(a, b, index) for a, b in self._passes]
-            done.add(index)
+            left.discard(index)
 
 
 def _products(dense: PausedPass, pruned: PausedPass, index: int) -> Products | None:

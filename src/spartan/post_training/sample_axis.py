@@ -7,6 +7,7 @@ of one sequence do, and so do the time steps of a batch that has them first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -43,8 +44,13 @@ def check_sample_axis(
     there = torch.arange(count)
     order = there.roll(1)
     given, others = _answers_to(model, take(there)), _answers_to(model, take(order))
+    second = shapes[0][1] if len(shapes[0]) > 1 else count
     for answer, moved in zip(given, others, strict=False):
-        if answer.dim() and not _follows(answer, moved, order, shapes[0]):
+        # Answers to samples number them first; where time is first, so do its steps, or the samples
+        # that come second then.
+        if not answer.dim() or len(answer) not in (count, second) or answer.shape != moved.shape:
+            continue
+        if not _accounted_for(answer, [moved, *others], count):
             if all(map(_equal, given, _answers_to(model, take(there)))):
                 raise CalibrationError(_told(tuple(shapes[0])))
             return  # the model draws its answers
@@ -56,12 +62,16 @@ def _answers_to(model: nn.Module, batch: Any) -> list[Tensor]:
     return [tensor.float() for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
-def _follows(answer: Tensor, moved: Tensor, order: Tensor, shape: torch.Size) -> bool:
-    """Whether answers to samples in another order are the same ones in that order."""
-    if len(answer) == len(order):
-        return _equal(answer[order.to(answer.device)], moved)
-    # As many answers as there are entries in the second dimension: that one are the samples.
-    return len(shape) < 2 or len(answer) != shape[1]
+def _accounted_for(answer: Tensor, others: list[Tensor], count: int) -> bool:
+    """Whether an answer is there again, in the order of the samples if it has them.
+
+    Their dimension may be any, and there may be several, as of what compares samples with each
+    other. What is the same for all, or belongs to one sample, is there again as it is.
+    """
+    where = [i for i, size in enumerate(answer.shape) if size == count]
+    ways = (dims for n in range(len(where) + 1) for dims in combinations(where, n))
+    rolled = [answer.roll((1,) * len(dims), dims) if dims else answer for dims in ways]
+    return any(_equal(one, other) for one in rolled for other in others)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

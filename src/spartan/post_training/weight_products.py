@@ -24,6 +24,19 @@ from spartan.weights.prunable import Prunable
 _CHUNK = 1 << 24  # entries of X that are gathered at a time: 64 MiB of float32
 
 
+# Operators that look at a tensor, and give nothing of its values to what is computed.
+_ASKS = {
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    *("equal", "isnan", "isinf"),
+}
+
+
+def _name(func: Any) -> str:
+    name: str = func.name()
+    return name.removeprefix("aten::").partition(".")[0]
+
+
 @contextmanager
 def without_fused_attention() -> Iterator[None]:
     """Let attention and encoder layers compute in single products, which fused ones hide."""
@@ -100,7 +113,7 @@ class ProductRecorder(TorchDispatchMode):
             product = self._convolution(*args)
         if product is not None:
             self.on_product(product)
-        elif not func.is_view:
+        elif not func.is_view and _name(func) not in _ASKS:
             self._note_other_use(func, (args, kwargs))
         return func(*args, **(kwargs or {}))
 
@@ -108,8 +121,7 @@ class ProductRecorder(TorchDispatchMode):
         for value in tree_leaves(arguments):
             index = self._find(value) if isinstance(value, Tensor) else None
             if index is not None:
-                name = func.name().removeprefix("aten::").partition(".")[0]
-                self.other_uses.setdefault(index, set()).add(name)
+                self.other_uses.setdefault(index, set()).add(_name(func))
 
     def _find(self, operand: Tensor) -> int | None:
         """Return the weight that an operand is, or is a view of."""

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spartan.commands.images import ImageData
+from spartan.checksums import bytes_of
+from spartan.commands.images import ImageData, Images
 from spartan.commands.options.files import from_json, refuse_changes, to_json
 from spartan.commands.options.train import TrainConfig
 from spartan.errors import StateError
 
 # Options that may change when a run is resumed: where and how it is computed, not what.
 MAY_CHANGE = {"device", "workers", "out"}
+_LOOKED_AT = 64  # images, evenly spaced: large data are decoded as they are read
 
 
 def described(config: TrainConfig, data: ImageData) -> dict[str, Any]:
     """Return what a checkpoint keeps of a run's options and data."""
-    labels = data.train.labels.to(torch.int64).contiguous()
     return {
         "options": to_json(config),
         "data": {
-            "training images": len(labels),
+            "training images": len(data.train.labels),
             "test images": len(data.test.labels),
-            "checksum of labels": zlib.crc32(labels.numpy().tobytes()),
+            "checksum of training images": _checksum(data.train),
+            "checksum of test images": _checksum(data.test),
             **data.facts(),
         },
     }
 
 
-def refuse_another_run(state: dict[str, Any], config: TrainConfig, data: ImageData) -> None:
+def _checksum(images: Images) -> int:
+    """Return a number that is another for other labels, or for others of some images."""
+    count = len(images.labels)
+    some = images.read(range(0, count, max(1, count // _LOOKED_AT)))
+    return zlib.crc32(bytes_of(some), zlib.crc32(bytes_of(images.labels.to(torch.int64))))
+
+
+def refuse_another_run(
+    state: dict[str, Any], config: TrainConfig, described_now: dict[str, Any]
+) -> None:
     """Refuse to go on with other options or other data than a checkpoint was made with.
 
     Args:
         state: The checkpoint; older ones say nothing of it.
         config: The options now.
-        data: The images now.
+        described_now: What `described` returns now.
 
     Raises:
         ConfigError: An option is another.
@@ -48,22 +58,14 @@ def refuse_another_run(state: dict[str, Any], config: TrainConfig, data: ImageDa
     if told is None:
         return
     refuse_changes(from_json(TrainConfig, told["options"], "the checkpoint"), config, MAY_CHANGE)
-    for what, now in described(config, data)["data"].items():
-        before = told["data"][what]
-        if before != now and not _rounded(before, now):
+    here = described_now["data"]
+    for what, before in told["data"].items():
+        now = here.get(what)
+        if before != now:
             raise StateError(
                 f"The data have changed since the checkpoint: {what} was {before!r:.60} and is "
                 f"{now!r:.60}. Give the data of then, or start a new run with --out."
             )
-
-
-def _rounded(before: Any, now: Any) -> bool:
-    """Whether two lists of statistics differ by the order of their sums, which threads decide."""
-    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
-    return lists and all(
-        isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6)
-        for a, b in zip(before, now, strict=True)
-    )
 
 
 def refuse_misfit(state: dict[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:

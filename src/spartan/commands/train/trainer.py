@@ -61,6 +61,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.train.labels) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.step = 0
+        self._described = described(config, data)
 
         torch.manual_seed(derive_seed(config.seed, "init", 0))
         self.model = build_model(config.model, data.channels, data.size, len(data.classes))
@@ -192,7 +193,7 @@ class Trainer:
                 "tally": self._tally,
                 "selected_before": self._selected_before,
                 "facts": self.facts(),
-                "run": described(self.config, self.data),
+                "run": self._described,
             },
         )
 
@@ -206,7 +207,7 @@ class Trainer:
         """
         state = load_state(run.checkpoint_path)
         try:
-            refuse_another_run(state, self.config, self.data)
+            refuse_another_run(state, self.config, self._described)
             if state["facts"]["total_steps"] != self.total_steps:
                 raise StateError(
                     f"The checkpoint is of a run of {state['facts']['total_steps']} steps, this "
