@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,26 +48,27 @@ class Checksums:
             raise FileError(f"its checksums say that its header is not what was written{_EDITED}")
         self._left = dict(zip(sorted(names), digits[1:], strict=True))
 
-    def check(self, name: str, code: str, shape: Sequence[int], tensor: Tensor) -> None:
-        """Refuse an array that is not as it was written; each is summed up once.
+    def read(self, file: Any, name: str) -> Tensor:
+        """Return an array, and refuse one that is not as it was written; each is summed up once.
 
         Args:
-            name: Its name in the file.
-            code: Its dtype, as the header has it.
-            shape: Its shape there.
-            tensor: Its values, on the CPU.
+            file: What `safetensors.safe_open` opened.
+            name: The array's name there.
 
         Raises:
             FileError: As of the class.
         """
+        tensor: Tensor = file.get_tensor(name)
         digits = self._left.get(name)
         if digits is None:
-            return
-        if digits != of_array(name, code, shape, bytes_of(tensor)):
+            return tensor
+        told = file.get_slice(name)
+        if digits != of_array(name, told.get_dtype(), told.get_shape(), bytes_of(tensor)):
             raise FileError(
                 f"the checksum of {name!r} says that it is not what was written{_EDITED}"
             )
         self._left.pop(name, None)  # another thread may have been faster
+        return tensor
 
 
 def of_array(name: str, code: str, shape: Sequence[int], data: memoryview) -> str:

@@ -87,7 +87,7 @@ def write_file(
     with path.open("wb") as file:
         file.write(_header(entries, metadata, sums))
         for entry, array in zip(entries, arrays(), strict=True):
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            data = _bytes(array)
             sums[entry.name] = checksums.of_array(entry.name, entry.code, entry.shape, data)
             file.write(data)
         file.seek(0)
@@ -112,6 +112,10 @@ def _header(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin on a multiple of 8
     return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(array: NDArray[np.generic]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def bits_of(tensor: Tensor) -> NDArray[np.generic]:
@@ -178,6 +182,6 @@ def refuse_more_than_memory(dense_bytes: int) -> None:
 def chunks_of(tensors: Iterable[Tensor], size: int = 1 << 22) -> Iterator[memoryview]:
     """Yield the bytes of tensors, piece by piece."""
     for tensor in tensors:
-        data = memoryview(bits_of(tensor).reshape(-1).view(np.uint8).data)
+        data = _bytes(bits_of(tensor))
         for begin in range(0, len(data), size):
             yield data[begin : begin + size]

@@ -116,10 +116,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safe_open(path, "pt") as file:
             names, metadata = file.keys(), file.metadata() or {}
             sums = Checksums(metadata, names)
-            tensors = {name: file.get_tensor(name) for name in names}
-            for name, tensor in tensors.items():
-                told = file.get_slice(name)
-                sums.check(name, told.get_dtype(), told.get_shape(), tensor)
+            tensors = {name: sums.read(file, name) for name in names}
         text = metadata.get(_KEY)
         return tensors, None if text is None else json.loads(text)
     except FileError as error:

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from spartan.__main__ import main
 from spartan.commands.runs.folder import Run
 from spartan.commands.runs.metrics import Row
 from spartan.commands.terminal.display import Display
 from spartan.deploy.packing import save
+from tests.commands.calling import call
 from tests.conftest import ROOT
 
 TINY = ["--epochs", "3", "--density", "0.1", "--seed", "1"]
@@ -38,13 +38,6 @@ def spartan(*words: object, env: dict[str, str] | None = None) -> subprocess.Pop
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=180)
     return process.returncode, out, err
-
-
-def call(*words: object) -> int:
-    """Run a command in this process; return the exit code."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

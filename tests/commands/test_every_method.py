@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from spartan.__main__ import main
 from spartan.methods import METHODS
+from tests.commands.calling import call
 
 # `fixed` keeps masks that it is given, which the command line has no word for.
 NAMES = sorted(set(METHODS) - {"fixed"})
-
-
-def call(*words: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in words])
-    return int(stopped.value.code or 0)
 
 
 @pytest.mark.filterwarnings("ignore")  # a sixth of so small a model leaves units without weights

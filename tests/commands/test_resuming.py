@@ -11,15 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spartan.__main__ import main
 from spartan.commands.images import load_data
 from spartan.files import load_state, save_state
-
-
-def call(*words: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return int(stop.value.code or 0)
+from tests.commands.calling import call
 
 
 @pytest.fixture(scope="module")

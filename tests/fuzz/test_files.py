@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from spartan.commands.inspection import verify_file
 from spartan.container import bits_of
 from spartan.deploy.packed import PackedTensors
 from spartan.errors import FileError, SpartanError
+from spartan.example_inputs import tensors_of
 from spartan.files import load_state, save_state
 from spartan.world_model.files import load_model, save_model
 from spartan.world_model.model import TransitionConfig, TransitionModel
@@ -58,14 +59,6 @@ def optimizer_state() -> dict[str, Any]:
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     return {"step": 3, "optimizer": optimizer.state_dict(), "model": model.state_dict()}
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(item)
 
 
 def same(a: Any, b: Any) -> bool:

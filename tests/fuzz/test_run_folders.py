@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spartan.__main__ import main
+from tests.commands.calling import call
 from tests.fuzz.mutations import change_metadata, change_text, draws
-
-
-def call(*words: object) -> int:
-    with pytest.raises(SystemExit) as stopped:  # whatever else comes out is a fault
-        main([str(word) for word in words])
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture(scope="module")

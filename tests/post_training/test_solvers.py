@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spartan.post_training import ALPS, OBS, MagnitudeSolver, SparseGPT, Wanda
+from spartan.post_training.grams import LayerProblem
 from spartan.post_training.least_squares import refit, unconstrained
 from spartan.post_training.obs import removal_order, units_to_keep
 from spartan.weights.patterns import NM, Block, Unstructured
@@ -233,8 +234,8 @@ def test_a_change_earns_its_place_on_samples_held_out() -> None:
     """The share that is taken is the best of all, and what fits the noise only takes none."""
     problem, *_ = make_problem(6, 10, shift=0.3)
     other, *_ = make_problem(6, 10, shift=0.3, seed=1)
-    problem.held_out = other.gram
     change = unconstrained(problem) - problem.dense
+    problem.held_out = other.gram
 
     def held_out_error(share: float) -> float:
         w, gram = problem.grouped(problem.dense + share * change), other.gram
@@ -246,5 +247,10 @@ def test_a_change_earns_its_place_on_samples_held_out() -> None:
     tried = [held_out_error(i / 50) for i in range(51)]
     assert held_out_error(share) <= min(tried) + 1e-9 * abs(min(tried))
     assert problem.earned(problem.dense, -1e-3 * change) == (0.0 if share > 0 else 1.0)
+    again = LayerProblem(
+        problem.weight, problem.tiling, problem.dense, problem.gram, problem.damping, other.gram
+    )
+    assert again.share == pytest.approx(share, rel=1e-9)
+    torch.testing.assert_close(unconstrained(again), problem.dense + share * change)
     problem.held_out = None
     assert problem.earned(problem.dense, change) == 1.0

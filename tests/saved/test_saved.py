@@ -17,7 +17,6 @@ from torch import nn
 
 import spartan
 from spartan import NM, Block, Budget, Channel, Sparsifier, Unstructured
-from spartan.__main__ import main
 from spartan.always_sparse import SparseConv2d, SparseLinear
 from spartan.commands.terminal.display import Phases
 from spartan.deploy.inference_layers import InferenceLayer
@@ -40,6 +39,7 @@ from spartan.methods import (
     Spartan,
     Static,
 )
+from tests.commands.calling import call
 from tests.conftest import Net, train_step
 
 OLD = Path(__file__).parent / "v0_1"
@@ -134,12 +134,6 @@ def test_packed_files_hold_what_they_held() -> None:
 
 
 # Run folders -------------------------------------------------------------------------------------
-
-
-def call(*words: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in words])
-    return int(stopped.value.code or 0)
 
 
 def folder(name: str, path: Path) -> Path:

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from spartan.copies import copy_model
 from spartan.deploy.choosing import choose
-from spartan.deploy.comparison import TOLERANCE, dense_copy, relative_error, run_on_example
+from spartan.deploy.comparison import (
+    TOLERANCE,
+    dense_copy,
+    relative_error,
+    require_layers,
+    run_on_example,
+)
 from spartan.deploy.fast_path import FastPath, add_fast_path
 from spartan.deploy.inference_layers import InferenceLayer
 from spartan.deploy.plan import Plan
@@ -50,7 +55,9 @@ def accelerate(
     Raises:
         DeployError: The model cannot be copied, or does not run on the example.
     """
-    _refuse_what_has_no_layers(model)
+    require_layers(
+        model, "replaced: accelerate the model that it was made from, and trace the result"
+    )
     # Outside inference mode: the copy's tensors are to be ordinary ones.
     with torch.inference_mode(False), torch.no_grad():
         dense = dense_copy(model).eval().requires_grad_(False)
@@ -93,16 +100,6 @@ def plan_of(accelerated: nn.Module) -> Plan:
     plan = accelerated.plan
     assert isinstance(plan, Plan)
     return plan
-
-
-def _refuse_what_has_no_layers(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DeployError(
-            "A scripted or traced model has no layers that can be replaced: accelerate the model "
-            "that it was made from, and trace the result."
-        )
-    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
-        raise DeployError("The model has lazy layers without weights yet: run it once first.")
 
 
 def _refuse_save_pretrained(*_: Any, **__: Any) -> None:

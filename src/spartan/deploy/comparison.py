@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from spartan.always_sparse.conversion import to_dense
 from spartan.copies import copy_model
@@ -25,6 +26,22 @@ def dense_copy(model: nn.Module) -> nn.Module:
         DeployError: The model cannot be copied.
     """
     return to_dense(copy_model(model, DeployError))
+
+
+def require_layers(model: nn.Module, what: str) -> None:
+    """Refuse models whose layers cannot be looked at.
+
+    Args:
+        model: The model.
+        what: What cannot be done to its layers, and the way on.
+
+    Raises:
+        DeployError: It is scripted or traced, or has lazy layers.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DeployError(f"A scripted or traced model has no layers that can be {what}.")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise DeployError("The model has lazy layers without weights yet: run it once first.")
 
 
 def run_on_example(model: nn.Module, example_input: Any, what: str = "model") -> Any:

@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from spartan.copies import copy_model
-from spartan.deploy.comparison import TOLERANCE, dense_copy, relative_error, run_on_example
+from spartan.deploy.comparison import (
+    TOLERANCE,
+    dense_copy,
+    relative_error,
+    require_layers,
+    run_on_example,
+)
 from spartan.deploy.folding import fold_norms
 from spartan.deploy.graph import trace
 from spartan.deploy.purging import purge_graph
@@ -74,13 +79,7 @@ def purge(model: nn.Module, example_input: Any = None) -> nn.Module:
 
 def purge_channels(model: nn.Module, example_input: Any = None) -> Purged:
     """Do the work of `purge`, and say what was removed; outputs are not compared."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DeployError(
-            "A scripted or traced model has no layers that can be made smaller: purge the model "
-            "that it was made from."
-        )
-    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
-        raise DeployError("The model has lazy layers without weights yet: run it once first.")
+    require_layers(model, "made smaller: purge the model that it was made from")
     work = dense_copy(model).eval()
     removed = _purge_feed_forwards(work)
     try:

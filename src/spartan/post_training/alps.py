@@ -23,7 +23,6 @@ from torch import Tensor
 from spartan.errors import MethodError
 from spartan.post_training.grams import LayerProblem
 from spartan.post_training.least_squares import refit
-from spartan.post_training.matrices import Tiling
 from spartan.post_training.solver import LayerSolver, Solution
 
 # As published: ρ at first, rounds between two looks at the units, and by how much ρ grows where at
@@ -76,12 +75,11 @@ class ALPS(LayerSolver):
         z = (problem.grouped(problem.dense) / scale).float()
         v = torch.zeros_like(z)
         penalty, before = _PENALTY, None
-        units = tiling.largest(_squares(tiling, z), kept)
         for round_number in range(self.rounds):
             right = (p - v + penalty * z) @ vectors
             b = (right / (values[:, None] + penalty)) @ vectors.mT
             moved = b + v / penalty
-            units = tiling.largest(_squares(tiling, moved), kept)
+            units = tiling.largest(tiling.pool(moved.square().flatten(0, 1)), kept)
             z = moved * problem.grouped(tiling.spread(units))
             v += penalty * (b - z)
             if round_number % _LOOK:
@@ -94,7 +92,3 @@ class ALPS(LayerSolver):
                 penalty *= next(factor for least, factor in _GROWTH if share >= least)
             before = units
         return units
-
-
-def _squares(tiling: Tiling, matrix: Tensor) -> Tensor:
-    return tiling.pool(matrix.square().flatten(0, 1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,7 +86,6 @@ class LayerProblem:
         gram: What the calibration data say.
         damping: Weight of the pull towards W₀, a fraction of the mean of H's diagonal.
         held_out: What samples say that are not solved with; None if there are none.
-        share: How much of C - H is believed, from 0 to 1: of what the pruned inputs ask for.
     """
 
     weight: Prunable
@@ -94,7 +94,6 @@ class LayerProblem:
     gram: Gram
     damping: float
     held_out: Gram | None = None
-    share: float = 1.0
     ridge: Tensor = field(init=False)  # the damping of each group
 
     def __post_init__(self) -> None:
@@ -111,6 +110,23 @@ class LayerProblem:
         """H + ridge, for each group."""
         eye = torch.eye(self.dense.shape[1], dtype=torch.float64, device=self.dense.device)
         return self.gram.hessian + self.ridge[:, None, None] * eye
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Lower Cholesky factor of H + ridge, for each group."""
+        factor: Tensor = torch.linalg.cholesky(self.damped)
+        return factor
+
+    @cached_property
+    def share(self) -> float:
+        """How much of C - H is believed, from 0 to 1: of what the change of the inputs asks for.
+
+        With everything kept, the answer to it is W₀ + D, D = W₀ (C - H) (H + ridge)⁻¹; as much as
+        held-out samples want of D.
+        """
+        asked = self.grouped(self.dense) @ (self.gram.cross - self.gram.hessian)
+        change = torch.cholesky_solve(asked.mT, self.factor).mT.flatten(0, 1)
+        return self.earned(self.dense, change)
 
     @property
     def pulled(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spartan.errors import CalibrationError
 from spartan.post_training.grams import GramBuilder, LayerProblem, record_products
 from spartan.post_training.layer_by_layer import LayerByLayer, Products
-from spartan.post_training.least_squares import refit, unconstrained
+from spartan.post_training.least_squares import refit
 from spartan.post_training.matrices import from_matrix, tiling_of, to_matrix
 from spartan.post_training.network import Network, write
 from spartan.post_training.solver import LayerSolver, MagnitudeSolver
@@ -50,6 +50,7 @@ def problems(
     network: Network,
     pruned: tuple[nn.Module, Sequence[Prunable]],
     solves: bool = True,
+    fits: bool = True,
 ) -> Iterator[tuple[int, LayerProblem]]:
     """Yield each weight that the calibration data reach, with its problem, in order of a pass.
 
@@ -60,6 +61,7 @@ def problems(
         network: The network.
         pruned: A copy of the dense model, and its weights.
         solves: Whether the samples have to be enough to solve for weights.
+        fits: Whether weights are fitted to them, so that held-out samples judge.
 
     Raises:
         CalibrationError: There are too few samples for a layer, or its inputs are not finite.
@@ -71,7 +73,7 @@ def problems(
     shared = [i for i, reach in network.reach.items() if reach.calls > 1]
     builders = {i: _builder(network, i) for i in shared}
     batches = network.batches()
-    kept_back = network.held_out.batches(network.batch_size) if solves else []
+    kept_back = network.held_out.batches(network.batch_size) if fits else []
     if shared:
         record_products(network.dense, batches, weights, lambda p: _add_shared(builders, p))
     with LayerByLayer(
@@ -81,14 +83,12 @@ def problems(
             builder, held_out = builders.pop(index, None), None
             if builder is None:
                 builder = _gathered(network, index, products[: len(batches)])
-                held_out = _gathered(network, index, products[len(batches) :]).gram
-            matrix = builder.matrix.double()
-            tiling = tiling_of(weights[index], network.pattern)
-            damping = _damping(matrix.shape[1], builder.gram.positions)
-            problem = LayerProblem(weights[index], tiling, matrix, builder.gram, damping, held_out)
-            if solves and held_out is not None:
-                problem.share = problem.earned(matrix, unconstrained(problem) - matrix)
-            yield index, problem
+                if kept_back:
+                    held_out = _gathered(network, index, products[len(batches) :]).gram
+            weight, matrix, gram = weights[index], builder.matrix.double(), builder.gram
+            damping = _damping(matrix.shape[1], gram.positions)
+            tiling = tiling_of(weight, network.pattern)
+            yield index, LayerProblem(weight, tiling, matrix, gram, damping, held_out)
 
 
 def prune_layers(
@@ -110,15 +110,15 @@ def prune_layers(
     solves = refits or method.needs_gram
     if solves:
         _say_other_uses(network)
-    for index, problem in problems(network, (network.pruned, network.targets), solves):
+    fits = refits or method.fits
+    for index, problem in problems(network, (network.pruned, network.targets), solves, fits):
         weight = network.weights[index]
         elsewhere = bool(network.reach[index].other_uses)
         one = MagnitudeSolver() if elsewhere and method.needs_gram else method
         solution = one.prune(problem, counts[index])
         mask = problem.tiling.spread(solution.units)
-        fits = refits and not elsewhere
         matrix = solution.matrix * mask
-        if fits:
+        if refits and not elsewhere:
             change = refit(problem, mask) - matrix
             matrix += problem.earned(matrix, change) * change
         write(network.targets[index], from_matrix(matrix, weight))

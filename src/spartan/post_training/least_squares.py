@@ -54,6 +54,5 @@ def refit(problem: LayerProblem, mask: Tensor) -> Tensor:
 
 def unconstrained(problem: LayerProblem) -> Tensor:
     """Return the weights that fit best with everything kept."""
-    factor = torch.linalg.cholesky(problem.damped)
     right = problem.grouped(problem.pulled)
-    return torch.cholesky_solve(right.mT, factor).mT.flatten(0, 1)
+    return torch.cholesky_solve(right.mT, problem.factor).mT.flatten(0, 1)

@@ -56,7 +56,7 @@ def removal_order(problem: LayerProblem) -> Trace:
     tiling = problem.tiling
     bands = tiling.units[0]
     matrix = unconstrained(problem).reshape(bands, tiling.rows, -1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.damped))
+    inverse = torch.cholesky_inverse(problem.factor)
     # A band of rows lies in one group of outputs, or each of its rows counts as the first's.
     first = torch.arange(bands, device=matrix.device) * tiling.rows
     group = first * len(inverse) // tiling.shape[0]

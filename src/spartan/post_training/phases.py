@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -149,26 +150,18 @@ def _refresh_norms(network: Network, how: Distillation) -> None:
 
     Methods that leave weights as they are change what norms get; others have answered to it.
     """
-    norms = [
-        m
-        for m in network.pruned.modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None
-    ]
-    if not norms or len(network.fit) < 2:
+    # Of one sample there are no statistics: of three or more, parts are of two at least.
+    batches = network.fit.batches(max(3, network.batch_size))
+    batches = [batch for batch in batches if len(next(tensors_of(batch))) > 1]
+    if not batches or not any(isinstance(m, _BatchNorm) for m in network.pruned.modules()):
         return
     references = References(network.dense, network.held_out, how.batch_size)
     before = how.loss_on(network.pruned, references)
-    batches = network.fit.batches(max(3, network.batch_size))
-    batches = [b for b in batches if len(next(tensors_of(b))) > 1]
-    if not batches:
-        return
     with recalibrated(network.pruned, batches):
         after = how.loss_on(network.pruned, references)
-        found = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+        refreshed = copy.deepcopy(network.pruned.state_dict())
     if after < before:
-        for norm, buffers in zip(norms, found, strict=True):
-            for buffer, value in zip(norm.buffers(), buffers, strict=True):
-                buffer.copy_(value)
+        network.pruned.load_state_dict(refreshed)
 
 
 def _train(

@@ -35,6 +35,7 @@ class LayerSolver(Registered, ABC):
 
     scheduled: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = True  # whether it looks at the calibration data
+    fits: ClassVar[bool] = True  # whether it changes weights to fit them
 
     @abstractmethod
     def prune(self, problem: LayerProblem, kept: int) -> Solution:
@@ -50,6 +51,7 @@ class MagnitudeSolver(LayerSolver):
     paper: ClassVar[str] = "Han et al., NeurIPS 2015"
     step_cost: ClassVar[str] = "milliseconds"
     needs_gram: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, kept: int) -> Solution:
         tiling = problem.tiling
@@ -69,6 +71,7 @@ class FixedUnits(LayerSolver):
 
     name: ClassVar[str] = "fixed-units"
     needs_gram: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, kept: int) -> Solution:
         return Solution(self.units[problem.weight.name], problem.dense)

@@ -52,7 +52,7 @@ class SparseGPT(LayerSolver):
 
     def prune(self, problem: LayerProblem, kept: int) -> Solution:
         tiling = problem.tiling
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.damped))
+        inverse = torch.cholesky_inverse(problem.factor)
         upper = torch.linalg.cholesky(inverse, upper=True)
         matrix = unconstrained(problem)
         units = torch.zeros(tiling.units, dtype=torch.bool, device=matrix.device)

@@ -31,6 +31,7 @@ class Wanda(LayerSolver):
     summary: ClassVar[str] = "weights times norms of inputs; one pass over the data, no update"
     paper: ClassVar[str] = "Sun et al., ICLR 2024"
     step_cost: ClassVar[str] = "one pass over the data"
+    fits: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, kept: int) -> Solution:
         tiling = problem.tiling

@@ -16,7 +16,6 @@ from spartan.commands.adapt.printing import print_adapted
 from spartan.commands.options.adapt import AdaptConfig
 from spartan.commands.options.files import to_json
 from spartan.commands.runs.folder import Run
-from spartan.commands.runs.lock import hold
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
 from spartan.files import write_text
@@ -36,8 +35,7 @@ class Adapt:
         folder = Path(options.out)
         Run(folder).refuse_existing()
         job = open_adapt_job(options)
-        hold(folder)
-        Run(folder).refuse_existing()  # by whoever held it a moment ago
+        Run(folder).hold_new()
         console.print(
             f"{len(job.data.train):,} texts of {len(job.data.classes)} classes, "
             f"{len(job.data.test):,} held out",

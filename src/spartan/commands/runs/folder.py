@@ -44,12 +44,30 @@ class Run:
             FileError: The folder cannot be made.
         """
         run = cls(Path(config.out))
-        run.refuse_existing()
-        hold(run.folder)
-        run.refuse_existing()  # by whoever held it a moment ago
-        remove_leftovers(run.folder)
+        run.hold_new()
         write_text(run.config_path, to_json(config))
         return run
+
+    def hold(self) -> None:
+        """Keep other processes out until this one ends, and remove what a killed one was writing.
+
+        Raises:
+            ConfigError: Another process works in the folder.
+            FileError: The folder cannot be made.
+        """
+        hold(self.folder)
+        remove_leftovers(self.folder)
+
+    def hold_new(self) -> None:
+        """Hold a folder that holds no run yet.
+
+        Raises:
+            ConfigError: It does, or another process works in it.
+            FileError: The folder cannot be made.
+        """
+        self.refuse_existing()
+        self.hold()
+        self.refuse_existing()  # by whoever held it a moment ago
 
     def refuse_existing(self) -> None:
         """Raise `ConfigError` if the folder already holds a run."""
@@ -88,8 +106,7 @@ class Run:
             ConfigError: Another command wrote the folder, or another process works in it.
         """
         run = cls.open(folder)
-        hold(folder)
-        remove_leftovers(folder)
+        run.hold()
         return run
 
     @property

@@ -13,7 +13,6 @@ import tyro
 
 from spartan.commands.options.files import refuse_changes
 from spartan.commands.options.world import WorldConfig
-from spartan.commands.runs.lock import hold
 from spartan.commands.terminal.console import Terminal
 from spartan.commands.terminal.display import Phases
 from spartan.commands.world.job import MAY_CHANGE, WorldJob, WorldRun
@@ -124,9 +123,9 @@ WORLD_COMMANDS: dict[str, Any] = {
 def _train(config: WorldConfig, resume: bool) -> int:
     console = Terminal()
     job = WorldJob(config)
-    if resume:
-        hold(Path(config.out))
     world = WorldRun.open(Path(config.out))[0] if resume else WorldRun.create(config)
+    if resume:
+        world.run.hold()
 
     def say(line: str) -> None:
         console.print(line, highlight=False)
